@@ -1,0 +1,158 @@
+"""From composed configs to objects, and back from run folders."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stexp import InputError
+
+if TYPE_CHECKING:
+    from stexp.data.datamodule import SpotDataModule
+    from stexp.data.section import Section
+    from stexp.protocol import Protocol
+
+_PACKAGED = Path(__file__).parent / "conf"
+CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
+"""The configs: inside an installed package, or at the top of a checkout."""
+
+ALLOWED = ("stexp.", "pytorch_lightning.")
+"""Modules whose classes and functions a config may call."""
+
+
+def build(node: Any, **extra: Any) -> Any:
+    """Call what ``_target_`` names with the other keys as arguments, inner nodes first.
+
+    Parameters
+    ----------
+    node
+        Config node; containers without ``_target_`` come back as plain dict and list.
+    extra
+        Further arguments of the outermost call, as they are.
+
+    Raises
+    ------
+    InputError
+        A target outside `ALLOWED`, or a key that the target does not take (with the nearest it does).
+    """
+    if isinstance(node, DictConfig) or OmegaConf.is_list(node):
+        node = to_plain(node)
+    if isinstance(node, list):
+        return [build(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    arguments = {key: build(value) for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return arguments
+    target = node["_target_"]
+    found = get_object(target) if str(target).startswith(ALLOWED) else None
+    # the name may only lead to what those packages define, not through their imports to something else
+    if found is None or not callable(found) or not f"{found.__module__}.".startswith(ALLOWED):
+        raise InputError(f"_target_ {target} is not allowed; a config may call {' and '.join(p + '*' for p in ALLOWED)}")
+    known = inspect.signature(found).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for key in arguments:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise InputError(f"{target} takes no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return found(**arguments, **extra)
+
+
+def to_plain(config: Any) -> Any:
+    """A config as dict and list, with every interpolation resolved."""
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"config: {str(error).splitlines()[0]}") from None
+
+
+def load_run(folder: str | Path) -> DictConfig:
+    """The resolved config of a run folder; plain data, nothing in it is executed."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{folder} is no run folder: it has no config.yaml")
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def protocols() -> dict[str, DictConfig]:
+    """The protocols of ``conf/protocol`` by name."""
+    return {path.stem: OmegaConf.load(path) for path in sorted((CONF / "protocol").glob("*.yaml"))}
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Run the body of a command: readable logs, and one line on stderr for what the user can mend (status 2)."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=True, soft_wrap=True)  # stderr, so that what a command prints can be piped
+    handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "timm"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # of Lightning: worker processes that index batches do not need, a method it calls itself
+    for message in (".*does not have many workers.*", ".*isinstance.treespec.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=message)
+    try:
+        yield
+    except InputError as error:
+        print(f"stexp: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stexp: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the whole new one."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
+    """The sections a config asks for: ``data.sections``, the paper's under its protocol, or all."""
+    names = cfg.data.sections
+    if names is None and protocol.published and cfg.data.published_sections is not None:
+        names = cfg.data.published_sections
+    sections = build(OmegaConf.merge(cfg, {"data": {"sections": names}}).data.reader)
+    if names is not None:
+        there = [section.name for section in sections]
+        unknown = [str(name) for name in names if name not in there]
+        if unknown:
+            raise InputError(f"data.sections: {', '.join(unknown)} not in {cfg.data.name}; there are {', '.join(there)}")
+        sections = [section for section in sections if section.name in names]
+    if cfg.data.um_per_px is not None:
+        sections = [replace(section, um_per_px=float(cfg.data.um_per_px)) for section in sections]
+    return sections
+
+
+def build_data(
+    cfg: DictConfig, sections: list[Section], protocol: Protocol, fold: str, panel: list[str] | None = None
+) -> SpotDataModule:
+    """The data module of a config; `panel` takes the place of the genes it would choose."""
+    from stexp.data.genes import read_panel
+
+    file = cfg.data.panel_file or (cfg.data.published_panel_file if protocol.published else None)
+    if panel is None and file is not None:
+        panel = read_panel(file)
+    taken = {key: value for key, value in to_plain(cfg.data).items() if key not in _NOT_OF_THE_MODULE}
+    return build(taken, sections=sections, protocol=protocol, fold=fold, panel=panel, seed=cfg.seed)
+
+
+_NOT_OF_THE_MODULE = (
+    "name", "root", "reader", "sections", "published_sections", "panel_file", "published_panel_file", "um_per_px"
+)

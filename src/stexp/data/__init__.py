@@ -1,0 +1,1 @@
+"""Sections, slides, tiles, panels, splits and batches."""

@@ -1,0 +1,84 @@
+"""Features of tiles under a frozen image encoder, computed once per section and encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from stexp.data.augment import augment
+from stexp.data.datamodule import SpotDataModule
+from stexp.models.image_encoders import ImageEncoder
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def frozen_features(
+    data: SpotDataModule, encoder: ImageEncoder, device: torch.device, context: AbstractContextManager | None = None
+) -> np.ndarray:
+    """Pooled features of every spot with a tile, unaugmented.
+
+    Parameters
+    ----------
+    encoder
+        In the state it is to be judged in; it is put into evaluation mode and back.
+    context
+        Precision to compute in, e.g. ``torch.autocast("cuda", torch.bfloat16)``.
+
+    Returns
+    -------
+    (n_spots, F) float32
+        In the order of ``data.spots``; NaN rows for spots without an image.
+
+    Notes
+    -----
+    Kept in ``<cache_dir>/features``, one file per section, named by a hash of the tiles' store and the
+    encoder's weights.
+    """
+    data.setup()
+    weights = _weights_digest(encoder, context)
+    folder = Path(data.cache_dir) / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = np.full((len(data.spots), encoder.num_features), np.nan, dtype=np.float32)
+    was_training, where = encoder.training, next(encoder.parameters()).device
+    encoder.eval().to(device)
+    stores = iter(data.bank.stores)
+    for section in data.sections:
+        if section.slide is None:
+            continue
+        tiles = next(stores)
+        path = folder / f"{Path(tiles.filename).stem}-{weights}.npy"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                log.info("section %s: frozen features of %d tiles by %s", section.name, len(tiles), encoder.name)
+                part = path.with_suffix(".part.npy")
+                np.save(part, _encode(tiles, encoder, device, context or nullcontext(), data.eval_batch_size))
+                os.replace(part, path)
+        out[np.flatnonzero(data.spots["section"] == section.name)] = np.load(path)
+    encoder.train(was_training).to(where)
+    return out
+
+
+def _encode(tiles, encoder, device, context, batch_size: int) -> np.ndarray:
+    parts = []
+    for start in range(0, len(tiles), batch_size):
+        image = augment(torch.from_numpy(tiles[start : start + batch_size]).to(device), "none", 0)
+        with context:
+            parts.append(encoder(image).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _weights_digest(encoder: ImageEncoder, context: AbstractContextManager | None) -> str:
+    digest = hashlib.blake2b(encoder.name.encode(), digest_size=8)
+    digest.update(str(getattr(context, "fast_dtype", "float32")).encode())
+    for name, tensor in sorted({**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""One file per data set layout, each with ``read(root, ...) -> list[Section]``."""

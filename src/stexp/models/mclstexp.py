@@ -1,0 +1,352 @@
+"""mclSTExp: contrastive image and spot encoders, expression by retrieval (arXiv 2407.08216)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stexp import InputError
+from stexp.data.datamodule import SpotBatch, SpotDataModule, nearest
+from stexp.losses import info_nce
+from stexp.metrics import mean_pearson
+from stexp.models.blocks import ProjectionHead, TransformerBlock
+from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors
+from stexp.retrieval import ReferenceIndex, choose_references, retrieve
+
+POSITIONS = ("none", "sinusoid", "naive", "learnable")
+CONTEXTS = ("neighbours", "batch")
+K_CANDIDATES = (5, 10, 25, 50, 100, 200, 400, 800)
+DEFAULT_K = 50  # while k is "auto" and not yet chosen
+
+
+class SpotEncoder(nn.Module):
+    """Expression and array position of spots to features of the same width.
+
+    Parameters
+    ----------
+    n_genes
+        G: width of the input, of every block and of the output.
+    n_positions
+        Rows of a learned table per axis: largest array coordinate + 1.
+    position
+        ``learnable``: two tables of G-vectors, added (published); ``sinusoid``: fixed sines and cosines of
+        x in the first half of the genes, of y in the second; ``naive``: one learned linear map of
+        (x, y) / n_positions, our reading of a name that the paper does not define; ``none``.
+    depth, heads, head_dim, dropout
+        Of the Transformer blocks; the MLP's hidden width is G.
+    """
+
+    def __init__(
+        self, n_genes: int, n_positions: int, *, position: str = "learnable", depth: int = 2, heads: int = 8,
+        head_dim: int = 64, dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise InputError(f"model.position={position}: choose {', '.join(POSITIONS)}")
+        self.position, self.n_positions = position, n_positions
+        if position == "learnable":
+            self.x_embed, self.y_embed = nn.Embedding(n_positions, n_genes), nn.Embedding(n_positions, n_genes)
+        elif position == "naive":
+            self.xy_embed = nn.Linear(2, n_genes)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(n_genes, heads, head_dim, hidden=n_genes, dropout=dropout) for _ in range(depth)
+        )
+
+    def forward(
+        self, expression: torch.Tensor, array_xy: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sequences of tokens (N, L, G), (N, L, 2) to features (N, L, G); tokens of one sequence see each other."""
+        x = expression + self._position(array_xy, expression.shape[-1])
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def _position(self, array_xy: torch.Tensor, n_genes: int) -> torch.Tensor | float:
+        if self.position == "none":
+            return 0.0
+        if self.position == "sinusoid":
+            half = (n_genes + 1) // 2
+            return torch.cat([sinusoid(array_xy[..., 0], half), sinusoid(array_xy[..., 1], n_genes - half)], dim=-1)
+        if self.position == "naive":
+            return self.xy_embed(array_xy.float() / self.n_positions)
+        largest = int(array_xy.max())
+        if largest >= self.n_positions or int(array_xy.min()) < 0:
+            raise InputError(
+                f"array coordinate {largest} does not fit the learned position table of {self.n_positions} rows: "
+                f"the model was trained on a smaller array; train with model.position=sinusoid or none"
+            )
+        return self.x_embed(array_xy[..., 0]) + self.y_embed(array_xy[..., 1])
+
+
+def sinusoid(position: torch.Tensor, n: int) -> torch.Tensor:
+    """Sines and cosines of integer positions (...,) -> (..., n), wavelengths 2 pi to 20,000 pi (Vaswani 2017)."""
+    pair = torch.arange(n, device=position.device) // 2
+    angle = position[..., None].float() * torch.exp(pair * (-2 * math.log(1e4) / n))
+    even = torch.arange(n, device=position.device) % 2 == 0
+    return torch.where(even, angle.sin(), angle.cos())
+
+
+class MclSTExp(pl.LightningModule):
+    """Image encoder and spot encoder, trained to agree on the same spots.
+
+    Parameters
+    ----------
+    image_encoder
+        Tiles to features; all of it is trained unless it is frozen.
+    n_genes, n_positions
+        G, and the rows of a learned position table; they come from the data.
+    embedding_dim
+        D of the shared space.
+    spot_context
+        What a spot attends to. ``batch``: all spots given in one call, as published, so that an embedding
+        depends on its company. ``neighbours``: itself and its `n_neighbours` nearest spots of the same
+        section, which attend to each other and to nothing else, so that it does not.
+    n_neighbours
+        For ``neighbours``; batches of the data module carry as many.
+    position, depth, heads, head_dim
+        See :class:`SpotEncoder`.
+    dropout
+        In the projection heads and the spot encoder.
+    temperature, learn_temperature
+        Divides the logits; learned as its logarithm where asked.
+    normalise
+        L2-normalise embeddings for loss and retrieval (the published code does not).
+    image_weight
+        lambda, the weight of the image loss; see :func:`~stexp.losses.info_nce`.
+    k, distance, weighting
+        Retrieval; see :meth:`ReferenceIndex.search`. ``k="auto"``: that of a few with the best Pearson
+        correlation on the validation spots. None of them touches the encoders.
+    reference
+        Training-side sections retrieved from: ``image`` (those with an image), ``all``, or names of sections.
+    optimizer, lr, weight_decay
+        ``adam`` (published code) or ``adamw`` (paper).
+
+    Notes
+    -----
+    Where paper and published code differ, the defaults of ``conf/model/mclstexp.yaml`` follow the code and
+    name the paper's value. The ReLU that the code leaves out is the image encoder's ``final_activation``.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        n_genes: int,
+        n_positions: int,
+        *,
+        embedding_dim: int = 256,
+        spot_context: str = "neighbours",
+        n_neighbours: int = 6,
+        position: str = "learnable",
+        depth: int = 2,
+        heads: int = 8,
+        head_dim: int = 64,
+        dropout: float = 0.0,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        normalise: bool = False,
+        image_weight: float = 0.5,
+        k: int | str = "auto",
+        distance: str = "l2",
+        weighting: str = "inverse_square",
+        reference: str | list[str] = "image",
+        optimizer: str = "adam",
+        lr: float = 1e-4,
+        weight_decay: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if spot_context not in CONTEXTS:
+            raise InputError(f"model.spot_context={spot_context}: choose {', '.join(CONTEXTS)}")
+        if temperature <= 0:
+            raise InputError(f"model.temperature={temperature}: must be > 0")
+        if optimizer not in ("adam", "adamw"):
+            raise InputError(f"model.optimizer={optimizer}: choose adam or adamw")
+        self.image_encoder = image_encoder
+        self.spot_encoder = SpotEncoder(
+            n_genes, n_positions, position=position, depth=depth, heads=heads, head_dim=head_dim, dropout=dropout
+        )
+        self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
+        self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
+        self.spot_context, self.n_neighbours, self.normalise = spot_context, n_neighbours, normalise
+        self.image_weight = image_weight
+        self.k, self.distance, self.weighting, self.reference = k, distance, weighting, reference
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
+        self._reference_target: torch.Tensor | None = None  # (N, G), the expression of its spots
+        self.reference_rows: np.ndarray | None = None  # all spots that `reference` may choose from,
+        self.reference_embedding: torch.Tensor | None = None  # and their embeddings, kept for re-scoring
+        self.reference_sections: list[str] = []  # those chosen
+
+    # the two encoders
+
+    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
+        return self._finish(self.image_projection(self.image_encoder(image)))
+
+    def embed_spots(self, expression: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
+        """Spots of one section, or of one batch, to embeddings (B, D).
+
+        Parameters
+        ----------
+        expression : (B, G)
+            Normalised as in training.
+        array_xy : (B, 2), integers
+            Array coordinates.
+
+        Notes
+        -----
+        With ``spot_context="batch"`` the B spots are one sequence. With ``"neighbours"`` they are taken for
+        one whole section, and each attends to itself and the nearest `n_neighbours` among them.
+        """
+        if self.spot_context == "batch":
+            tokens = self.spot_encoder(expression[None], array_xy[None])[0]
+            return self._finish(self.spot_projection(tokens))
+        around = torch.from_numpy(nearest(array_xy.cpu().numpy().astype(float), self.n_neighbours)).to(array_xy.device)
+        context = torch.cat([torch.arange(len(around), device=around.device)[:, None], around], dim=1)
+        return self._embed_context(expression[context], array_xy[context], None)
+
+    def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
+        """Spots of a batch, each within the context that `spot_context` names, to embeddings (B, D)."""
+        if self.spot_context == "batch":
+            return self.embed_spots(batch.expression, batch.array_xy)
+        return self._embed_context(batch.context_expression, batch.context_array_xy, batch.context_mask)
+
+    def _embed_context(
+        self, expression: torch.Tensor, array_xy: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._finish(self.spot_projection(self.spot_encoder(expression, array_xy, mask)[:, 0]))
+
+    def _finish(self, embedding: torch.Tensor) -> torch.Tensor:
+        return F.normalize(embedding, dim=-1) if self.normalise else embedding
+
+    # training
+
+    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
+        image, spot = self.embed_image(batch.image), self.embed_batch_spots(batch)
+        temperature = self.log_temperature.exp().clamp(min=0.01)
+        loss = info_nce(image, spot, temperature, self.image_weight)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        with torch.no_grad():
+            matched = (image @ spot.T).argmax(dim=1) == torch.arange(len(batch), device=image.device)
+        self.log("train/matched", matched.float().mean(), on_step=False, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return kind(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+    # retrieval
+
+    def on_validation_start(self) -> None:
+        self.set_reference(self.trainer.datamodule, "train")
+
+    def on_predict_start(self) -> None:
+        self.set_reference(self.trainer.datamodule, "train", "validation", "reference")
+
+    @torch.no_grad()
+    def set_reference(self, data: SpotDataModule, *roles: str) -> None:
+        """Embed the training-side spots of the given roles that `reference` admits, and search among them."""
+        loader = data.loader(*roles, image=False, batch_size=32 if self.spot_context == "batch" else 1024)
+        rows = data.rows(*roles)
+        embedding = torch.cat([
+            self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader
+        ])
+        self.reference_rows, self.reference_embedding = rows, embedding
+        chosen = choose_references(data.spots.iloc[rows], self.reference)
+        table = data.spots.iloc[rows[chosen]]
+        self._index = ReferenceIndex(embedding[torch.from_numpy(chosen).to(embedding.device)],
+                                     table["section"].to_numpy(str), table["patient"].to_numpy(str))
+        self._reference_target = torch.from_numpy(data.target[rows[chosen]]).to(self.device)
+        self.reference_sections = list(table["section"].unique())
+
+    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
+        return self.predict_step(batch, batch_idx)
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+        """Expression (B, G), its spread among the neighbours, where it came from, and the tile embedding."""
+        query = self.embed_image(batch.image).float()
+        k = min(DEFAULT_K, len(self._index)) if self.k == "auto" else self.k
+        found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting)
+        return {**found, "image_embedding": query}
+
+    @torch.no_grad()
+    def tune(self, data: SpotDataModule) -> dict:
+        """Choose k on the validation spots where it is ``auto``; returns what was chosen, for the record."""
+        if self.k != "auto":
+            return {"k": self.k}
+        rows = data.rows("validation")
+        if len(rows) == 0:
+            raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
+        self.eval()
+        self.set_reference(data, "train")
+        with self.trainer.precision_plugin.forward_context():
+            query = torch.cat([self.embed_image(data.batch(i, self.device).image).float() for i in data.val_dataloader()])
+        score = {}
+        for k in (k for k in K_CANDIDATES if k <= len(self._index)):
+            found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting, spread=False)
+            predicted = found["predicted"].cpu().numpy()
+            score[k] = mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
+        self.k = max(score, key=score.get)
+        return {"k": self.k, "k_validation_pearson": {str(k): round(value, 4) for k, value in score.items()}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["method"] = {"name": "mclstexp", "image_encoder": self.image_encoder.name}
+
+    # the authors' weights
+
+    @classmethod
+    def from_authors(cls, path: str | Path, heads: int = 8) -> MclSTExp:
+        """Model with weights that the authors' code saved (``mclSTExp_Attention.state_dict()``).
+
+        Parameters
+        ----------
+        path
+            ``.pt``/``.pth`` of tensors only, or ``.safetensors``.
+        heads
+            Attention heads; the state dict holds only their total width.
+
+        Notes
+        -----
+        Tiles go in as RGB in 0..1 without mean and std; spots of one call are one sequence. Sizes and the
+        image encoder (DenseNet-121, ResNet-18/50/101, ViT-B/32) are read off the weights.
+        """
+        state = load_tensors(path)
+        # prefixes of data-parallel training and of an older naming, as the authors' evaluation accepts them
+        state = {key.replace("module.", "").replace("well", "spot"): value for key, value in state.items()}
+        try:
+            name, encoder_state = from_torchvision(state, "image_encoder.model.")
+            n_positions, n_genes = state["x_embed.weight"].shape
+            inner = state["spot_encoder.0.attn.fn.to_qkv.weight"].shape[0] // 3
+            depth = len({key.split(".")[1] for key in state if key.startswith("spot_encoder.")})
+            encoder = ImageEncoder(
+                name, pretrained=False, mean=[0, 0, 0], std=[1, 1, 1], final_activation=name != "densenet121",
+                model_args={"global_pool": "avg"} if name.startswith("vit") else None,
+            )
+            encoder.model.load_state_dict(encoder_state)
+            model = cls(
+                encoder, n_genes, n_positions, embedding_dim=state["spot_projection.fc.weight"].shape[0],
+                spot_context="batch", depth=depth, heads=heads, head_dim=inner // heads, distance="l1", k=200,
+            )
+            names = {"attn.norm": "attn_norm", "attn.fn.to_qkv": "to_qkv", "attn.fn.to_out.0": "to_out",
+                     "ff.norm": "ff_norm", "ff.fn.net.0": "ff.0", "ff.fn.net.3": "ff.3"}
+            renamed = {f"spot_encoder.{axis}.weight": state[f"{axis}.weight"] for axis in ("x_embed", "y_embed")}
+            for key, value in state.items():
+                if key.startswith("spot_encoder."):
+                    _, block, rest = key.split(".", 2)
+                    part, kind = rest.rsplit(".", 1)
+                    renamed[f"spot_encoder.blocks.{block}.{names[part]}.{kind}"] = value
+                elif key.startswith(("image_projection.", "spot_projection.")):
+                    renamed[key] = value
+            renamed |= {key: value for key, value in model.state_dict().items()
+                        if key.startswith("image_encoder.") or key == "log_temperature"}
+            model.load_state_dict(renamed)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path} is no state dict of mclSTExp_Attention: {error}") from error
+        return model.eval()

@@ -1,0 +1,277 @@
+"""``stexp-report run=runs/x``: one HTML file that shows what a run predicted and what that is worth."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import jinja2
+from markupsafe import Markup
+
+from stexp import InputError
+from stexp.plots import LEVELS, is_oracle, score_chart, section_maps
+
+HELP = """\
+usage: stexp-report run=<run folder>
+
+Writes <run folder>/report.html: scores beside floors and ceiling, audit, maps, genes, provenance.
+The file opens from disk without a network. It needs what stexp-train and stexp-score leave in the
+folder: predictions.h5ad, metrics.json, per_gene.csv, audit.json, provenance.json.
+
+example: stexp-report run=runs/x
+"""
+
+# columns of the score table: key, heading, whether less is better
+SCORES = [
+    ("pearson_acg", "Pearson ACG", False),
+    ("pearson_heg50", "Pearson HEG50", False),
+    ("spearman_acg", "Spearman", False),
+    ("mse", "MSE", True),
+    ("mae", "MAE", True),
+    ("rmse", "RMSE", True),
+    ("r2", "R2", False),
+    ("ccc", "CCC", False),
+    ("rvd", "RVD", True),
+]
+FLOORS = {
+    "mean": "mean of the training spots, the same for every spot",
+    "nearest_section": "mean of the training section whose colours are nearest",
+    "depth_oracle": "log total counts of the test spot itself, the same number for every gene",
+    "coordinates": "ridge on the position in the section, no image",
+    "colour_ridge": "ridge on nine colour statistics of the tile",
+    "knn_features": "mean of the 50 nearest training spots in frozen image features",
+    "ridge_features": "ridge on frozen image features (256 principal components)",
+}
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.html`` into a run folder, whole or not at all.
+
+    Parameters
+    ----------
+    run
+        Folder with predictions.h5ad, metrics.json, per_gene.csv, audit.json and provenance.json.
+
+    Returns
+    -------
+    Path
+        The report.
+
+    Raises
+    ------
+    InputError
+        The folder or one of its files is missing, or is not what its name says.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise InputError(f"{run} is not a folder; give a run folder, as in run=runs/x")
+    metrics, audit, provenance = (_read_json(run / f"{name}.json") for name in ("metrics", "audit", "provenance"))
+    genes = _read_genes(run / "per_gene.csv")
+    predictions = _read_predictions(run / "predictions.h5ad")
+    try:
+        page = _render(metrics, audit, provenance, genes, predictions)
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise InputError(f"{run}: its files lack something ({error}); score the run again (stexp-score run={run})") from error
+    target, partial = run / "report.html", run / f".report.{os.getpid()}.html"
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
+    """What the numbers say, in words.
+
+    Returns
+    -------
+    numbers
+        The method's Pearson beside best floor, oracles and ceiling.
+    statement
+        Which floors it does not beat, on all genes and on the 50 highest.
+    beats
+        Whether it beats every floor on both; oracles do not count.
+    """
+    scores, floors, ceiling = metrics["scores"], metrics["floors"], metrics["ceiling"]
+    acg, best = scores.get("pearson_acg"), best_floor(metrics)
+    parts = [f"Pearson {number(acg)} over {metrics['n_genes']} genes"]
+    parts += [f"best floor: {label(best)} {number(floors[best]['pearson_acg'])}"] if best else ["no floor"]
+    parts += [f"{label(name)} {number(own.get('pearson_acg'))}" for name, own in floors.items() if is_oracle(name)]
+    parts.append(f"counting-noise ceiling {number(ceiling.get('pearson_acg'))}")
+    numbers = "; ".join(parts) + "."
+    if best is None or acg is None:
+        return numbers, "Without a score and a floor nothing can be said about skill.", False
+
+    lost = {}
+    for score, where in (("pearson_acg", "all genes"), ("pearson_heg50", "the 50 highest")):
+        own = scores.get(score)
+        there = {name: values[score] for name, values in floors.items()
+                 if not is_oracle(name) and values.get(score) is not None}
+        if not there:
+            continue
+        above = [name for name in sorted(there, key=lambda name: -there[name]) if own is None or there[name] >= own]
+        lost[where] = ", ".join(f"{label(name)} ({number(there[name])})" for name in above)
+    if not any(lost.values()):
+        statement = f"It beats every floor, on {' and on '.join(lost)}."
+    else:
+        statement = " ".join(f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor."
+                             for where, names in lost.items())
+    pairs = [(section["scores"].get("pearson_acg"), section["floors"].get(best, {}).get("pearson_acg"))
+             for section in metrics["sections"].values()]
+    pairs = [pair for pair in pairs if None not in pair]
+    if len(pairs) > 1:
+        wins = sum(own > floor for own, floor in pairs)
+        statement += f" It is above {label(best)} in {wins} of {len(pairs)} sections."
+    return numbers, statement, not any(lost.values())
+
+
+def best_floor(metrics: dict[str, Any]) -> str | None:
+    """Name of the floor with the highest Pearson over all genes, oracles left out."""
+    there = {name: scores["pearson_acg"] for name, scores in metrics["floors"].items()
+             if not is_oracle(name) and scores.get("pearson_acg") is not None}
+    return max(there, key=there.__getitem__, default=None)
+
+
+def label(name: str) -> str:
+    """A name as it is read: colour_ridge -> colour ridge."""
+    return name.replace("_", " ")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Fixed digits; a dash where there is no value."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def unit(protocol: dict[str, Any]) -> str:
+    """The expression scale of a protocol, as a legend says it."""
+    share = "gene's counts in the section" if protocol["truth"] == "gene" else f"spot's {protocol['library']} counts"
+    return f"{'ln' if protocol['log'] == 'natural' else 'log10'}(1 + {protocol['target_sum']:,.0f} x share of the {share})"
+
+
+def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData) -> str:
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "label": label}
+    script = (here / "report.js").read_text(encoding="utf-8")
+    sections, arrays = section_maps(predictions)
+    about = predictions.uns["stexp"]
+    best = best_floor(metrics)
+    page = {
+        "levels": LEVELS,
+        "unit": unit(json.loads(about["protocol"])),
+        "genes": predictions.var_names.tolist(),
+        "sections": sections,
+        "table": {"columns": _columns(genes, best), "rows": genes},
+    }
+    numbers, statement, beats = verdict(metrics)
+    return environment.get_template("report.html.j2").render(
+        metrics=metrics, audit=audit, provenance=provenance, page=page, arrays=arrays,
+        numbers=numbers, statement=statement, beats=beats, best=best, is_oracle=is_oracle,
+        charts=[score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)"),
+                score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)")],
+        columns=SCORES, floor_notes=FLOORS, config=str(about["config"]),
+        manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
+        style=Markup((here / "report.css").read_text(encoding="utf-8")), script=Markup(script),
+        # only this script may run, whatever the data holds
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
+    """Columns of the gene table, and the gain over the best floor that its rows get here."""
+    columns = [("gene", "Gene"), ("pearson", "Pearson"), ("spearman", "Spearman"), ("mse", "MSE"),
+               ("mean_observed", "Mean"), ("heg50", "HEG50"), ("n_sections", "Sections")]
+    floor = f"floor_{best}"
+    if best and all(floor in row for row in genes):
+        for row in genes:
+            row["gain"] = None if None in (row["pearson"], row[floor]) else row["pearson"] - row[floor]
+        columns += [(floor, f"Floor: {label(best)}"), ("gain", "Above floor")]
+    oracles = [key for key in (genes[0] if genes else {}) if is_oracle(key)]
+    columns += [(key, label(key.removeprefix("floor_")).capitalize()) for key in oracles]
+    columns.append(("ceiling", "Ceiling"))
+    return [{"key": key, "label": heading} for key, heading in columns]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        # NaN is not JSON, but Python writes it; to the page both are "no value"
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); score the run again (stexp-score run={path.parent})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object; score the run again (stexp-score run={path.parent})")
+    return content
+
+
+def _read_genes(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise _missing(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    words = {"true": 1.0, "false": 0.0, "": math.nan}
+    try:
+        return [{key: text if key == "gene" else _finite(words.get(text.lower(), text)) for key, text in row.items()}
+                for row in rows]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); score the run again") from None
+
+
+def _finite(value: float | str) -> float | None:
+    return float(value) if math.isfinite(float(value)) else None
+
+
+def _read_predictions(path: Path) -> ad.AnnData:
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        predictions = ad.read_h5ad(path)
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path} is not a whole h5ad file ({error}); predict the run again") from None
+    absent = [f"layers[{key!r}]" for key in ("observed", "predicted") if key not in predictions.layers]
+    absent += [f"obs[{key!r}]" for key in ("section", "patient", "spot") if key not in predictions.obs]
+    absent += ["obsm['spatial']"] * ("spatial" not in predictions.obsm) + ["uns['stexp']"] * ("stexp" not in predictions.uns)
+    if absent:
+        raise InputError(f"{path} has no {', '.join(absent)}: a prediction file of stexp has them")
+    return predictions
+
+
+def _missing(path: Path) -> InputError:
+    maker = "stexp-train" if path.name in ("predictions.h5ad", "provenance.json") else f"stexp-score run={path.parent}"
+    return InputError(f"{path} does not exist; {maker} writes it")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``stexp-report run=<folder>``: 0, or 2 after one line on what would fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return 0
+    try:
+        if len(argv) != 1 or not argv[0].removeprefix("run="):
+            raise InputError("which run? give its folder and nothing else, as in: stexp-report run=runs/x")
+        if not argv[0].startswith("run="):
+            raise InputError(f"{argv[0]!r} is not understood; give run=<folder>, as in: stexp-report run=runs/x")
+        report = write_report(argv[0].removeprefix("run="))
+    except InputError as error:
+        print(f"stexp-report: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Retrieve again from the embeddings of a run: other k, distance, weights, references or genes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from stexp import InputError, predictions
+from stexp.audit import audit
+from stexp.config import build, build_data, load_run, load_sections, write_atomically
+from stexp.results import write_scored_files
+from stexp.retrieval import ReferenceIndex, choose_references, retrieve
+
+log = logging.getLogger(__name__)
+
+
+def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: str | None) -> Path:
+    """Predict the test spots of a finished run anew, without its encoders.
+
+    Parameters
+    ----------
+    run
+        Run folder of a retrieval method; its data must still be there.
+    changes
+        Some of ``k``, ``distance``, ``weighting``, ``reference``.
+    genes
+        ``panel``; ``all``: every gene measured in all references; or names.
+    output_dir
+        Where the new prediction goes; None: ``<run>/rescored/<what changed>``.
+
+    Returns
+    -------
+    Path
+        A folder with ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and the run's ``provenance.json``.
+
+    Raises
+    ------
+    InputError
+        The run kept no embeddings, its data changed, or a gene is not measured in the references.
+    """
+    if not (run / "embeddings.h5ad").is_file():
+        raise InputError(f"{run} has no embeddings.h5ad: it is unfinished, or its method does not retrieve")
+    cfg, kept = load_run(run), predictions.read(run / "embeddings.h5ad")
+    before = predictions.read(run / "predictions.h5ad")
+    chosen = json.loads(before.uns["stexp"]["chosen"])
+    cfg.model = OmegaConf.merge(cfg.model, {"k": chosen["k"]}, changes)
+    panel = list(before.var_names)
+    protocol = build(cfg.protocol)
+    sections = load_sections(cfg, protocol)
+    if genes != "panel":
+        panel = _panel(genes, [section for section in sections if section.name in set(kept.obs["section"])])
+    data = build_data(cfg, sections, protocol, str(cfg.fold), panel=panel)
+    if list(data.spots.index) != list(kept.obs_names) or list(data.spots["role"]) != list(kept.obs["role"]):
+        raise InputError(f"the spots under {cfg.data.root} are no longer those of {run}; train again")
+
+    embedded = ~np.isnan(kept.obsm["spot_embedding"]).any(axis=1)
+    rows = np.flatnonzero(embedded)
+    rows = rows[choose_references(data.spots.iloc[rows], OmegaConf.to_container(OmegaConf.create([cfg.model.reference]))[0])]
+    table = data.spots.iloc[rows]
+    index = ReferenceIndex(torch.from_numpy(kept.obsm["spot_embedding"][rows]),
+                           table["section"].to_numpy(str), table["patient"].to_numpy(str))
+    query = torch.from_numpy(kept.obsm["image_embedding"][data.rows("test")])
+    made = retrieve(index, query, torch.from_numpy(data.target[rows]), cfg.model.k, cfg.model.distance, cfg.model.weighting)
+    made = {key: value.numpy() if torch.is_tensor(value) else value for key, value in made.items()}
+    made["image_embedding"] = query.numpy()
+
+    what = {**changes, **({} if genes == "panel" else {"genes": genes})}
+    folder = Path(output_dir) if output_dir else run / "rescored" / _name(what)
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("predicted %d spots x %d genes again from %d references (%s)", len(query), len(panel), len(rows), _name(what))
+    chosen = {**({} if "k" in changes else chosen), "k": cfg.model.k, "rescored_from": run.name, "changed": what}
+    write_scored_files(folder, cfg, data, made, kept.obsm["features"], kept.obsm["colour"], chosen)
+    facts = json.loads((run / "audit.json").read_text())["facts"]
+    facts |= {"reference": list(table["section"].unique())}
+    if "k" in changes:
+        facts["k_chosen_on"] = "given"
+    if genes != "panel":
+        facts["panel_sections"] = []
+    write_atomically(folder / "audit.json", json.dumps(audit(protocol, facts), indent=1))
+    write_atomically(folder / "provenance.json", (run / "provenance.json").read_text())
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    return folder
+
+
+def _panel(genes: str | list[str], sections: list) -> list[str]:
+    common = set.intersection(*(set(section.genes) for section in sections))
+    if genes == "all":
+        return sorted(common)
+    names = [genes] if isinstance(genes, str) else list(genes)
+    missing = [name for name in names if name not in common]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(names)} genes are not measured in every section: {', '.join(missing[:5])}")
+    return names
+
+
+def _name(what: dict) -> str:
+    parts = []
+    for key, value in what.items():
+        text = "+".join(map(str, value[:3])) if isinstance(value, list) else str(value)
+        parts.append(f"{key}={text}".replace("/", "_"))
+    return ",".join(parts) or "same"

@@ -1,0 +1,143 @@
+"""What a trained method leaves in its run folder for scoring, and for retrieving again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from stexp import predictions
+from stexp.audit import audit
+from stexp.config import build, protocols, write_atomically
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.genes import normalise
+from stexp.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
+from stexp.protocol import Protocol
+from stexp.provenance import git_state, manifest
+
+TRAINING = ("train", "validation")  # what floors, like retrieval, may learn from
+
+
+def write_results(
+    folder: Path, cfg: DictConfig, data: SpotDataModule, model, outputs: list[dict], chosen: dict,
+    features: np.ndarray, best_checkpoint: bool,
+) -> None:
+    """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``."""
+    made = {key: torch.cat([output[key] for output in outputs]).float().cpu().numpy()
+            for key in outputs[0] if key != "obs"}
+    if "obs" in outputs[0]:
+        made["obs"] = pd.concat([output["obs"] for output in outputs], ignore_index=True)
+    colour = colours(data)
+    reference: list[str] = []
+    if getattr(model, "reference_embedding", None) is not None:
+        reference = model.reference_sections
+        table = embedding_table(data, model.reference_rows, model.reference_embedding.cpu().numpy(),
+                                made["image_embedding"], features, colour)
+        predictions.write(table, folder / "embeddings.h5ad")
+    write_scored_files(folder, cfg, data, made, features, colour, chosen)
+    facts = {
+        "patient_of": {section.name: section.patient for section in data.sections},
+        "train": data.names("train"), "validation": data.names("validation"), "test": data.names("test"),
+        "reference": reference, "panel_sections": data.panel_sections,
+        "checkpoint": "best" if best_checkpoint else "last",
+        "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
+        "published_settings": data.protocol.published, "spot_context": getattr(model, "spot_context", None),
+    }
+    write_atomically(folder / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
+
+
+def write_scored_files(
+    folder: Path, cfg: DictConfig, data: SpotDataModule, made: dict, features: np.ndarray, colour: np.ndarray, chosen: dict
+) -> None:
+    """Write the two files that scoring reads, from what a method `made` of the test spots."""
+    test, train = data.rows("test"), data.rows(*TRAINING)
+    adata = predictions.make_predictions(
+        data.spots.iloc[test], data.panel, observed=data.target[test], predicted=made["predicted"],
+        counts=data.counts[test], xy_px=data.xy_px[test], mean_train=data.target[train].mean(axis=0),
+        uncertainty=made.get("uncertainty"), obs=made.get("obs"), embedding=made.get("image_embedding"),
+    )
+    predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
+    adata.uns["stexp"] = {
+        "protocol": json.dumps({"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)}),
+        "model": cfg.model.name, "fold": str(data.fold), "data": cfg.data.name, "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "commit": str(git_state()["commit"]), "data_manifest": json.dumps(manifest(data.sections)),
+        "chosen": json.dumps(chosen),
+    }
+    predictions.write(adata, folder / "predictions.h5ad")
+    floors = ad.AnnData(obs=adata.obs, var=adata.var)
+    floors.uns["ceiling"] = {}
+    for protocol in {data.protocol.name: data.protocol, **other_protocols(data.protocol)}.values():
+        layers, ceiling = floors_under(protocol, data, features, colour)
+        floors.uns["ceiling"][protocol.name] = ceiling
+        for name, values in layers.items():
+            floors.layers[f"{protocol.name}:{name}"] = values
+    predictions.write(floors, folder / "floors.h5ad")
+
+
+def floors_under(
+    protocol: Protocol, data: SpotDataModule, features: np.ndarray | None, colour: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
+
+    Returns
+    -------
+    floors : dict of (Q, G)
+    ceiling : dict of section -> (G,)
+    """
+    expression, xy = np.empty_like(data.target), np.empty_like(data.xy_px)
+    ceiling = {}
+    for section in data.sections:
+        here = np.flatnonzero(data.spots["section"] == section.name)
+        expression[here] = normalise(data.counts[here], section.total_counts, protocol)
+        xy[here] = unit_square(data.xy_px[here])
+        if section.name in data.names("test"):
+            ceiling[section.name] = ceiling_per_gene(data.counts[here], section.total_counts, protocol, seed=data.seed)
+
+    def table(rows: np.ndarray) -> SpotTable:
+        spots = data.spots.iloc[rows]
+        return SpotTable(
+            expression=expression[rows], log_depth=np.log1p(spots["total_counts"].to_numpy()),
+            section=spots["section"].to_numpy(str), patient=spots["patient"].to_numpy(str), xy=xy[rows],
+            colour=None if colour is None else colour[rows], features=None if features is None else features[rows],
+        )
+
+    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test"))), ceiling
+
+
+def colours(data: SpotDataModule) -> np.ndarray:
+    """`colour_statistics` of every spot's tile, (n_spots, 9); NaN for spots without an image."""
+    data.setup()
+    out = np.full((len(data.spots), 9), np.nan)
+    stores = iter(data.bank.stores)
+    for section in data.sections:
+        if section.slide is not None:
+            out[np.flatnonzero(data.spots["section"] == section.name)] = colour_statistics(next(stores))
+    return out
+
+
+def embedding_table(
+    data: SpotDataModule, reference_rows: np.ndarray, reference: np.ndarray, query: np.ndarray,
+    features: np.ndarray, colour: np.ndarray,
+) -> ad.AnnData:
+    """All that retrieval and floors need to be done again without the encoders; spots without genes.
+
+    ``obsm``: ``spot_embedding`` of what may be retrieved from, ``image_embedding`` of the test spots,
+    ``features`` and ``colour`` of spots with a tile; NaN elsewhere.
+    """
+    adata = ad.AnnData(obs=data.spots[["section", "patient", "spot", "role"]].copy())
+    for name, rows, values in (("spot_embedding", reference_rows, reference), ("image_embedding", data.rows("test"), query)):
+        adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)
+        adata.obsm[name][rows] = values
+    adata.obsm["features"], adata.obsm["colour"] = features, colour
+    return adata
+
+
+def other_protocols(own: Protocol) -> dict[str, Protocol]:
+    """The protocols that a run is scored under besides its own."""
+    return {name: build(node) for name, node in protocols().items() if name != own.name}

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from stexp import InputError
+from stexp.data.readers.her2st import _parse_digits, _parse_slowly, read, read_counts
+
+GENES = ["FO538757.1", "ERBB2", "CD74", "COL1A1"]
+PIXELS = 30.0
+
+
+def write_section(root: Path, name: str, image: str | None = None, labels: bool = False, seed: int = 0) -> pd.DataFrame:
+    """One section as the source lays it out; returns its counts."""
+    rng = np.random.default_rng(seed)
+    x, y = (grid.ravel() for grid in np.meshgrid(np.arange(4, 9), np.arange(10, 14)))
+    new_x, new_y = x + rng.uniform(-0.1, 0.1, 20).round(3), y + rng.uniform(-0.1, 0.1, 20).round(3)
+    selection = pd.DataFrame({
+        "x": x, "y": y, "new_x": new_x, "new_y": new_y,
+        "pixel_x": PIXELS * new_x, "pixel_y": PIXELS * new_y - 100, "selected": 1,
+    })
+    ids = [f"{i}x{j}" for i, j in zip(x, y, strict=True)]
+    counts = pd.DataFrame(rng.poisson(3.0, (20, 4)) * rng.choice([1, 7, 100, 1234], (20, 4)), index=ids, columns=GENES)
+    counts = counts.sample(frac=1, random_state=1).iloc[:-1]  # another order, and one spot without counts
+    for folder in ("ST-cnts", "ST-spotfiles"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    with gzip.open(root / "ST-cnts" / f"{name}.tsv.gz", "wt") as file:
+        counts.to_csv(file, sep="\t")
+    selection.to_csv(root / "ST-spotfiles" / f"{name}_selection.tsv", sep="\t", index=False)
+    if image:
+        path = root / "ST-imgs" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 320), (230, 200, 220)).save(path)
+    if labels:
+        (root / "ST-pat" / "lbl").mkdir(parents=True, exist_ok=True)
+        table = pd.DataFrame({
+            "Row.names": "7x7", "x": new_x, "y": new_y, "pixel_x": new_x * 13, "pixel_y": 999 - new_y * 13,
+            "label": [f"type {spot}" for spot in ids],
+        })
+        table.loc[len(table)] = ["1379x6121", np.nan, np.nan, np.nan, np.nan, "immune infiltrate"]
+        table.iloc[1:].to_csv(root / "ST-pat" / "lbl" / f"{name}_labeled_coordinates.tsv", sep="\t", index=False)
+    return counts
+
+
+def test_sections_are_read_as_laid_out(tmp_path):
+    write_section(tmp_path, "C2", image="C/C2/5714_HE.jpg", seed=1)
+    counts = write_section(tmp_path, "B1", labels=True)
+    b1, c2 = read(tmp_path)
+    assert (b1.name, b1.patient, b1.slide) == ("B1", "B", None)
+    assert (c2.name, c2.patient, c2.slide.path.name, c2.slide.size) == ("C2", "C", "5714_HE.jpg", (300, 320))
+    assert list(b1.spots.obs_names) == list(counts.index) and list(b1.genes) == GENES
+    assert b1.spots.X.format == "csr" and b1.spots.X.dtype == np.float32
+    np.testing.assert_array_equal(b1.spots.X.toarray(), counts.to_numpy())
+    assert [f"{x}x{y}" for x, y in b1.array_xy] == list(counts.index)
+    assert np.abs(b1.xy_px - (b1.array_xy * PIXELS - (0, 100))).max() < 0.11 * PIXELS
+    assert b1.um_per_px == pytest.approx(200 / PIXELS)
+    assert [path.name for path in b1.files] == ["B1.tsv.gz", "B1_selection.tsv", "B1_labeled_coordinates.tsv"]
+    assert "5714_HE.jpg" in [path.name for path in c2.files]
+
+
+def test_labels_join_by_rounded_corrected_coordinates(tmp_path):
+    write_section(tmp_path, "B1", labels=True)
+    labels = read(tmp_path)[0].spots.obs["label"]
+    assert labels.isna().sum() == 1 and labels.index[labels.isna()] == ["4x10"]  # the row left out
+    assert (labels.dropna() == "type " + labels.dropna().index).all()
+
+
+@pytest.mark.parametrize("image", ["B/B1/x.jpg", "B1/x.png", "B/B1.jpg", "B1.tif"])
+def test_images_nested_or_direct(tmp_path, image):
+    write_section(tmp_path, "B1", image=image)
+    (tmp_path / "ST-imgs" / "._B1.jpg").write_bytes(b"finder")
+    assert read(tmp_path)[0].slide.path == tmp_path / "ST-imgs" / image
+
+
+def test_two_images_are_one_too_many(tmp_path):
+    write_section(tmp_path, "B1", image="B/B1/x.jpg")
+    write_section(tmp_path, "B1", image="B/B1/y.jpg")
+    with pytest.raises(InputError, match=r"section B1: 2 images \(x.jpg, y.jpg\)"):
+        read(tmp_path)
+
+
+def test_plain_counts_in_a_clone_of_the_repository(tmp_path):
+    counts = write_section(tmp_path / "data", "B1")
+    packed = tmp_path / "data" / "ST-cnts" / "B1.tsv.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    np.testing.assert_array_equal(read(tmp_path)[0].spots.X.toarray(), counts.to_numpy())
+
+
+def test_only_the_sections_asked_for_are_opened(tmp_path):
+    write_section(tmp_path, "B1")
+    write_section(tmp_path, "B2")
+    (tmp_path / "ST-cnts" / "B2.tsv.gz").write_bytes(b"\x1f\x8bnot gzip")
+    assert [section.name for section in read(tmp_path, ["B1"])] == ["B1"]
+    with pytest.raises(InputError, match=r"B2.tsv.gz cannot be read"):
+        read(tmp_path)
+
+
+def test_unknown_section_or_folder(tmp_path):
+    write_section(tmp_path, "B1")
+    with pytest.raises(InputError, match=r"no section Z9 in .*; there are B1"):
+        read(tmp_path, ["B1", "Z9"])
+    with pytest.raises(InputError, match="need the folders ST-cnts and ST-spotfiles"):
+        read(tmp_path / "elsewhere")
+    (tmp_path / "ST-spotfiles" / "B1_selection.tsv").unlink()
+    with pytest.raises(InputError, match=r"B1_selection.tsv does not exist"):
+        read(tmp_path)
+
+
+def test_spot_file_that_is_another_table(tmp_path):
+    write_section(tmp_path, "B1")
+    (tmp_path / "ST-spotfiles" / "B1_selection.tsv").write_text("x\ty\n1\t2\n")
+    with pytest.raises(InputError, match="has no column new_x, new_y, pixel_x, pixel_y; it has x, y"):
+        read(tmp_path)
+
+
+HEADER = "\t" + "\t".join(GENES) + "\n"
+ROWS = "4x10\t0\t12\t3\t1000000\n5x10\t00\t0\t07\t9999999\n"
+
+
+def test_digits_are_read_as_pandas_reads_them():
+    fast_ids, fast = _parse_digits(ROWS.encode(), 4)
+    slow_ids, slow = _parse_slowly(ROWS.encode(), 4, Path("x"))
+    assert fast_ids == slow_ids == ["4x10", "5x10"]
+    assert fast.toarray().tolist() == slow.toarray().tolist() == [[0, 12, 3, 1e6], [0, 0, 7, 9999999]]
+    assert fast.nnz == 5
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS.rstrip("\n"), ROWS + "\n", ROWS.replace("\n", "\r\n"),
+                                  ROWS.replace("12", "12.0"), ROWS.replace("1000000", "1e6")])
+def test_ways_to_write_the_same_counts(tmp_path, rows):
+    path = tmp_path / "c.tsv"
+    path.write_bytes((HEADER.replace("\n", "\r\n") if "\r" in rows else HEADER).encode() + rows.encode())
+    counts = read_counts(path)
+    assert counts.X.toarray().tolist() == [[0, 12, 3, 1e6], [0, 0, 7, 9999999]]
+    assert list(counts.var_names) == GENES
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("4x10\t0", "4x10\t0.5", "1 counts are fractional"),
+        ("4x10\t0", "4x10\t-1", "1 counts are negative"),
+        ("4x10\t0", "4x10\tNaN", "1 counts are NaN"),
+        ("4x10\t0", "4x10\t", "1 counts are NaN"),
+        ("4x10\t0", "4x10\tmany", "not a table of numbers"),
+        ("4x10\t0\t12", "4x10\t12", "4 genes in the header, 3 counts in a row|not a table of numbers"),
+        ("5x10\t00\t0", "5x10\t00", "1 counts are NaN"),
+        ("5x10\t00", "5x10\t00\t1", "not a table of numbers: .*line 2"),
+        ("4x10\t0", "\n4x10\t0\t0", "5 counts in a row|not a table of numbers"),
+        ("5x10", "4x10", "1 spot ids occur twice in the counts"),
+    ],
+)
+def test_malformed_counts_end_in_one_line(tmp_path, before, after, message):
+    write_section(tmp_path, "B1")
+    (tmp_path / "ST-cnts" / "B1.tsv.gz").unlink()
+    (tmp_path / "ST-cnts" / "B1.tsv").write_bytes((HEADER + ROWS).replace(before, after, 1).encode())
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_duplicate_genes_are_refused(tmp_path):
+    write_section(tmp_path, "B1")
+    (tmp_path / "ST-cnts" / "B1.tsv.gz").write_bytes((HEADER.replace("CD74", "ERBB2") + ROWS).encode())
+    with pytest.raises(InputError, match="1 duplicate genes"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", HEADER.encode(), b"\n\n"])
+def test_empty_counts(tmp_path, content):
+    path = tmp_path / "c.tsv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="are empty"):
+        read_counts(path)
+
+
+def test_counts_that_are_not_text(tmp_path):
+    path = tmp_path / "c.tsv"
+    for content in (b"\t\xff\xfe\n1x1\t2\n", b"\tCD74\ncaf\xe9\t2\n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="are not"):
+            read_counts(path)
+
+
+def test_truncated_counts(tmp_path):
+    write_section(tmp_path, "B1")
+    path = tmp_path / "ST-cnts" / "B1.tsv.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_counts(path)
+
+
+@pytest.mark.data
+def test_real_sections():
+    b4, e1 = read(Path(os.environ["STEXP_DATA"]) / "her2st", ["E1", "B4"])
+    assert (len(b4), len(b4.genes), len(e1), len(e1.genes)) == (283, 15_289, 587, 15_701)
+    assert (np.median(b4.total_counts), np.median(e1.total_counts)) == (648, 1962)
+    assert (round(b4.um_per_px, 3), round(e1.um_per_px, 3)) == (0.688, 0.686)
+    assert b4.slide is not None and e1.slide is None and "label" not in b4.spots.obs
+    assert e1.spots.obs["label"].value_counts().to_dict() == {
+        "invasive cancer": 340, "immune infiltrate": 177, "undetermined": 53, "connective tissue": 17,
+    }

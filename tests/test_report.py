@@ -1,0 +1,318 @@
+"""The report: what it embeds, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from stexp import InputError
+from stexp.plots import LEVELS, MISSING, is_oracle, quantise, score_chart
+from stexp.report import FLOORS, main, number, verdict, write_report
+
+HOSTILE = "<script>alert(1)</script>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def scores(acg: float | None, heg: float | None, mse: float | None = 0.41) -> dict[str, float | None]:
+    rest = {key: mse for key in ("mse", "mae", "rmse", "r2", "ccc", "rvd")}
+    return {"pearson_acg": acg, "pearson_heg50": heg, "spearman_acg": acg, **rest}
+
+
+def write_run(
+    folder: Path, *, sections: tuple[str, ...] = ("B1", "B2"), spots: int = 300, genes: int = 120, acg: float = 0.213,
+    names: tuple[str, ...] = (), retrieval: bool = True,
+) -> Path:
+    """A run folder as stexp-train and stexp-score leave it, with expression that follows the tissue.
+
+    The last section has no image, and the second gene is not measured in it; the third gene is constant.
+    """
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    side = int(np.ceil(np.sqrt(spots)))
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:spots]
+    pitch, scale = 240.0, 0.1
+    names = (*names, *(f"GENE{i}" for i in range(genes - len(names))))
+    observed, predicted, spatial, rows = [], [], {}, []
+    for number_, section in enumerate(sections):
+        xy = (grid + 2.0) * pitch + random.normal(0, 6, grid.shape)
+        field = np.stack([np.sin(grid[:, 0] / (3 + k) + number_) + np.cos(grid[:, 1] / (4 + k)) for k in range(4)], axis=1)
+        loading = np.random.default_rng(1).gamma(0.5, 0.5, (4, len(names)))
+        rate = np.exp(field @ loading - 1) * random.lognormal(0, 0.4, (spots, 1))
+        counts = random.poisson(rate)
+        observed.append(np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1)).astype(np.float32))
+        predicted.append((0.5 * np.log1p(rate) + random.normal(0, 0.1, rate.shape)).astype(np.float32))
+        px = int((side + 4) * pitch * scale)
+        y, x = np.mgrid[:px, :px] / (pitch * scale) - 2
+        tone = np.sin(x / 3 + number_) + np.cos(y / 4)
+        nuclei = random.random((px, px)) < 0.03 + 0.03 * (tone > 0.5)
+        image = np.stack([225 - 25 * tone, 170 - 35 * tone, 205 - 15 * tone], axis=-1) + random.normal(0, 8, (px, px, 1))
+        image[nuclei] = (95, 60, 140)
+        factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": 150.0}
+        spatial[section] = {"images": {"hires": image.clip(0, 255).astype(np.uint8)}, "scalefactors": factors}
+        rows.append(pd.DataFrame({
+            "section": section, "patient": section[0], "spot": [f"{a}x{b}" for a, b in grid],
+            "array_x": grid[:, 0], "array_y": grid[:, 1], "total_counts": counts.sum(1), "x": xy[:, 0], "y": xy[:, 1],
+            "neighbour_section": random.choice(["A1", "C2"], spots), "neighbour_section_weight": random.random(spots),
+        }))
+    if len(sections) > 1:
+        del spatial[sections[-1]]["images"]
+        observed[-1][:, 1] = np.nan
+    observed[0][:, 2] = 0
+    obs = pd.concat(rows, ignore_index=True)
+    obs.index = obs["section"] + ":" + obs["spot"]
+    spatial_px = obs[["x", "y"]].to_numpy()
+    obs = obs.drop(columns=["x", "y"] + ["neighbour_section", "neighbour_section_weight"] * (not retrieval))
+    layers = {"observed": np.concatenate(observed), "predicted": np.concatenate(predicted)}
+    layers["uncertainty"] = np.abs(layers["predicted"]) * 0.2 if retrieval else np.full_like(layers["predicted"], np.nan)
+    protocol = {"name": "strict", "log": "natural", "target_sum": 1e4, "truth": "spot", "library": "transcriptome"}
+    predictions = ad.AnnData(
+        layers["predicted"], obs=obs, var=pd.DataFrame(index=pd.Index(names, name="gene")), layers=layers,
+        obsm={"spatial": spatial_px},
+        uns={"spatial": spatial, "stexp": {"protocol": json.dumps(protocol), "model": "mclstexp", "fold": "B",
+                                           "data": "her2st", "config": "model:\n  dim: 256  # <b>\n"}},
+    )
+    predictions.write_h5ad(folder / "predictions.h5ad")
+
+    floors = {"mean": scores(None, None), "nearest_section": scores(0.04, 0.09), "coordinates": scores(0.08, 0.12),
+              "colour_ridge": scores(0.189, 0.301), "knn_features": scores(0.121, 0.2), "ridge_features": scores(0.17, 0.25),
+              "depth_oracle": scores(0.304, 0.581, None)}
+    ceiling = {"pearson_acg": 0.41, "pearson_heg50": 0.72}
+    own = scores(acg, 1.5 * acg)
+
+    def moved(values: dict, by: float) -> dict:
+        return {key: None if value is None else value + by for key, value in values.items()}
+
+    metrics = {
+        "protocol": "strict", "fold": "B", "model": "mclstexp", "data": "her2st", "scores": own, "floors": floors,
+        "ceiling": ceiling, "n_spots": len(obs), "n_genes": len(names), "n_constant_genes": 1,
+        "sections": {section: {"scores": moved(own, 0.02 * i - 0.01), "ceiling": ceiling, "n_spots": spots, "n_constant_genes": 1,
+                               "floors": {name: moved(floor, 0.02 - 0.04 * i) for name, floor in floors.items()}}
+                     for i, section in enumerate(sections)},
+        "scored_as": {"paper": {"scores": moved(own, 0.05), "floors": floors, "ceiling": ceiling}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with (folder / "per_gene.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["gene", "pearson", "spearman", "mse", "mean_observed", "heg50", "n_sections", "ceiling",
+                        *(f"floor_{name}" for name in floors)])
+        for i, gene in enumerate(names):
+            pearson, spearman, *others = random.normal(acg, 0.12, 2 + len(floors)).round(4)
+            scored = ["", "", 0.4, 1.2, i < 50, 0] if i == 2 else [pearson, spearman, 0.4, 1.2, i < 50, len(sections)]
+            table.writerow([gene, *scored, 0.5, "", *others[1:]])
+    (folder / "audit.json").write_text(json.dumps({"protocol": "strict", "leaks": 1, "items": [
+        {"name": "same_patient_in_training", "leak": False, "detail": "No section of patient B is in training or reference."},
+        {"name": "panel_chosen_with_test", "leak": True, "detail": "The panel was chosen on all sections, B1 and B2 too."},
+        {"name": "checkpoint_chosen_on_test", "leak": False, "detail": "The checkpoint was chosen on patient C."},
+    ]}))
+    (folder / "provenance.json").write_text(json.dumps({
+        "command": "stexp-train data=her2st fold=B", "commit": "0123abc", "dirty": True, "date": "2025-01-31T12:00:00+00:00",
+        "seconds": 812.3, "stages": {"fit": 700.1, "predict": 60.0}, "peak_memory_gb": 7.9, "precision": "bf16-mixed",
+        "hardware": {"cpu": "8 cores", "gpu": "H200"}, "versions": {"python": "3.11.9", "stexp": "0.1.0"},
+        "data_manifest": {"B1": "sha256:abc", "B2": "sha256:def"},
+    }))
+    return folder
+
+
+def page_of(report: Path) -> dict:
+    text = report.read_text()
+    return json.loads(re.search(r'<script type="application/json" id="page">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def unpack(report: Path, key: str, dtype: str) -> np.ndarray:
+    packed = re.search(rf'<script type="text/plain" id="{key}">(.*?)</script>', report.read_text(), re.DOTALL)[1]
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "x", names=(HOSTILE, 'a"b&c'))
+    write_report(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layer", ["observed", "predicted", "uncertainty"])
+def test_embedded_arrays_decode_to_the_values(run: Path, layer: str) -> None:
+    predictions, report = ad.read_h5ad(run / "predictions.h5ad"), run / "report.html"
+    for number_, section in enumerate(page_of(report)["sections"]):
+        values = predictions[predictions.obs["section"] == section["name"]].layers[layer]
+        codes = unpack(report, f"{number_}-{layer}", "u1").reshape(values.shape[::-1]).T
+        low, high = unpack(report, f"{number_}-{layer}-range", "<f4").reshape(2, -1)
+        decoded = np.where(codes == MISSING, np.nan, low + codes / LEVELS[layer] * (high - low))
+        half_step = (high - low) / LEVELS[layer] / 2 + 1e-5
+        assert np.array_equal(np.isnan(decoded), np.isnan(values))
+        assert (np.nan_to_num(np.abs(decoded - values)) <= np.nan_to_num(half_step)).all()
+
+
+def test_positions_and_correlations_are_embedded(run: Path) -> None:
+    predictions, report = ad.read_h5ad(run / "predictions.h5ad"), run / "report.html"
+    first = predictions[predictions.obs["section"] == "B1"]
+    assert np.allclose(unpack(report, "0-xy", "<f4").reshape(-1, 2), first.obsm["spatial"], atol=0.01)
+    pearson = unpack(report, "0-pearson", "<f4")
+    expected = np.corrcoef(first.layers["observed"][:, 5], first.layers["predicted"][:, 5])[0, 1]
+    assert pearson[5] == pytest.approx(expected, abs=1e-5)
+    assert np.isnan(pearson[2])  # constant there
+    assert np.isnan(unpack(report, "1-pearson", "<f4")[1])  # not measured there
+
+
+def test_quantise_keeps_ends_constants_and_gaps() -> None:
+    values = np.array([[0.0, 3.0, np.nan], [1.0, 3.0, np.nan], [np.nan, 3.0, np.nan]])
+    codes, ranges = quantise(values, 254)
+    assert codes.tolist() == [[0, 254, MISSING], [0, 0, 0], [MISSING] * 3]
+    assert ranges[:, :2].tolist() == [[0, 3], [1, 3]] and np.isnan(ranges[:, 2]).all()
+
+
+def test_names_are_escaped(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert HOSTILE in page_of(run / "report.html")["genes"]
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text  # in the list of genes to search
+    assert "<b>\n" not in text.split("Configuration")[1]
+
+
+def test_one_file_that_asks_for_nothing(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert "default-src 'none'" in text
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text)
+    assert "http" not in text.replace("http-equiv", "")
+    assert sorted(path.name for path in run.iterdir() if "report" in path.name) == ["report.html"]
+
+
+def test_five_thousand_spots_by_a_thousand_genes_fit(tmp_path: Path) -> None:
+    report = write_report(write_run(tmp_path / "x", sections=("B1",), spots=5000, genes=1000))
+    assert report.stat().st_size < 15e6
+
+
+def test_verdict_counts_floors_but_not_oracles(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    numbers, statement, beats = verdict(metrics)
+    assert numbers == ("Pearson 0.213 over 120 genes; best floor: colour ridge 0.189; depth oracle 0.304; "
+                       "counting-noise ceiling 0.410.")
+    assert beats and statement.startswith("It beats every floor, on all genes and on the 50 highest.")
+    assert statement.endswith("It is above colour ridge in 1 of 2 sections.")
+
+
+def test_verdict_says_when_a_floor_is_higher(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", acg=0.18, retrieval=False)
+    statement = verdict(json.loads((folder / "metrics.json").read_text()))[1]
+    assert "On all genes it does not beat colour ridge (0.189)." in statement
+    assert "On the 50 highest it does not beat colour ridge (0.301)." in statement
+    text = write_report(folder).read_text()
+    assert statement in text and 'class="verdict bad"' in text
+
+
+def test_a_tie_is_not_a_win(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["scores"]["pearson_heg50"] = metrics["floors"]["colour_ridge"]["pearson_heg50"]
+    _, statement, beats = verdict(metrics)
+    assert not beats
+    assert "On all genes it beats every floor. On the 50 highest it does not beat colour ridge (0.301)." in statement
+
+
+def test_no_floor_no_claim(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["floors"] = {"depth_oracle": metrics["floors"]["depth_oracle"]}
+    assert verdict(metrics)[1:] == ("Without a score and a floor nothing can be said about skill.", False)
+
+
+def test_floors_that_read_the_test_counts_are_told_by_their_name() -> None:
+    from stexp.floors import ORACLES
+
+    assert ORACLES and all(is_oracle(name) for name in ORACLES)
+    assert not any(is_oracle(name) for name in set(FLOORS) - ORACLES)
+
+
+def test_chart_holds_every_value_and_puts_oracles_last(run: Path) -> None:
+    chart = score_chart(json.loads((run / "metrics.json").read_text()), "pearson_acg", "ACG")
+    assert [bar.kind for bar in chart.bars] == ["method"] + ["floor"] * 6 + ["oracle"]
+    assert [bar.name for bar in chart.bars][1:3] == ["colour_ridge", "ridge_features"]
+    values = [v for bar in chart.bars for v in [bar.value, *bar.sections] if v is not None] + [chart.ceiling]
+    assert all(0 <= chart.x(v, 100) <= 100 for v in values)
+    assert 2 <= len(chart.ticks) <= 7 and number(None) == "–"
+
+
+def test_a_run_scored_in_one_section_without_image_or_neighbours(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", sections=("B1",), retrieval=False)
+    predictions = ad.read_h5ad(folder / "predictions.h5ad")
+    del predictions.uns["spatial"]
+    predictions.write_h5ad(folder / "predictions.h5ad")
+    section, = page_of(write_report(folder))["sections"]
+    assert section["image"] is None and section["source"] is None
+    assert section["layers"] == ["observed", "predicted"]
+    assert 80 < section["spot_px"] < 130  # half of the 240 px pitch
+
+
+@pytest.mark.parametrize("name", ["predictions.h5ad", "metrics.json", "per_gene.csv", "audit.json", "provenance.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    (folder / name).unlink()
+    assert main([f"run={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} does not exist" in error and error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["predictions.h5ad", "metrics.json", "per_gene.csv"])
+def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2] + b"x")
+    with pytest.raises(InputError, match=re.escape(name)):
+        write_report(folder)
+
+
+def test_a_number_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["n_spots"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match="n_spots"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [([], "which run"), (["run="], "which run"), (["rnu=x"], "'rnu=x' is not understood"), (["run=a", "fold=B"], "nothing else"),
+     (["run=/nowhere/at/all"], "is not a folder")],
+)
+def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "stexp-report run=" in capsys.readouterr().out
+
+
+def test_command_writes_without_torch(run: Path) -> None:
+    code = f"import sys; from stexp.report import FLOORS, main; main(['run={run}']); assert not {{'torch', 'scanpy', 'hydra'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("wrote ")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_page_runs_in_a_browser(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
+         (run / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )
+    head = re.search(r"<html[^>]*>", done.stdout)[0]
+    assert "data-ready" in head and "data-error" not in head
+    assert re.search(r"in section B1: Pearson -?0\.\d{3}", done.stdout)
+    assert done.stdout.count("<tr data-gene=") == 120
+    assert "<script>alert" not in done.stdout
