@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from stexp import InputError
 
@@ -58,10 +59,14 @@ def build(node: Any, **extra: Any) -> Any:
     if "_target_" not in node:
         return arguments
     target = node["_target_"]
-    found = get_object(target) if str(target).startswith(ALLOWED) else None
+    try:
+        found = get_object(target) if str(target).startswith(ALLOWED) else None
+    except Exception as error:  # of the import, whatever the module raises
+        raise InputError(f"_target_ {target} cannot be found: {' '.join(str(error).split())[:200]}") from error
     # the name may only lead to what those packages define, not through their imports to something else
-    if found is None or not callable(found) or not f"{found.__module__}.".startswith(ALLOWED):
-        raise InputError(f"_target_ {target} is not allowed; a config may call {' and '.join(p + '*' for p in ALLOWED)}")
+    if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(ALLOWED):
+        allowed = " and ".join(f"{prefix}*" for prefix in ALLOWED)
+        raise InputError(f"_target_ {target} is not allowed; a config may call {allowed}")
     known = inspect.signature(found).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for key in arguments:
@@ -84,7 +89,10 @@ def load_run(folder: str | Path) -> DictConfig:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{folder} is no run folder: it has no config.yaml")
-    return OmegaConf.create(OmegaConf.to_container(OmegaConf.load(path)))
+    try:
+        return OmegaConf.create(OmegaConf.to_container(OmegaConf.load(path)))
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def protocols() -> dict[str, DictConfig]:
@@ -95,16 +103,13 @@ def protocols() -> dict[str, DictConfig]:
 @contextmanager
 def command() -> Iterator[None]:
     """Run the body of a command: readable logs, and one line on stderr for what the user can mend (status 2)."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    console = Console(stderr=True, soft_wrap=True)  # stderr, so that what a command prints can be piped
-    handler = RichHandler(console=console, show_path=False, omit_repeated_times=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    # stderr, so that what a command prints can be piped
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S",
+                        stream=sys.stderr, force=True)
     for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # of Lightning: worker processes that index batches do not need, a method it calls itself
-    for message in (".*does not have many workers.*", ".*isinstance.treespec.*", ".*LeafSpec.*"):
+    # of Lightning: worker processes that index batches do not need, frozen encoders, a method it calls itself
+    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*isinstance.treespec.*"):
         warnings.filterwarnings("ignore", message=message)
     try:
         yield
@@ -140,15 +145,19 @@ def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
     return sections
 
 
+def panel_of(cfg: DictConfig, protocol: Protocol) -> list[str] | None:
+    """The gene list a config names: its own, or the paper's under its protocol; None where genes are chosen."""
+    from stexp.data.genes import read_panel
+
+    file = cfg.data.panel_file or (cfg.data.published_panel_file if protocol.published else None)
+    return None if file is None else read_panel(file)
+
+
 def build_data(
     cfg: DictConfig, sections: list[Section], protocol: Protocol, fold: str, panel: list[str] | None = None
 ) -> SpotDataModule:
     """The data module of a config; `panel` takes the place of the genes it would choose."""
-    from stexp.data.genes import read_panel
-
-    file = cfg.data.panel_file or (cfg.data.published_panel_file if protocol.published else None)
-    if panel is None and file is not None:
-        panel = read_panel(file)
+    panel = panel or panel_of(cfg, protocol)
     taken = {key: value for key, value in to_plain(cfg.data).items() if key not in _NOT_OF_THE_MODULE}
     return build(taken, sections=sections, protocol=protocol, fold=fold, panel=panel, seed=cfg.seed)
 

@@ -1,17 +1,21 @@
-"""What a score has to beat (floors), and what counting noise allows (ceiling)."""
+"""What a score has to beat (floors), and what counting noise allows (ceiling); ``stexp-floors`` prints them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import hydra
 import numpy as np
 import scipy.sparse as sp
+from omegaconf import DictConfig
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler, normalize
 
 from stexp import InputError
-from stexp.data.genes import normalise
-from stexp.metrics import pearson_per_gene
+from stexp.config import CONF, build, command, load_sections, panel_of
+from stexp.data.genes import choose_panel, normalise
+from stexp.data.section import Section
+from stexp.metrics import mean_or_none, mean_over_sections, pearson_per_gene, score_section, top_genes
 from stexp.protocol import Protocol
 
 ORACLES = frozenset({"depth_oracle"})
@@ -267,3 +271,69 @@ def _knn(x_train: np.ndarray, x_test: np.ndarray, expression: np.ndarray, k: int
         weights = sp.csr_matrix((np.full(nearest.size, 1 / k), nearest.ravel(), rows), shape=similarity.shape)
         out[start : start + chunk] = weights @ expression
     return out
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="floors")
+def main(cfg: DictConfig) -> None:
+    with command():
+        protocol = build(cfg.protocol)
+        sections = load_sections(cfg, protocol)
+        scores = floors_without_images(sections, protocol, panel_of(cfg, protocol))
+        what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
+        print(f"{cfg.data.name}, protocol {protocol.name}: {len(sections)} sections, each {protocol.hold_out} held out in turn; "
+              f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}")
+        print(f"  {'':<28}     ACG   HEG50     MSE     MAE")
+        for name, means in scores.items():
+            cells = (means.get(key) for key in ("pearson_acg", "pearson_heg50", "mse", "mae"))
+            print(f"  {name + (' (oracle)' if name in ORACLES else ''):<28}"
+                  + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells))
+
+
+def floors_without_images(sections: list[Section], protocol: Protocol, panel: list[str] | None) -> dict[str, dict]:
+    """Scores of the floors that need no image, and the ceiling, with every section held out once.
+
+    Parameters
+    ----------
+    sections
+        All of them train and are tested, whether they have an image or not.
+    panel
+        Genes; None: chosen in every fold as the protocol says.
+
+    Returns
+    -------
+    dict
+        Floor (or ``ceiling``) -> mean scores over sections.
+    """
+    unit = {section.name: section.patient if protocol.hold_out == "patient" else section.name for section in sections}
+    if len(set(unit.values())) < 2:
+        raise InputError(f"floors need two {protocol.hold_out}s at least; there is {', '.join(set(unit.values()))}")
+    scores: dict[str, list[dict]] = {}
+    for held_out in dict.fromkeys(unit.values()):
+        training = [section for section in sections if unit[section.name] != held_out]
+        choosing = sections if protocol.panel == "all" else training
+        genes = panel or choose_panel(choosing, protocol)
+        train = [_table(section, genes, protocol) for section in training]
+        together = SpotTable(*(np.concatenate([getattr(table, key) for table in train])
+                               for key in ("expression", "log_depth", "section", "patient", "xy")))
+        for section in (section for section in sections if unit[section.name] == held_out):
+            test = _table(section, genes, protocol)
+            ranking = test.expression if protocol.heg == "test" else together.expression
+            heg = top_genes(ranking.mean(axis=0))
+            for name, predicted in predict_floors(together, test).items():
+                scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
+            ceiling = ceiling_per_gene(section.counts(genes), section.total_counts, protocol)
+            scores.setdefault("ceiling", []).append(
+                {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])})
+    return {name: mean_over_sections(parts) for name, parts in scores.items()}
+
+
+def _table(section: Section, genes: list[str], protocol: Protocol) -> SpotTable:
+    return SpotTable(
+        expression=normalise(section.counts(genes), section.total_counts, protocol), log_depth=np.log1p(section.total_counts),
+        section=np.full(len(section), section.name), patient=np.full(len(section), section.patient),
+        xy=unit_square(section.xy_px),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from stexp import InputError
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,8 @@ class Protocol:
         quarter of the spots), choose the checkpoint and k on it. False: last epoch, k as given.
     panel
         Sections that choose the predicted genes: ``"train"`` or ``"all"`` (the test section too).
-    n_hvg, min_spots
-        Panel: union over sections of the `n_hvg` most variable genes, those measured in every choosing
-        section and seen in at least the fraction `min_spots` of their spots.
+    n_hvg, min_spots, panel_size
+        See :func:`~stexp.data.genes.choose_panel`; `panel_size` None: all that qualify.
     library
         Library size of a spot: counts over the whole ``"transcriptome"`` or over the ``"panel"``.
     target_sum
@@ -56,6 +57,7 @@ class Protocol:
     panel: Literal["train", "all"] = "train"
     n_hvg: int = 1000
     min_spots: float = 0.075
+    panel_size: int | None = 1000
     library: Literal["transcriptome", "panel"] = "transcriptome"
     target_sum: float = 1e4
     log: Literal["natural", "log10"] = "natural"
@@ -64,3 +66,11 @@ class Protocol:
     heg: Literal["train", "test"] = "train"
     k: int | Literal["auto"] = "auto"
     published: bool = False
+
+    def __post_init__(self) -> None:
+        for key, kind in get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise InputError(f"protocol.{key}={value}: choose {' or '.join(get_args(kind))}")
+        if self.k != "auto" and not (isinstance(self.k, int) and self.k >= 1):
+            raise InputError(f"protocol.k={self.k}: give a whole number of neighbours, or auto")

@@ -53,6 +53,8 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     import pytorch_lightning as pl
     import torch
 
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its import sets another level
+
     from stexp.data.features import frozen_features
     from stexp.provenance import Stages, provenance
     from stexp.report import write_report

@@ -127,10 +127,12 @@ class SpotDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         roles = assign_roles(sections, protocol, fold)
         self.sections = [section for section in sections if section.name in roles]
+        self.spots = _spot_table(self.sections, roles)
+        self.panel, self.panel_sections = self._panel(panel, panel_saw_test)
+        self._drop_unmeasured()
         self.section_names = [section.name for section in self.sections]
         self.spots = _spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
-        self.panel, self.panel_sections = self._panel(panel, panel_saw_test)
         self._load_expression()
         self.neighbours = self._neighbours(n_neighbours)
         self.bank: TileBank | None = None
@@ -161,26 +163,38 @@ class SpotDataModule(pl.LightningDataModule):
         return lines
 
     def _panel(self, panel: list[str] | None, saw_test: bool) -> tuple[list[str], list[str]]:
+        """The panel and the sections that chose it. Validation spots belong to the training side here."""
         everything = [section.name for section in self.sections]
         if panel is not None:
             chosen_on = everything if saw_test else []
         else:
-            chosen_on = everything if self.protocol.panel == "all" else self.names("train")
-            choosing = [section for section in self.sections if section.name in chosen_on]
-            panel = choose_panel(choosing, self.protocol.n_hvg, self.protocol.min_spots)
-        test = self.names("test")
-        for section in self.sections:
-            missing = [gene for gene in panel if gene not in section.genes]
-            if missing and section.name not in test:
-                raise InputError(
-                    f"section {section.name} does not measure {len(missing)} of the {len(panel)} panel genes "
-                    f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); leave the section out (data.sections=) "
-                    f"or the genes (data.panel_file=)"
-                )
-            if missing:
-                log.warning("test section %s does not measure %d of %d panel genes; they are not scored there",
-                            section.name, len(missing), len(panel))
+            chosen_on = everything if self.protocol.panel == "all" else self.names("train", "validation")
+            panel = choose_panel(
+                [section for section in self.sections if section.name in chosen_on], self.protocol,
+                measured_in=[section for section in self.sections if section.name in self.names("reference")],
+            )
         return panel, chosen_on
+
+    def _drop_unmeasured(self) -> None:
+        """Refuse, leave out or warn of sections that do not measure all of the panel, by what they are for."""
+        test, training = self.names("test"), self.names("train", "validation")
+        left_out = []
+        for section in self.sections:
+            missing = [gene for gene in self.panel if gene not in section.genes]
+            if not missing:
+                continue
+            text = (f"section {section.name} does not measure {len(missing)} of the {len(self.panel)} panel genes "
+                    f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})")
+            if section.name in training:
+                raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
+            if section.name in test:
+                log.warning("%s; they are not scored there", text)
+            else:
+                left_out.append(section.name)
+        if left_out:
+            log.warning("%d sections without an image do not measure the whole panel and are not retrieved from: %s",
+                        len(left_out), ", ".join(left_out))
+            self.sections = [section for section in self.sections if section.name not in left_out]
 
     def _load_expression(self) -> None:
         counts, expression, target, xy_um = [], [], [], []
@@ -234,7 +248,11 @@ class SpotDataModule(pl.LightningDataModule):
         """Tiles of the spots `rows`, (B, px, px, 3) uint8."""
         if self.bank is None:
             self.setup()
-        return self.bank.gather(torch.from_numpy(self._bank_row[rows]), torch.device(device))
+        where = self._bank_row[rows]
+        if (where < 0).any():
+            names = self.spots["section"].iloc[np.asarray(rows)[where < 0]].unique()
+            raise InputError(f"spots of {', '.join(names)} have no image to cut tiles from")
+        return self.bank.gather(torch.from_numpy(where), torch.device(device))
 
     def train_dataloader(self) -> DataLoader:
         order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed)
@@ -321,12 +339,14 @@ class ShuffledBatches(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
+        # one spot has no negatives: where one would be left over, it joins the batch before
+        return max(1, math.ceil((len(self.rows) - 1) / self.batch_size))
 
     def __iter__(self) -> Iterator[SpotIndex]:
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         shuffled = self.rows[torch.randperm(len(self.rows), generator=draws)]
-        for part in shuffled.split(self.batch_size):
+        starts = torch.arange(1, len(self)) * self.batch_size
+        for part in shuffled.tensor_split(starts):
             yield SpotIndex(part, seed=int(torch.randint(2**62, (), generator=draws)))
 
 
@@ -342,7 +362,9 @@ def _loader(batches, shuffled: Sampler | None = None) -> DataLoader:
 
 
 def nearest(xy: np.ndarray, n: int) -> np.ndarray:
-    """For each of the N points its min(n, N - 1) nearest others, nearest first; ties by index.
+    """For each of the N points its min(n, N - 1) nearest others, nearest first; ties by x, then y.
+
+    A regular array has ties at every distance; ordered by place, they do not depend on the order of the points.
 
     Parameters
     ----------
@@ -355,7 +377,7 @@ def nearest(xy: np.ndarray, n: int) -> np.ndarray:
     distance, index = cKDTree(xy).query(xy, k=min(n + 9, len(xy)))
     distance = np.round(distance, 6)
     distance[index == np.arange(len(xy))[:, None]] = np.inf
-    order = np.lexsort((index, distance), axis=1)[:, :n]
+    order = np.lexsort((index, xy[index, 1], xy[index, 0], distance), axis=1)[:, :n]
     return np.take_along_axis(index, order, axis=1)
 
 

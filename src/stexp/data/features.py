@@ -69,14 +69,15 @@ def frozen_features(
 def _encode(tiles, encoder, device, context, batch_size: int) -> np.ndarray:
     parts = []
     for start in range(0, len(tiles), batch_size):
-        image = augment(torch.from_numpy(tiles[start : start + batch_size]).to(device), "none", 0)
+        image = augment(torch.from_numpy(np.array(tiles[start : start + batch_size])).to(device), "none", 0)
         with context:
             parts.append(encoder(image).float().cpu().numpy())
     return np.concatenate(parts)
 
 
 def _weights_digest(encoder: ImageEncoder, context: AbstractContextManager | None) -> str:
-    digest = hashlib.blake2b(encoder.name.encode(), digest_size=8)
+    # the printed layers name what weights do not: padding, activations, pooling
+    digest = hashlib.blake2b(f"{encoder.name} {encoder.model}".encode(), digest_size=8)
     digest.update(str(getattr(context, "fast_dtype", "float32")).encode())
     for name, tensor in sorted({**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}.items()):
         digest.update(name.encode())

@@ -76,6 +76,9 @@ class Section:
             raise InputError(f"section {name}: positions must be {spots.n_obs} rows of (x, y), got {np.shape(xy)}")
         if not np.isfinite(xy).all():
             raise InputError(f"section {name}: {int((~np.isfinite(xy)).any(1).sum())} spots have no pixel position")
+        lacking = [column for column in ("array_x", "array_y") if column not in spots.obs]
+        if lacking:
+            raise InputError(f"section {name}: obs lacks the array coordinates {', '.join(lacking)}")
         array = spots.obs[["array_x", "array_y"]].to_numpy(float)
         if not (np.isfinite(array) & (array >= 0) & (array == np.round(array))).all():
             raise InputError(f"section {name}: array coordinates must be whole numbers >= 0")

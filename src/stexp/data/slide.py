@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -31,18 +34,23 @@ class Slide:
         if not self.path.is_file():
             raise InputError(f"image {self.path} does not exist")
 
-    def _open(self) -> Image.Image:
+    @contextmanager
+    def _open(self) -> Iterator[Image.Image]:
         try:
             with warnings.catch_warnings():
                 # whole slides are larger than what Pillow takes for a decompression bomb
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                 try:
-                    return Image.open(self.path)
+                    image = Image.open(self.path)
                 finally:
                     Image.MAX_IMAGE_PIXELS = limit
+            with image:
+                yield image
         except UnidentifiedImageError:
             raise InputError(f"image {self.path} is not an image that Pillow can read") from None
+        except (OSError, SyntaxError, ValueError, struct.error) as error:  # what Pillow's plugins raise
+            raise InputError(f"image {self.path} is truncated or damaged: {error}") from None
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -52,20 +60,17 @@ class Slide:
 
     def read(self) -> np.ndarray:
         """The whole image, (height, width, 3) uint8 RGB."""
-        try:
-            with self._open() as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"image {self.path} is truncated or damaged: {error}") from None
+        with self._open() as image:
+            return np.asarray(image.convert("RGB"))
 
     def thumbnail(self, max_px: int = 1000) -> tuple[np.ndarray, float]:
         """A reduced image whose longer side is at most `max_px`, and its scale (thumbnail px per level-0 px)."""
-        scale = min(1.0, max_px / max(self.size))
-        try:
-            with self._open() as image:
-                image.draft("RGB", (max_px, max_px))  # JPEG decodes straight to a smaller size
-                size = tuple(max(1, round(side * scale)) for side in self.size)
-                small = ImageOps.contain(image.convert("RGB"), size) if image.size != size else image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"image {self.path} is truncated or damaged: {error}") from None
-        return np.asarray(small), small.size[0] / self.size[0]
+        width, height = self.size
+        scale = min(1.0, max_px / max(width, height))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        with self._open() as image:
+            image.draft("RGB", (max_px, max_px))  # JPEG decodes straight to a smaller size
+            small = image.convert("RGB")
+            if small.size != size:
+                small = ImageOps.contain(small, size)
+        return np.asarray(small), small.size[0] / width

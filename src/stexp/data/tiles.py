@@ -122,6 +122,7 @@ def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
     part = path.with_suffix(".part")
     try:
         tiles = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(part)
         padded = cut_tiles(section.slide.read(), section.xy_px, side, px, tiles)
         tiles.flush()
         del tiles
@@ -129,13 +130,20 @@ def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
         path.with_suffix(".json").write_text(json.dumps(facts))
         os.replace(part, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"disk full while cutting tiles of section {section.name} into {path.parent}") from None
         raise
     finally:
         part.unlink(missing_ok=True)
     log.info("section %s: cut %d tiles of %d px (from %d px)%s", section.name, len(section), px, side,
              f"; {padded} reach beyond the image and are filled with white" if padded else "")
+
+
+def _reserve(path: Path) -> None:
+    """Claim the blocks of a sparse file: a memory map that meets a full disk kills the process without a word."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def file_digest(path: str | Path) -> str:

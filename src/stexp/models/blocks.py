@@ -29,7 +29,9 @@ class ProjectionHead(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and MLP, both residual; queries, keys and values without bias."""
 
-    def __init__(self, dim: int, heads: int = 8, head_dim: int = 64, hidden: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, head_dim: int = 64, hidden: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         self.attn_norm = nn.LayerNorm(dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import difflib
 import os
 import pickle  # for the name of the error that torch.load raises
 import socket
@@ -13,11 +13,10 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 
 from stexp import InputError
-
-log = logging.getLogger(__name__)
 
 
 class ImageEncoder(nn.Module):
@@ -95,7 +94,8 @@ class ImageEncoder(nn.Module):
 
 def _create(name: str, pretrained: bool, checkpoint: str | None, model_args: dict) -> nn.Module:
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
+        models = timm.list_models()
+        near = [model for model in models if name in model][:4] or difflib.get_close_matches(name, models, n=4)
         raise InputError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
     model_args = {"num_classes": 0, **model_args}
     if not pretrained:
@@ -108,15 +108,34 @@ def _create(name: str, pretrained: bool, checkpoint: str | None, model_args: dic
         # the hub's client would retry for a minute; offline it looks into its cache and says at once
         constants.HF_HUB_OFFLINE = True
     try:
-        return timm.create_model(name, pretrained=True, **model_args)
+        model = timm.create_model(name, pretrained=True, **model_args)
+        if checkpoint is not None:
+            _check_complete(model, checkpoint)
+        return model
     except Exception as error:  # hub, network, pickle and shape errors have no common class
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = one_line(error)
         if checkpoint is not None:
             raise InputError(f"weights in {checkpoint} do not load into {name}: {reason}") from error
         raise InputError(
             f"weights of {name} could not be fetched ({reason}). Without network, give them as a file "
             f"(image_encoder.checkpoint=FILE) or start from random weights (image_encoder.pretrained=false)"
         ) from error
+
+
+def _check_complete(model: nn.Module, checkpoint: str) -> None:
+    # without the classifier timm no longer asks for all keys, and a file for another model would pass. fc_norm:
+    # files of a ViT with a class token have it under another name, and timm starts it as identity
+    needed = [key for key in model.state_dict() if not key.startswith("fc_norm.")]
+    there = timm.models.load_state_dict(checkpoint)
+    missing = [key for key in needed if key not in there]
+    if missing:
+        raise KeyError(f"{len(missing)} of its {len(needed)} tensors are not in the file, {missing[0]} for one")
+
+
+def one_line(error: Exception) -> str:
+    """What an error of torch, pickle or the hub says, on one line of bounded length."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _hub_answers(timeout: float = 5.0) -> bool:
@@ -135,12 +154,15 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        raise InputError(f"{path} is no file of tensors: {one_line(error)}") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise InputError(f"{path} is no file of tensors: a state dict was expected")
+    return state
 
 
 def from_torchvision(state: dict[str, torch.Tensor], prefix: str) -> tuple[str, dict[str, torch.Tensor]]:

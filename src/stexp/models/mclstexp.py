@@ -16,7 +16,7 @@ from stexp.data.datamodule import SpotBatch, SpotDataModule, nearest
 from stexp.losses import info_nce
 from stexp.metrics import mean_pearson
 from stexp.models.blocks import ProjectionHead, TransformerBlock
-from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors
+from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
 from stexp.retrieval import ReferenceIndex, choose_references, retrieve
 
 POSITIONS = ("none", "sinusoid", "naive", "learnable")
@@ -189,7 +189,9 @@ class MclSTExp(pl.LightningModule):
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
         return self._finish(self.image_projection(self.image_encoder(image)))
 
-    def embed_spots(self, expression: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
+    def embed_spots(
+        self, expression: torch.Tensor, array_xy: torch.Tensor, xy: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Spots of one section, or of one batch, to embeddings (B, D).
 
         Parameters
@@ -198,6 +200,9 @@ class MclSTExp(pl.LightningModule):
             Normalised as in training.
         array_xy : (B, 2), integers
             Array coordinates.
+        xy : (B, 2)
+            Where the spots lie, in any unit; says which are near. None: on a square array, as `array_xy` has it.
+            The data module measures in pixels, which differs where the array is hexagonal or was rounded.
 
         Notes
         -----
@@ -207,7 +212,8 @@ class MclSTExp(pl.LightningModule):
         if self.spot_context == "batch":
             tokens = self.spot_encoder(expression[None], array_xy[None])[0]
             return self._finish(self.spot_projection(tokens))
-        around = torch.from_numpy(nearest(array_xy.cpu().numpy().astype(float), self.n_neighbours)).to(array_xy.device)
+        place = (array_xy if xy is None else xy).cpu().numpy().astype(float)
+        around = torch.from_numpy(nearest(place, self.n_neighbours)).to(array_xy.device)
         context = torch.cat([torch.arange(len(around), device=around.device)[:, None], around], dim=1)
         return self._embed_context(expression[context], array_xy[context], None)
 
@@ -287,9 +293,10 @@ class MclSTExp(pl.LightningModule):
         self.eval()
         self.set_reference(data, "train")
         with self.trainer.precision_plugin.forward_context():
-            query = torch.cat([self.embed_image(data.batch(i, self.device).image).float() for i in data.val_dataloader()])
+            batches = (data.batch(index, self.device) for index in data.val_dataloader())
+            query = torch.cat([self.embed_image(batch.image).float() for batch in batches])
         score = {}
-        for k in (k for k in K_CANDIDATES if k <= len(self._index)):
+        for k in [k for k in K_CANDIDATES if k <= len(self._index)] or [len(self._index)]:
             found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting, spread=False)
             predicted = found["predicted"].cpu().numpy()
             score[k] = mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
@@ -347,6 +354,6 @@ class MclSTExp(pl.LightningModule):
             renamed |= {key: value for key, value in model.state_dict().items()
                         if key.startswith("image_encoder.") or key == "log_temperature"}
             model.load_state_dict(renamed)
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"{path} is no state dict of mclSTExp_Attention: {error}") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path} is no state dict of mclSTExp_Attention: {one_line(error)}") from error
         return model.eval()

@@ -1,0 +1,445 @@
+"""Speed and memory of stexp, as ratios measured in one run: ``python experiments/bench.py --help``.
+
+Ours is what stexp-train runs. Plain is the same model in the style of the published code of mclSTExp: tiles cropped
+and augmented one by one in the loader, float32 channels-first, tables of 65,536 positions under dense Adam, tiles of
+every section embedded at evaluation, queries one by one. Every side is a process of its own, so that its peak memory
+is its own and its allocator is as its user has it. The sides take turns; medians are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+import torchvision
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
+from scipy.stats import pearsonr
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from stexp import hardware, train
+from stexp.config import CONF, build, build_data, to_plain
+from stexp.data.readers import samplesheet
+from stexp.losses import info_nce
+from stexp.models.blocks import ProjectionHead
+from stexp.models.mclstexp import SpotEncoder
+from stexp.provenance import git_state, versions
+from stexp.retrieval import ReferenceIndex, retrieve
+
+N_GENES, IMAGE_PX, TILE_PX = 785, 4000, 224
+FOLD_K = 100  # the small folds have fewer spots than the paper's 200 ask for
+N_QUERIES, N_REFERENCES, N_GENES_OF_MANY, K = 346, 11_200, 256, 200
+
+
+def write_data(folder: Path, n_sections: int, n_spots: int) -> None:
+    """A sample sheet and its files, after HER2+: images of 4,000 px, a square array, 785 genes."""
+    rng = np.random.default_rng(0)
+    genes = [f"GENE{i:03}" for i in range(N_GENES)]
+    (folder / "panel.txt").write_text("\n".join(genes) + "\n")
+    rows, side = [], int(np.ceil(np.sqrt(n_spots)))
+    for name in (f"S{i:02}" for i in range(n_sections)):
+        coarse = Image.fromarray(rng.integers(90, 255, (IMAGE_PX // 16, IMAGE_PX // 16, 3), dtype=np.uint8))
+        image = np.asarray(coarse.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
+        image = np.clip(image + rng.integers(-12, 13, image.shape, dtype=np.int16), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{name}.jpg", quality=90)
+        x, y = (n.ravel()[:n_spots] for n in np.mgrid[:side, :side])
+        spots = pd.DataFrame({"array_x": x, "array_y": y}, index=[f"{i}x{j}" for i, j in zip(x, y, strict=True)])
+        spots["pixel_x"], spots["pixel_y"] = ((n + 0.5) * IMAGE_PX / side for n in (x, y))
+        spots.to_csv(folder / f"{name}.csv")
+        counts = rng.negative_binomial(1, 0.2, (n_spots, N_GENES))
+        pd.DataFrame(counts, index=spots.index, columns=genes).to_csv(folder / f"{name}.tsv.gz", sep="\t")
+        rows.append((name, name, f"{name}.jpg", f"{name}.tsv.gz", f"{name}.csv", 1.0))
+    pd.DataFrame(rows, columns=list(samplesheet.COLUMNS)).to_csv(folder / "sheet.csv", index=False)
+
+
+class Side:
+    """One side of a comparison, running `job` in a process of its own whenever it is asked to."""
+
+    def __init__(self, job: str, **spec: object) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps({"job": job, **spec})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )
+
+    def turn(self, steps: int = 1) -> float:
+        """Seconds per step of `steps`."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self._hear()["seconds"] / steps
+
+    def close(self) -> dict:
+        """End the process; its peak memory and what else it has to tell."""
+        self.process.stdin.close()
+        told = self._hear()
+        self.process.wait()
+        return told
+
+    def _hear(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"a side of the benchmark ended early:\n{self.log.read()[-4000:]}")
+        return json.loads(line)
+
+
+def work(spec: dict) -> None:
+    """Run one side. It answers on what was stdout; prints of others go to stderr."""
+    answer = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def turns() -> Iterator[int]:
+        """Steps to take, as they are asked for; the time until the next is taken from here is answered."""
+        for line in sys.stdin:
+            _synchronise(spec)
+            start = time.perf_counter()
+            yield int(line)
+            _synchronise(spec)
+            answer.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
+
+    if spec["allocator"]:
+        hardware.keep_freed_memory()
+    pl.seed_everything(0, verbose=False)
+    told = globals()[spec["job"]](spec, turns()) or {}
+    answer.write(json.dumps({**told, **hardware.peak_memory()}) + "\n")
+
+
+def _synchronise(spec: dict) -> None:
+    if spec["device"] == "cuda":
+        torch.cuda.synchronize()
+
+
+# ours
+
+
+def _config(spec: dict) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [
+            "data=her2st", "protocol=paper", "image_encoder.pretrained=false", f"data.batch_size={spec['batch']}",
+            f"data.panel_file={spec['data']}/panel.txt", f"data.cache_dir={spec['scratch']}/cache", f"model.k={FOLD_K}",
+            f"output_dir={spec['scratch']}/run", f"hardware.keep_memory={spec['allocator']}",
+            f"trainer={'gpu' if spec['device'] == 'cuda' else 'cpu'}", f"trainer.max_epochs={spec['epochs']}",
+        ])
+
+
+def _ours(spec: dict) -> tuple[DictConfig, pl.LightningDataModule, pl.LightningModule, str]:
+    """Config, data, model and precision, as ``stexp.train`` makes them."""
+    cfg, sections = _config(spec), samplesheet.read(f"{spec['data']}/sheet.csv")
+    data = build_data(cfg, sections, build(cfg.protocol), sections[-1].name)
+    data.setup()
+    model = build({k: v for k, v in to_plain(cfg.model).items() if k != "name"},
+                  n_genes=len(data.panel), n_positions=data.array_size)
+    if cfg.hardware.channels_last:
+        model.image_encoder.to(memory_format=torch.channels_last)
+    return cfg, data, model, hardware.choose_precision(cfg.hardware.precision, spec["device"])
+
+
+class _Turns(pl.Callback):
+    """Hold the trainer between turns."""
+
+    def __init__(self, turns: Iterator[int]) -> None:
+        self.turns, self.left = turns, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch, batch_idx: int) -> None:
+        if self.left == 0:
+            self.left = next(self.turns, 0)
+        trainer.should_stop = self.left == 0
+        self.left -= 1
+
+
+def train_ours(spec: dict, turns: Iterator[int]) -> None:
+    """Training as stexp-train runs it: tiles from their store, augmentation, step, Adam, log, checkpoint."""
+    cfg, data, model, precision = _ours({**spec, "epochs": 100_000})
+    callbacks = [*build(cfg.callbacks).values(), _Turns(turns)]
+    trainer = build(cfg.trainer, precision=precision, callbacks=callbacks, logger=build(cfg.logger),
+                    default_root_dir=spec["scratch"], enable_progress_bar=False)
+    trainer.fit(model, datamodule=data)
+
+
+def train_bare(spec: dict, turns: Iterator[int]) -> None:
+    """The image encoder alone, forward and backward on one random batch, with ours' precision and format."""
+    _, _, model, precision = _ours(spec)
+    encoder = model.image_encoder.to(spec["device"])
+    image = torch.rand(spec["batch"], 3, TILE_PX, TILE_PX, device=spec["device"]).to(memory_format=torch.channels_last)
+    for steps in turns:
+        for _ in range(steps):
+            encoder.zero_grad()
+            with torch.autocast(spec["device"], torch.bfloat16, enabled=precision == "bf16-mixed"):
+                features = encoder(image)
+            features.float().square().mean().backward()
+
+
+def fold_ours(spec: dict, turns: Iterator[int]) -> dict:
+    """A fold by ``stexp.train.train``: besides the scores it makes floors, ceilings, audit and report."""
+    for _ in turns:
+        sections = samplesheet.read(f"{spec['data']}/sheet.csv")
+        train.train(_config(spec), sections, sections[-1].name, Path(spec["scratch"]) / "run")
+    return {"stages": json.loads((Path(spec["scratch"]) / "run" / "stages.json").read_text())}
+
+
+# plain
+
+
+class PlainSpots(Dataset):
+    """Tile, expression and position, one spot at a time."""
+
+    def __init__(self, spec: dict, part: slice, augmented: bool) -> None:
+        change = [transforms.ColorJitter(0.5, 0.5, 0.5), transforms.RandomHorizontalFlip(),
+                  transforms.RandomRotation(180)]
+        self.transform = transforms.Compose([*(change if augmented else []), transforms.ToTensor()])
+        self.images, self.spots, expression = {}, [], []
+        for path in sorted(Path(spec["data"]).glob("*.jpg"))[part]:
+            self.images[path.stem] = Image.open(path).convert("RGB")
+            counts = pd.read_csv(path.with_suffix(".tsv.gz"), sep="\t", index_col=0)
+            spots = pd.read_csv(path.with_suffix(".csv"), index_col=0).loc[counts.index]
+            expression.append(np.log10(1 + 1e4 * counts.div(counts.sum(axis=1), axis=0)))
+            self.spots += [(path.stem, *row) for row in spots.itertuples(index=False)]
+        self.expression = np.concatenate(expression).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.spots)
+
+    def __getitem__(self, i: int) -> dict:
+        name, array_x, array_y, x, y = self.spots[i]
+        left, top = int(x) - TILE_PX // 2, int(y) - TILE_PX // 2
+        tile = self.images[name].crop((left, top, left + TILE_PX, top + TILE_PX))
+        return {"image": self.transform(tile), "expression": self.expression[i], "xy": torch.tensor([array_x, array_y])}
+
+
+class PlainModel(nn.Module):
+    """The published sizes; the layers behind the image encoder are ours, so that only the style differs."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.features = torchvision.models.densenet121(weights=None).features
+        self.spot_encoder = SpotEncoder(N_GENES, 65536)
+        self.image_projection, self.spot_projection = ProjectionHead(1024, 256), ProjectionHead(N_GENES, 256)
+        self.device = device
+        self.adam = torch.optim.Adam(self.to(device).parameters(), lr=1e-4, weight_decay=1e-3)
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        image = F.adaptive_avg_pool2d(self.features(batch["image"]), 1).flatten(1)
+        spot = self.spot_encoder(batch["expression"][None], batch["xy"][None])[0]
+        return self.image_projection(image), self.spot_projection(spot)
+
+    def step(self, batch: dict) -> None:
+        loss = info_nce(*self(batch))
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        loss.item()
+
+
+def train_plain(spec: dict, turns: Iterator[int]) -> None:
+    """The same training step in the plain style, loader included."""
+    model = PlainModel(spec["device"])
+    loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True, drop_last=True)
+    batches = (batch for _ in iter(int, 1) for batch in loader)  # epoch after epoch
+    for steps in turns:
+        for _ in range(steps):
+            model.step(next(batches))
+
+
+def fold_plain(spec: dict, turns: Iterator[int]) -> None:
+    """Train, embed tiles and spots of every section, retrieve query by query, correlate gene by gene."""
+    for _ in turns:
+        model = PlainModel(spec["device"])
+        loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True)
+        for _ in range(spec["epochs"]):
+            for batch in loader:
+                model.step(batch)
+        spots = PlainSpots(spec, slice(None), False)
+        model.eval()
+        with torch.no_grad():
+            pairs = [model(batch) for batch in DataLoader(spots, 32)]
+        image, spot = (torch.cat(part).cpu() for part in zip(*pairs, strict=True))
+        n = len(loader.dataset)
+        predicted = retrieve_plainly(spot[:n], image[n:], spots.expression[:n], FOLD_K)
+        np.nanmean([pearsonr(a, b)[0] for a, b in zip(spots.expression[n:].T, predicted.T, strict=True)])
+
+
+def retrieve_plainly(reference: torch.Tensor, query: torch.Tensor, expression: np.ndarray, k: int) -> np.ndarray:
+    """Top k by cosine at once; then, query by query, weights 1 / d^2 of the L1 distance and the weighted mean."""
+    top = (F.normalize(query) @ F.normalize(reference).T).topk(k).indices.numpy()
+    reference, predicted = reference.numpy(), []
+    for i, q in zip(top, query.numpy(), strict=True):
+        weight = 1 / np.abs(reference[i] - q).sum(axis=1) ** 2
+        predicted.append(np.average(expression[i], axis=0, weights=weight))
+    return np.stack(predicted)
+
+
+# retrieval
+
+
+def _embeddings(spec: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    shapes = (spec["n"], 256), (N_QUERIES, 256), (spec["n"], spec["genes"])
+    return tuple(torch.randn(shape, generator=draws) for shape in shapes)
+
+
+def retrieval_ours(spec: dict, turns: Iterator[int]) -> dict:
+    """Search and weighted mean; with ``explain`` also the spread and the origin of each prediction."""
+    reference, query, expression = (part.to(spec["device"]) for part in _embeddings(spec))
+    before, origin = hardware.peak_memory(), np.repeat("a", spec["n"])
+    for steps in turns:
+        for _ in range(steps):
+            index = ReferenceIndex(reference, origin, origin)
+            retrieve(index, query, expression, K, "l1", "inverse_square", spread=spec["explain"])
+    return {"with_inputs": before}
+
+
+def retrieval_plain(spec: dict, turns: Iterator[int]) -> dict:
+    """The loop over queries, in host memory."""
+    reference, query, expression = _embeddings(spec)
+    before = hardware.peak_memory()
+    for steps in turns:
+        for _ in range(steps):
+            retrieve_plainly(reference, query, expression.numpy(), K)
+    return {"with_inputs": before}
+
+
+class Bench:
+    """The comparisons, their lines and the peaks of their processes."""
+
+    def __init__(self, spec: dict, quick: bool) -> None:
+        self.spec, self.quick, self.gpu = spec, quick, spec["device"] == "cuda"
+        self.lines: list[dict] = []
+        self.peaks: dict[str, dict] = {}
+        print(f"{'':<66}{'ours':>10}{'other':>10}{'ratio':>8}  bound")
+
+    def line(self, name: str, ours: list[float], other: list[float], bound: float | None = None) -> None:
+        """Medians of seconds, and of the rounds' ratios other / ours: how many times faster ours is."""
+        ratio = median(b / a for a, b in zip(ours, other, strict=True))
+        ok = None if bound is None else ratio >= bound
+        self.lines.append({"name": name, "ours_s": median(ours), "other_s": median(other), "ratio": ratio,
+                           "bound": bound, "ok": ok, "rounds": len(ours)})
+        verdict = "" if bound is None else f"  >= {bound:g}  {'ok' if ok else 'short'}"
+        print(f"{name:<66}{median(ours):>8.3f} s{median(other):>8.3f} s{ratio:>8.2f}{verdict}", flush=True)
+
+    def _interleave(self, sides: dict[str, Side], what: str, rounds: int, steps: int, warm: int) -> dict:
+        for side in sides.values():
+            side.turn(warm)
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                seconds[name].append(side.turn(steps))
+        self.peaks |= {f"{name} {what}": side.close() for name, side in sides.items()}
+        return seconds
+
+    def training(self) -> None:
+        """(a) the loop against its encoder; (b) its step against a plain one."""
+        rounds, steps, warm = (2, 2, 1) if self.quick else (5, 3, 2)
+        if self.gpu:
+            rounds, steps, warm = 5, 40, 20
+        settings = {"": (True, False)}  # who keeps freed pages: ours and its encoder; the plain side
+        if not self.gpu and not self.quick:
+            settings |= {", all keep freed pages": (True, True), ", none keeps them": (False, False)}
+        for suffix, (mine, other) in settings.items():
+            sides = {name: Side(f"train_{name}", **self.spec, allocator=other if name == "plain" else mine)
+                     for name in ("ours", "bare", "plain")}
+            seconds = self._interleave(sides, f"training{suffix}", rounds if not suffix else 2, steps, warm)
+            against_plain = 5 if self.gpu else 3 if hardware.cpu_has_bf16() else None
+            self.line(f"(a) training step, against the bare encoder{suffix}", seconds["ours"], seconds["bare"],
+                      None if suffix else 0.9)
+            self.line(f"(b) training step, against the plain style{suffix}", seconds["ours"], seconds["plain"],
+                      None if suffix else against_plain)
+
+    def folds(self) -> None:
+        """(c) a fold from files to scores."""
+        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+        stages = []
+        for i in range(1 if self.quick else 2):
+            for name, taken in seconds.items():
+                scratch = Path(self.spec["scratch"]) / f"{name}{i}"
+                side = Side(f"fold_{name}", **{**self.spec, "scratch": str(scratch)}, allocator=name == "ours")
+                taken.append(side.turn())
+                self.peaks[f"{name} fold"] = side.close()
+            stages.append(self.peaks["ours fold"].pop("stages"))
+        what = f"(c) fold of {self.spec['epochs']} epochs"
+        self.line(f"{what}, ours with floors and report", seconds["ours"], seconds["plain"])
+        alike = ("data", "model", "fit", "predict", "results", "score")
+        self.line(f"{what}, ours without frozen features and report",
+                  [sum(stage[name] for name in alike) for stage in stages], seconds["plain"], 5)
+        self.lines[-1]["stages_s"] = stages[-1]
+        print("    stages of ours, s: " + ", ".join(f"{name} {value:.1f}" for name, value in stages[-1].items()))
+
+    def retrieval(self) -> None:
+        """(d) against a loop over queries, at the size of HER2+ and at a million references."""
+        size = {"device": self.spec["device"], "n": N_REFERENCES, "genes": N_GENES}
+        sides = {"ours": Side("retrieval_ours", **size, allocator=True, explain=False),
+                 "explained": Side("retrieval_ours", **size, allocator=True, explain=True),
+                 "plain": Side("retrieval_plain", **size, allocator=False)}
+        seconds = self._interleave(sides, "retrieval", 5 if self.quick else 11, 3, 2)
+        what = f"(d) {N_QUERIES} queries, {N_REFERENCES:,} references"
+        self.line(what, seconds["ours"], seconds["plain"], 1)
+        self.line(f"{what}, with spread and origin", seconds["explained"], seconds["plain"])
+        size |= {"n": 100_000 if self.quick else 1_000_000, "genes": N_GENES_OF_MANY}
+        sides = {"ours": Side("retrieval_ours", **size, allocator=False, explain=False),
+                 "plain": Side("retrieval_plain", **size, allocator=False)}
+        seconds = self._interleave(sides, f"retrieval, {size['n']:,} references", 1 if self.quick else 3, 1, 1)
+        self.line(f"(d) {N_QUERIES} queries, {size['n']:,} references, {size['genes']} genes", seconds["ours"],
+                  seconds["plain"])
+
+    def memory(self) -> None:
+        """(e) peaks of the processes."""
+        print(f"\n{'(e) peak memory, GB':<66}{'process':>10}{'inputs':>10}{'GPU':>8}")
+        for name, told in self.peaks.items():
+            figures = (told["peak_memory_gb"], told.get("with_inputs", {}).get("peak_memory_gb"),
+                       told.get("peak_gpu_memory_gb"))
+            cells = ("-" if figure is None else f"{figure:.2f}" for figure in figures)
+            print("{:<66}{:>10}{:>10}{:>8}".format(name, *cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, spots and references")
+    parser.add_argument("--parts", default="abcd", help="(a, b) training, (c) folds, (d) retrieval; default abcd")
+    parser.add_argument("--batch", type=int, help="spots of a batch; default 32 on a CPU, 128 on a GPU")
+    parser.add_argument("--output", type=Path, help="default experiments/results/bench-<device>.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(json.loads(args.worker))
+        return
+    start, device = time.perf_counter(), hardware.accelerator_of("auto")
+    gpu = device == "cuda"
+    # whole batches; on a GPU an epoch that is long beside the writing of its checkpoint
+    n_sections, n_spots = (16, 346) if gpu else (5, 32) if args.quick else (9, 64)
+    facts = {"device": device, "precision": hardware.choose_precision("auto", device), **hardware.describe(),
+             "threads": torch.get_num_threads(), "batch": args.batch or (128 if gpu else 32), "quick": args.quick,
+             "fold": f"{n_sections} sections of {n_spots} spots", "versions": versions(), **git_state()}
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    with tempfile.TemporaryDirectory(prefix="stexp-bench-") as scratch:
+        write_data(Path(scratch), n_sections, n_spots)
+        spec = {"device": device, "batch": facts["batch"], "epochs": 2 if gpu else 1, "data": scratch, "scratch": scratch}
+        bench = Bench(spec, args.quick)
+        for letter, part in {"a": bench.training, "c": bench.folds, "d": bench.retrieval}.items():
+            if letter in args.parts:
+                part()
+        bench.memory()
+    facts["seconds"] = round(time.perf_counter() - start, 1)
+    output = args.output or Path(__file__).parent / "results" / f"bench-{device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({**facts, "lines": bench.lines, "peak_memory": bench.peaks}, indent=1) + "\n")
+    print(f"wrote {output} after {facts['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
