@@ -26,8 +26,9 @@ test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a 
 test-all: $(READY)  ## all tests
 	$(BIN)/pytest -n 2
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: $(READY)  ## speed and memory as ratios against plain alternatives, in one run
 	$(BIN)/python experiments/bench.py

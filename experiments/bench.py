@@ -31,7 +31,6 @@ from scipy.stats import pearsonr
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from stexp import hardware, train
 from stexp.config import CONF, build, build_data, to_plain
@@ -42,8 +41,7 @@ from stexp.models.mclstexp import SpotEncoder
 from stexp.provenance import git_state, versions
 from stexp.retrieval import ReferenceIndex, retrieve
 
-N_GENES, IMAGE_PX, TILE_PX = 785, 4000, 224
-FOLD_K = 100  # the small folds have fewer spots than the paper's 200 ask for
+N_GENES, IMAGE_PX, TILE_PX, FOLD_K = 785, 4000, 224, 100  # small folds have no 200 references
 N_QUERIES, N_REFERENCES, N_GENES_OF_MANY, K = 346, 11_200, 256, 200
 
 
@@ -62,8 +60,8 @@ def write_data(folder: Path, n_sections: int, n_spots: int) -> None:
         spots = pd.DataFrame({"array_x": x, "array_y": y}, index=[f"{i}x{j}" for i, j in zip(x, y, strict=True)])
         spots["pixel_x"], spots["pixel_y"] = ((n + 0.5) * IMAGE_PX / side for n in (x, y))
         spots.to_csv(folder / f"{name}.csv")
-        counts = rng.negative_binomial(1, 0.2, (n_spots, N_GENES))
-        pd.DataFrame(counts, index=spots.index, columns=genes).to_csv(folder / f"{name}.tsv.gz", sep="\t")
+        counts = pd.DataFrame(rng.negative_binomial(1, 0.2, (n_spots, N_GENES)), index=spots.index, columns=genes)
+        counts.to_csv(folder / f"{name}.tsv.gz", sep="\t")
         rows.append((name, name, f"{name}.jpg", f"{name}.tsv.gz", f"{name}.csv", 1.0))
     pd.DataFrame(rows, columns=list(samplesheet.COLUMNS)).to_csv(folder / "sheet.csv", index=False)
 
@@ -73,15 +71,12 @@ class Side:
 
     def __init__(self, job: str, **spec: object) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps({"job": job, **spec})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-        )
+        command = [sys.executable, __file__, "--worker", json.dumps({"job": job, **spec})]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
 
     def turn(self, steps: int = 1) -> float:
-        """Seconds per step of `steps`."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        print(steps, file=self.process.stdin, flush=True)
         return self._hear()["seconds"] / steps
 
     def close(self) -> dict:
@@ -103,14 +98,15 @@ def work(spec: dict) -> None:
     """Run one side. It answers on what was stdout; prints of others go to stderr."""
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    synchronise = torch.cuda.synchronize if spec["device"] == "cuda" else lambda: None
 
     def turns() -> Iterator[int]:
         """Steps to take, as they are asked for; the time until the next is taken from here is answered."""
         for line in sys.stdin:
-            _synchronise(spec)
+            synchronise()
             start = time.perf_counter()
             yield int(line)
-            _synchronise(spec)
+            synchronise()
             answer.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
 
     if spec["allocator"]:
@@ -120,22 +116,13 @@ def work(spec: dict) -> None:
     answer.write(json.dumps({**told, **hardware.peak_memory()}) + "\n")
 
 
-def _synchronise(spec: dict) -> None:
-    if spec["device"] == "cuda":
-        torch.cuda.synchronize()
-
-
-# ours
-
-
 def _config(spec: dict) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [
-            "data=her2st", "protocol=paper", "image_encoder.pretrained=false", f"data.batch_size={spec['batch']}",
-            f"data.panel_file={spec['data']}/panel.txt", f"data.cache_dir={spec['scratch']}/cache", f"model.k={FOLD_K}",
-            f"output_dir={spec['scratch']}/run", f"hardware.keep_memory={spec['allocator']}",
-            f"trainer={'gpu' if spec['device'] == 'cuda' else 'cpu'}", f"trainer.max_epochs={spec['epochs']}",
-        ])
+        chosen = ["data=her2st", "protocol=paper", "image_encoder.pretrained=false"]
+        sizes = [f"data.batch_size={spec['batch']}", f"trainer.max_epochs={spec['epochs']}", f"model.k={FOLD_K}"]
+        paths = [f"data.panel_file={spec['data']}/panel.txt", f"data.cache_dir={spec['scratch']}/cache"]
+        run = [f"output_dir={spec['scratch']}/run", f"trainer={'gpu' if spec['device'] == 'cuda' else 'cpu'}"]
+        return compose("train", [*chosen, *sizes, *paths, *run, f"hardware.keep_memory={spec['allocator']}"])
 
 
 def _ours(spec: dict) -> tuple[DictConfig, pl.LightningDataModule, pl.LightningModule, str]:
@@ -143,18 +130,16 @@ def _ours(spec: dict) -> tuple[DictConfig, pl.LightningDataModule, pl.LightningM
     cfg, sections = _config(spec), samplesheet.read(f"{spec['data']}/sheet.csv")
     data = build_data(cfg, sections, build(cfg.protocol), sections[-1].name)
     data.setup()
-    model = build({k: v for k, v in to_plain(cfg.model).items() if k != "name"},
-                  n_genes=len(data.panel), n_positions=data.array_size)
+    arguments = {key: value for key, value in to_plain(cfg.model).items() if key != "name"}
+    model = build(arguments, n_genes=len(data.panel), n_positions=data.array_size)
     if cfg.hardware.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
     return cfg, data, model, hardware.choose_precision(cfg.hardware.precision, spec["device"])
 
 
 class _Turns(pl.Callback):
-    """Hold the trainer between turns."""
-
     def __init__(self, turns: Iterator[int]) -> None:
-        self.turns, self.left = turns, 0
+        self.turns, self.left = turns, 0  # of the steps asked for; at 0 the trainer is held
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch, batch_idx: int) -> None:
         if self.left == 0:
@@ -166,9 +151,10 @@ class _Turns(pl.Callback):
 def train_ours(spec: dict, turns: Iterator[int]) -> None:
     """Training as stexp-train runs it: tiles from their store, augmentation, step, Adam, log, checkpoint."""
     cfg, data, model, precision = _ours({**spec, "epochs": 100_000})
-    callbacks = [*build(cfg.callbacks).values(), _Turns(turns)]
-    trainer = build(cfg.trainer, precision=precision, callbacks=callbacks, logger=build(cfg.logger),
-                    default_root_dir=spec["scratch"], enable_progress_bar=False)
+    parts = {"callbacks": [*build(cfg.callbacks).values(), _Turns(turns)], "logger": build(cfg.logger)}
+    trainer = build(
+        cfg.trainer, precision=precision, default_root_dir=spec["scratch"], enable_progress_bar=False, **parts
+    )
     trainer.fit(model, datamodule=data)
 
 
@@ -193,16 +179,13 @@ def fold_ours(spec: dict, turns: Iterator[int]) -> dict:
     return {"stages": json.loads((Path(spec["scratch"]) / "run" / "stages.json").read_text())}
 
 
-# plain
-
-
 class PlainSpots(Dataset):
     """Tile, expression and position, one spot at a time."""
 
     def __init__(self, spec: dict, part: slice, augmented: bool) -> None:
-        change = [transforms.ColorJitter(0.5, 0.5, 0.5), transforms.RandomHorizontalFlip(),
-                  transforms.RandomRotation(180)]
-        self.transform = transforms.Compose([*(change if augmented else []), transforms.ToTensor()])
+        t = torchvision.transforms
+        change = [t.ColorJitter(0.5, 0.5, 0.5), t.RandomHorizontalFlip(), t.RandomRotation(180)] if augmented else []
+        self.transform = t.Compose([*change, t.ToTensor()])
         self.images, self.spots, expression = {}, [], []
         for path in sorted(Path(spec["data"]).glob("*.jpg"))[part]:
             self.images[path.stem] = Image.open(path).convert("RGB")
@@ -230,8 +213,7 @@ class PlainModel(nn.Module):
         self.features = torchvision.models.densenet121(weights=None).features
         self.spot_encoder = SpotEncoder(N_GENES, 65536)
         self.image_projection, self.spot_projection = ProjectionHead(1024, 256), ProjectionHead(N_GENES, 256)
-        self.device = device
-        self.adam = torch.optim.Adam(self.to(device).parameters(), lr=1e-4, weight_decay=1e-3)
+        self.device, self.adam = device, torch.optim.Adam(self.to(device).parameters(), lr=1e-4, weight_decay=1e-3)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         batch = {key: value.to(self.device) for key, value in batch.items()}
@@ -285,34 +267,19 @@ def retrieve_plainly(reference: torch.Tensor, query: torch.Tensor, expression: n
     return np.stack(predicted)
 
 
-# retrieval
-
-
-def _embeddings(spec: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    draws = torch.Generator().manual_seed(0)
-    shapes = (spec["n"], 256), (N_QUERIES, 256), (spec["n"], spec["genes"])
-    return tuple(torch.randn(shape, generator=draws) for shape in shapes)
-
-
-def retrieval_ours(spec: dict, turns: Iterator[int]) -> dict:
-    """Search and weighted mean; with ``explain`` also the spread and the origin of each prediction."""
-    reference, query, expression = (part.to(spec["device"]) for part in _embeddings(spec))
-    before, origin = hardware.peak_memory(), np.repeat("a", spec["n"])
-    for steps in turns:
-        for _ in range(steps):
+def retrieval(spec: dict, turns: Iterator[int]) -> dict:
+    """Search and weighted mean, plain or ours; with ``explain`` ours adds spread and origin of each prediction."""
+    draws, n = torch.Generator().manual_seed(0), spec["n"]
+    shapes = (n, 256), (N_QUERIES, 256), (n, spec["genes"])
+    reference, query, expression = (torch.randn(shape, generator=draws).to(spec["device"]) for shape in shapes)
+    before, origin = hardware.peak_memory(), np.repeat("a", n)
+    for _ in turns:
+        if spec["plain"]:
+            retrieve_plainly(reference, query, expression.numpy(), K)
+        else:
             index = ReferenceIndex(reference, origin, origin)
             retrieve(index, query, expression, K, "l1", "inverse_square", spread=spec["explain"])
-    return {"with_inputs": before}
-
-
-def retrieval_plain(spec: dict, turns: Iterator[int]) -> dict:
-    """The loop over queries, in host memory."""
-    reference, query, expression = _embeddings(spec)
-    before = hardware.peak_memory()
-    for steps in turns:
-        for _ in range(steps):
-            retrieve_plainly(reference, query, expression.numpy(), K)
-    return {"with_inputs": before}
+    return {"inputs_gb": before["peak_memory_gb"]}
 
 
 class Bench:
@@ -320,17 +287,15 @@ class Bench:
 
     def __init__(self, spec: dict, quick: bool) -> None:
         self.spec, self.quick, self.gpu = spec, quick, spec["device"] == "cuda"
-        self.lines: list[dict] = []
-        self.peaks: dict[str, dict] = {}
+        self.lines, self.peaks = [], {}
         print(f"{'':<66}{'ours':>10}{'other':>10}{'ratio':>8}  bound")
 
     def line(self, name: str, ours: list[float], other: list[float], bound: float | None = None) -> None:
         """Medians of seconds, and of the rounds' ratios other / ours: how many times faster ours is."""
         ratio = median(b / a for a, b in zip(ours, other, strict=True))
-        ok = None if bound is None else ratio >= bound
-        self.lines.append({"name": name, "ours_s": median(ours), "other_s": median(other), "ratio": ratio,
-                           "bound": bound, "ok": ok, "rounds": len(ours)})
-        verdict = "" if bound is None else f"  >= {bound:g}  {'ok' if ok else 'short'}"
+        figures = {"ours_s": median(ours), "other_s": median(other), "ratio": ratio, "bound": bound}
+        self.lines.append({"name": name, **figures, "rounds": len(ours)})
+        verdict = "" if bound is None else f"  >= {bound:g}  {'ok' if ratio >= bound else 'short'}"
         print(f"{name:<66}{median(ours):>8.3f} s{median(other):>8.3f} s{ratio:>8.2f}{verdict}", flush=True)
 
     def _interleave(self, sides: dict[str, Side], what: str, rounds: int, steps: int, warm: int) -> dict:
@@ -345,26 +310,26 @@ class Bench:
 
     def training(self) -> None:
         """(a) the loop against its encoder; (b) its step against a plain one."""
-        rounds, steps, warm = (2, 2, 1) if self.quick else (5, 3, 2)
-        if self.gpu:
-            rounds, steps, warm = 5, 40, 20
+        rounds, steps, warm = (5, 40, 20) if self.gpu else (2, 2, 1) if self.quick else (5, 3, 2)
         settings = {"": (True, False)}  # who keeps freed pages: ours and its encoder; the plain side
         if not self.gpu and not self.quick:
             settings |= {", all keep freed pages": (True, True), ", none keeps them": (False, False)}
-        for suffix, (mine, other) in settings.items():
-            sides = {name: Side(f"train_{name}", **self.spec, allocator=other if name == "plain" else mine)
-                     for name in ("ours", "bare", "plain")}
+        for suffix, (mine, theirs) in settings.items():
+            keeps = {"ours": mine, "bare": mine, "plain": theirs}
+            sides = {name: Side(f"train_{name}", **self.spec, allocator=kept) for name, kept in keeps.items()}
             seconds = self._interleave(sides, f"training{suffix}", rounds if not suffix else 2, steps, warm)
-            against_plain = 5 if self.gpu else 3 if hardware.cpu_has_bf16() else None
-            self.line(f"(a) training step, against the bare encoder{suffix}", seconds["ours"], seconds["bare"],
-                      None if suffix else 0.9)
-            self.line(f"(b) training step, against the plain style{suffix}", seconds["ours"], seconds["plain"],
-                      None if suffix else against_plain)
+            step = f"training step{suffix}"
+            self.line(
+                f"(a) {step}, against the bare encoder", seconds["ours"], seconds["bare"], None if suffix else 0.9
+            )
+            fast = 5 if self.gpu else 3 if hardware.cpu_has_bf16() else None
+            self.line(
+                f"(b) {step}, against the plain style", seconds["ours"], seconds["plain"], None if suffix else fast
+            )
 
     def folds(self) -> None:
         """(c) a fold from files to scores."""
-        seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-        stages = []
+        seconds, stages = {"ours": [], "plain": []}, []
         for i in range(1 if self.quick else 2):
             for name, taken in seconds.items():
                 scratch = Path(self.spec["scratch"]) / f"{name}{i}"
@@ -375,36 +340,29 @@ class Bench:
         what = f"(c) fold of {self.spec['epochs']} epochs"
         self.line(f"{what}, ours with floors and report", seconds["ours"], seconds["plain"])
         alike = ("data", "model", "fit", "predict", "results", "score")
-        self.line(f"{what}, ours without frozen features and report",
-                  [sum(stage[name] for name in alike) for stage in stages], seconds["plain"], 5)
+        to_scores = [sum(stage[name] for name in alike) for stage in stages]
+        self.line(f"{what}, ours without frozen features and report", to_scores, seconds["plain"], 5)
         self.lines[-1]["stages_s"] = stages[-1]
-        print("    stages of ours, s: " + ", ".join(f"{name} {value:.1f}" for name, value in stages[-1].items()))
+        print("    stages of ours: " + ", ".join(f"{name} {value:.1f} s" for name, value in stages[-1].items()))
 
     def retrieval(self) -> None:
         """(d) against a loop over queries, at the size of HER2+ and at a million references."""
-        size = {"device": self.spec["device"], "n": N_REFERENCES, "genes": N_GENES}
-        sides = {"ours": Side("retrieval_ours", **size, allocator=True, explain=False),
-                 "explained": Side("retrieval_ours", **size, allocator=True, explain=True),
-                 "plain": Side("retrieval_plain", **size, allocator=False)}
-        seconds = self._interleave(sides, "retrieval", 5 if self.quick else 11, 3, 2)
-        what = f"(d) {N_QUERIES} queries, {N_REFERENCES:,} references"
-        self.line(what, seconds["ours"], seconds["plain"], 1)
-        self.line(f"{what}, with spread and origin", seconds["explained"], seconds["plain"])
-        size |= {"n": 100_000 if self.quick else 1_000_000, "genes": N_GENES_OF_MANY}
-        sides = {"ours": Side("retrieval_ours", **size, allocator=False, explain=False),
-                 "plain": Side("retrieval_plain", **size, allocator=False)}
-        seconds = self._interleave(sides, f"retrieval, {size['n']:,} references", 1 if self.quick else 3, 1, 1)
-        self.line(f"(d) {N_QUERIES} queries, {size['n']:,} references, {size['genes']} genes", seconds["ours"],
-                  seconds["plain"])
+        many = 100_000 if self.quick else 1_000_000
+        for n, genes, rounds, bound in ((N_REFERENCES, N_GENES, 9, 1), (many, N_GENES_OF_MANY, 3, None)):
+            ours = {"n": n, "genes": genes, "plain": False, "explain": False, "allocator": True}
+            specs = {"ours": ours, "explained": {**ours, "explain": True}}
+            sides = {name: Side("retrieval", **spec, device=self.spec["device"]) for name, spec in specs.items()}
+            sides["plain"] = Side("retrieval", **{**ours, "plain": True, "allocator": False}, device="cpu")
+            seconds = self._interleave(sides, f"retrieval, {n:,} references", rounds, 1, 1)
+            what = f"(d) {N_QUERIES} queries, {n:,} references, {genes} genes"
+            self.line(what, seconds["ours"], seconds["plain"], bound)
+            self.line(f"{what}, explained", seconds["explained"], seconds["plain"])
 
-    def memory(self) -> None:
-        """(e) peaks of the processes."""
+    def memory(self) -> None:  # (e)
         print(f"\n{'(e) peak memory, GB':<66}{'process':>10}{'inputs':>10}{'GPU':>8}")
         for name, told in self.peaks.items():
-            figures = (told["peak_memory_gb"], told.get("with_inputs", {}).get("peak_memory_gb"),
-                       told.get("peak_gpu_memory_gb"))
-            cells = ("-" if figure is None else f"{figure:.2f}" for figure in figures)
-            print("{:<66}{:>10}{:>10}{:>8}".format(name, *cells))
+            figures = (told.get(key) for key in ("peak_memory_gb", "inputs_gb", "peak_gpu_memory_gb"))
+            print("{:<66}{:>10}{:>10}{:>8}".format(name, *("-" if gb is None else f"{gb:.2f}" for gb in figures)))
 
 
 def main() -> None:
@@ -416,28 +374,25 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(json.loads(args.worker))
-        return
-    start, device = time.perf_counter(), hardware.accelerator_of("auto")
-    gpu = device == "cuda"
+        return work(json.loads(args.worker))
+    start, device, gpu = time.perf_counter(), hardware.accelerator_of("auto"), torch.cuda.is_available()
     # whole batches; on a GPU an epoch that is long beside the writing of its checkpoint
     n_sections, n_spots = (16, 346) if gpu else (5, 32) if args.quick else (9, 64)
-    facts = {"device": device, "precision": hardware.choose_precision("auto", device), **hardware.describe(),
-             "threads": torch.get_num_threads(), "batch": args.batch or (128 if gpu else 32), "quick": args.quick,
-             "fold": f"{n_sections} sections of {n_spots} spots", "versions": versions(), **git_state()}
+    facts = {"device": device, "precision": hardware.choose_precision("auto", device), **hardware.describe()}
+    facts |= {"threads": torch.get_num_threads(), "batch": args.batch or (128 if gpu else 32), "quick": args.quick}
+    facts |= {"fold": f"{n_sections} sections of {n_spots} spots", "versions": versions(), **git_state()}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     with tempfile.TemporaryDirectory(prefix="stexp-bench-") as scratch:
         write_data(Path(scratch), n_sections, n_spots)
-        spec = {"device": device, "batch": facts["batch"], "epochs": 2 if gpu else 1, "data": scratch, "scratch": scratch}
-        bench = Bench(spec, args.quick)
-        for letter, part in {"a": bench.training, "c": bench.folds, "d": bench.retrieval}.items():
+        spec = {"device": device, "batch": facts["batch"], "epochs": 2 if gpu else 1, "data": scratch}
+        bench = Bench({**spec, "scratch": scratch}, args.quick)
+        for letter, part in (("a", bench.training), ("c", bench.folds), ("d", bench.retrieval)):
             if letter in args.parts:
                 part()
         bench.memory()
-    facts["seconds"] = round(time.perf_counter() - start, 1)
+    facts |= {"seconds": round(time.perf_counter() - start, 1), "lines": bench.lines, "peak_memory": bench.peaks}
     output = args.output or Path(__file__).parent / "results" / f"bench-{device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**facts, "lines": bench.lines, "peak_memory": bench.peaks}, indent=1) + "\n")
+    output.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"wrote {output} after {facts['seconds']:.0f} s")
 
 

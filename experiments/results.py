@@ -1,7 +1,7 @@
 """Keep results of finished runs, and write the README's table from those kept.
 
-    python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
-    python experiments/results.py                      rewrite the table in README.md
+python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
+python experiments/results.py                      rewrite the table in README.md
 """
 
 from __future__ import annotations
@@ -18,11 +18,27 @@ FLOORS = ("mean", "colour_ridge", "knn_features", "ridge_features", "depth_oracl
 
 def add(run: Path) -> Path:
     """Scores, floors, ceiling, audit and provenance of a run, under one name."""
-    metrics, audit, provenance = (json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "audit", "provenance"))
+    metrics, audit, provenance = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "audit", "provenance")
+    )
     if provenance["commit"] is None or provenance["dirty"]:
         raise SystemExit(f"{run} was made from code that no commit holds; commit, then run again")
-    kept = {key: metrics[key] for key in ("data", "model", "protocol", "fold", "n_spots", "n_genes", "scores", "floors",
-                                          "ceiling", "scored_as", "chosen")}
+    kept = {
+        key: metrics[key]
+        for key in (
+            "data",
+            "model",
+            "protocol",
+            "fold",
+            "n_spots",
+            "n_genes",
+            "scores",
+            "floors",
+            "ceiling",
+            "scored_as",
+            "chosen",
+        )
+    }
     kept["sections"] = {name: part["scores"] for name, part in metrics["sections"].items()}
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     kept["provenance"] = provenance
@@ -33,17 +49,29 @@ def add(run: Path) -> Path:
 
 def table() -> str:
     """Markdown of every kept result, ACG / HEG50, floors beside it."""
-    rows = ["| run | protocol, fold | mclSTExp | " + " | ".join(name.replace("_", " ") for name in FLOORS) + " | ceiling | leaks |",
-            "|---|---|---|" + "---|" * (len(FLOORS) + 2)]
+    rows = [
+        "| run | protocol, fold | mclSTExp | "
+        + " | ".join(name.replace("_", " ") for name in FLOORS)
+        + " | ceiling | leaks |",
+        "|---|---|---|" + "---|" * (len(FLOORS) + 2),
+    ]
     for path in sorted((HERE / "results").glob("*.json")):
         kept = json.loads(path.read_text())
         if "scores" not in kept:
             continue  # a benchmark
         floors = kept["floors"]
         ours, honest = kept["scores"]["pearson_acg"], [floors[f]["pearson_acg"] for f in floors if f != "depth_oracle"]
-        cells = [_pair(kept["scores"], bold=ours > max(honest)), *(_pair(floors.get(name, {})) for name in FLOORS),
-                 _pair(kept["ceiling"]), str(len(kept["leaks"]))]
-        rows.append(f"| [{path.stem}](experiments/results/{path.name}) | {kept['protocol']}, {kept['fold']} | " + " | ".join(cells) + " |")
+        cells = [
+            _pair(kept["scores"], bold=ours > max(honest)),
+            *(_pair(floors.get(name, {})) for name in FLOORS),
+            _pair(kept["ceiling"]),
+            str(len(kept["leaks"])),
+        ]
+        rows.append(
+            f"| [{path.stem}](experiments/results/{path.name}) | {kept['protocol']}, {kept['fold']} | "
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join(rows)
 
 

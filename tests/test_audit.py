@@ -13,8 +13,14 @@ from stexp.protocol import Protocol
 STRICT = Protocol("strict")
 FACTS = {
     "patient_of": {"A1": "A", "A2": "A", "B1": "B", "C1": "C", "D1": "D"},
-    "train": ["B1", "C1"], "validation": ["D1"], "test": ["A1"], "reference": ["B1", "C1", "D1"],
-    "panel_sections": ["B1", "C1"], "checkpoint": "best", "k_chosen_on": "validation", "published_settings": False,
+    "train": ["B1", "C1"],
+    "validation": ["D1"],
+    "test": ["A1"],
+    "reference": ["B1", "C1", "D1"],
+    "panel_sections": ["B1", "C1"],
+    "checkpoint": "best",
+    "k_chosen_on": "validation",
+    "published_settings": False,
     "spot_context": "neighbours",
 }
 
@@ -33,21 +39,28 @@ def test_strict_has_no_leak():
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize(("changed", "leak"), [
-    ({"train": ["A2", "B1"]}, "same_patient_in_training"),
-    ({"reference": ["B1", "A2"]}, "same_patient_in_reference"),
-    ({"validation": ["A2"]}, "same_patient_in_validation"),
-    ({"panel_sections": ["A1", "B1"]}, "panel_saw_test"),
-    ({"spot_context": "batch"}, "spot_embedding_depends_on_batch"),
-    ({"k_chosen_on": "given", "published_settings": True}, "settings_chosen_on_test"),
-])
+@pytest.mark.parametrize(
+    ("changed", "leak"),
+    [
+        ({"train": ["A2", "B1"]}, "same_patient_in_training"),
+        ({"reference": ["B1", "A2"]}, "same_patient_in_reference"),
+        ({"validation": ["A2"]}, "same_patient_in_validation"),
+        ({"panel_sections": ["A1", "B1"]}, "panel_saw_test"),
+        ({"spot_context": "batch"}, "spot_embedding_depends_on_batch"),
+        ({"k_chosen_on": "given", "published_settings": True}, "settings_chosen_on_test"),
+    ],
+)
 def test_each_fact_gives_its_leak_alone(changed, leak):
     assert leaks(**changed) == [leak]
 
 
-@pytest.mark.parametrize(("protocol", "leak"), [
-    (Protocol("x", heg="test"), "heg_saw_test"), (Protocol("x", truth="gene"), "truth_scaled_by_test_section"),
-])
+@pytest.mark.parametrize(
+    ("protocol", "leak"),
+    [
+        (Protocol("x", heg="test"), "heg_saw_test"),
+        (Protocol("x", truth="gene"), "truth_scaled_by_test_section"),
+    ],
+)
 def test_each_switch_of_a_protocol_gives_its_leak_alone(protocol, leak):
     assert leaks(protocol) == [leak]
 
@@ -57,14 +70,17 @@ def test_a_checkpoint_chosen_on_the_test_section_is_two_leaks_and_a_last_one_is_
     assert "checkpoint_chosen_on_test" not in leaks(validation=["A1"], checkpoint="last")
 
 
-@pytest.mark.parametrize("changed", [
-    {"checkpoint": "last", "validation": []},
-    {"k_chosen_on": "given"},  # by the user, of whom nothing is known
-    {"published_settings": True},  # but k was chosen on validation spots
-    {"panel_sections": []},
-    {"spot_context": None},
-    {"reference": []},
-])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"checkpoint": "last", "validation": []},
+        {"k_chosen_on": "given"},  # by the user, of whom nothing is known
+        {"published_settings": True},  # but k was chosen on validation spots
+        {"panel_sections": []},
+        {"spot_context": None},
+        {"reference": []},
+    ],
+)
 def test_what_is_no_leak_is_not_called_one(changed):
     assert leaks(**changed) == []
 
@@ -77,7 +93,10 @@ def test_each_detail_names_the_sections_and_says_the_state_it_is_in():
     assert leaky["same_patient_in_reference"].endswith("test patient: A1, A2")
     assert leaky["panel_saw_test"].endswith("test section: A1")
     assert {name for name in clean if clean[name] != leaky[name]} == {
-        "same_patient_in_training", "same_patient_in_reference", "panel_saw_test"}
+        "same_patient_in_training",
+        "same_patient_in_reference",
+        "panel_saw_test",
+    }
     last = {item["name"]: item["detail"] for item in audit(STRICT, FACTS | {"checkpoint": "last"})["items"]}
     assert "last checkpoint" in last["checkpoint_chosen_on_test"]
 
@@ -90,10 +109,22 @@ def test_every_section_of_a_held_out_patient_counts():
 
 def test_the_papers_protocol_shows_what_the_paper_did():
     paper = build(protocols()["paper"])
-    facts = {"train": ["A2", "B1", "C1", "D1"], "reference": ["A2", "B1", "C1", "D1"], "validation": [],
-             "panel_sections": list(FACTS["patient_of"]), "checkpoint": "last", "k_chosen_on": "given",
-             "published_settings": True, "spot_context": paper.spot_context}
+    facts = {
+        "train": ["A2", "B1", "C1", "D1"],
+        "reference": ["A2", "B1", "C1", "D1"],
+        "validation": [],
+        "panel_sections": list(FACTS["patient_of"]),
+        "checkpoint": "last",
+        "k_chosen_on": "given",
+        "published_settings": True,
+        "spot_context": paper.spot_context,
+    }
     assert leaks(paper, **facts) == [
-        "same_patient_in_training", "same_patient_in_reference", "panel_saw_test", "heg_saw_test",
-        "truth_scaled_by_test_section", "spot_embedding_depends_on_batch", "settings_chosen_on_test",
+        "same_patient_in_training",
+        "same_patient_in_reference",
+        "panel_saw_test",
+        "heg_saw_test",
+        "truth_scaled_by_test_section",
+        "spot_embedding_depends_on_batch",
+        "settings_chosen_on_test",
     ]

@@ -18,8 +18,10 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.models.mclstexp import MclSTExp
 from stexp.protocol import Protocol
 
-NAMES = {group: [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
-         for group in ("data", "model", "protocol", "image_encoder", "trainer", "logger", "callbacks")}
+NAMES = {
+    group: [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
+    for group in ("data", "model", "protocol", "image_encoder", "trainer", "logger", "callbacks")
+}
 NAMES["data"].remove("default")
 
 
@@ -39,13 +41,31 @@ def encoder_overrides(name: str) -> list[str]:
 # what a config may call
 
 
-@pytest.mark.parametrize("target", [
-    "os.system", "builtins.exec", "torch.load", "subprocess.run", "hydra.utils.instantiate",
-    "stexp.hardware.os.system", "stexp.train.shutil.rmtree", "stexp.config.OmegaConf.load",
-    "stexp.config.CONF.joinpath", "stexp.config.ALLOWED.count", "stexp.config.build.__call__",
-    "pytorch_lightning.loggers.csv_logs.os.system", "pytorch_lightning.trainer.trainer.torch.load",
-    "stexpevil.run", "stexp", "stexp.config.CONF", "stexp.config.build.__globals__", "", 3, None,
-])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.exec",
+        "torch.load",
+        "subprocess.run",
+        "hydra.utils.instantiate",
+        "stexp.hardware.os.system",
+        "stexp.train.shutil.rmtree",
+        "stexp.config.OmegaConf.load",
+        "stexp.config.CONF.joinpath",
+        "stexp.config.ALLOWED.count",
+        "stexp.config.build.__call__",
+        "pytorch_lightning.loggers.csv_logs.os.system",
+        "pytorch_lightning.trainer.trainer.torch.load",
+        "stexpevil.run",
+        "stexp",
+        "stexp.config.CONF",
+        "stexp.config.build.__globals__",
+        "",
+        3,
+        None,
+    ],
+)
 def test_foreign_targets_are_refused_before_they_run(target, tmp_path):
     for node in ({"_target_": target, "_args_": [f"touch {tmp_path}/ran"]}, {"inner": [{"_target_": target}]}):
         with pytest.raises(InputError, match=r"_target_ .* is not allowed; a config may call stexp\.\* and pytorch_"):
@@ -53,9 +73,16 @@ def test_foreign_targets_are_refused_before_they_run(target, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("target", [
-    "stexp.protocol.Protocoll", "stexp.nothing.here", "pytorch_lightning.Trainerr", "stexp.", "stexp..x",
-])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "stexp.protocol.Protocoll",
+        "stexp.nothing.here",
+        "pytorch_lightning.Trainerr",
+        "stexp.",
+        "stexp..x",
+    ],
+)
 def test_targets_that_do_not_exist_are_refused_in_one_line(target):
     with pytest.raises(InputError, match=r"_target_ .* cannot be found: ") as caught:
         build({"_target_": target})
@@ -73,10 +100,13 @@ def test_a_misspelt_key_gets_the_nearest_one():
 
 
 def test_containers_come_as_plain_dict_and_list_and_inner_nodes_are_built_first():
-    node = OmegaConf.create({
-        "size": 0.2, "list": [1, {"a": "${size}"}],
-        "protocol": {"_target_": "stexp.protocol.Protocol", "name": "x", "min_spots": "${size}"},
-    })
+    node = OmegaConf.create(
+        {
+            "size": 0.2,
+            "list": [1, {"a": "${size}"}],
+            "protocol": {"_target_": "stexp.protocol.Protocol", "name": "x", "min_spots": "${size}"},
+        }
+    )
     made = build(node)
     assert type(made) is dict and type(made["list"]) is list and type(made["list"][1]) is dict
     assert made["list"] == [1, {"a": 0.2}] and made["protocol"] == Protocol("x", min_spots=0.2)
@@ -84,10 +114,14 @@ def test_containers_come_as_plain_dict_and_list_and_inner_nodes_are_built_first(
     assert again == Protocol("y", target_sum=5.0)
 
 
-@pytest.mark.parametrize(("node", "message"), [
-    ({"a": "???"}, "config: .*a"), ({"a": "${b}"}, "config: .*b"),
-    ({"a": "${oc.env:STEXP_NO_SUCH_VARIABLE}"}, "config: .*STEXP_NO_SUCH_VARIABLE"),
-])
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"a": "???"}, "config: .*a"),
+        ({"a": "${b}"}, "config: .*b"),
+        ({"a": "${oc.env:STEXP_NO_SUCH_VARIABLE}"}, "config: .*STEXP_NO_SUCH_VARIABLE"),
+    ],
+)
 def test_what_is_missing_in_a_config_is_said_in_one_line(node, message):
     with pytest.raises(InputError, match=message) as caught:
         to_plain(OmegaConf.create(node))
@@ -106,9 +140,15 @@ def test_a_runs_config_is_read_and_nothing_in_it_is_executed(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("text", [
-    "a: !!python/object/apply:os.system ['touch {ran}']\n", "a: !!python/name:os.system\n", "a: [1, 2\n", "3\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: !!python/object/apply:os.system ['touch {ran}']\n",
+        "a: !!python/name:os.system\n",
+        "a: [1, 2\n",
+        "3\n",
+    ],
+)
 def test_a_runs_config_that_is_no_plain_yaml_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text.format(ran=tmp_path / "ran"))
     with pytest.raises(InputError, match=r"config\.yaml cannot be read") as caught:
@@ -124,8 +164,9 @@ def test_a_folder_without_a_config_is_no_run(tmp_path):
 # every yaml
 
 
-@pytest.mark.parametrize(("data", "protocol", "encoder"), itertools.product(
-    NAMES["data"], NAMES["protocol"], NAMES["image_encoder"]))
+@pytest.mark.parametrize(
+    ("data", "protocol", "encoder"), itertools.product(NAMES["data"], NAMES["protocol"], NAMES["image_encoder"])
+)
 def test_every_combination_composes(tmp_path, data, protocol, encoder):
     cfg = train_config(tmp_path, f"data={data}", f"protocol={protocol}", *encoder_overrides(encoder))
     plain = to_plain(cfg)

@@ -13,7 +13,8 @@ from sections import make_section, make_sections
 
 from stexp import InputError
 from stexp.data.augment import augment
-from stexp.data.datamodule import ShuffledBatches, SpotBatch, SpotDataModule, SpotIndex, check_checkpoint, nearest
+from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, nearest
+from stexp.data.datamodule import SpotDataModule, check_checkpoint
 from stexp.data.genes import normalise
 from stexp.data.section import Section
 from stexp.data.tiles import TileSpec, cut_tiles
@@ -21,8 +22,16 @@ from stexp.protocol import Protocol
 
 STRICT = Protocol("strict", n_hvg=12, panel_size=10, min_spots=0)
 PAPER = Protocol(
-    "paper", hold_out="section", validation=False, panel="all", n_hvg=12, panel_size=None, min_spots=0,
-    library="panel", log="log10", truth="gene",
+    "paper",
+    hold_out="section",
+    validation=False,
+    panel="all",
+    n_hvg=12,
+    panel_size=None,
+    min_spots=0,
+    library="panel",
+    log="log10",
+    truth="gene",
 )
 
 
@@ -180,8 +189,15 @@ class Recorder(pl.LightningModule):
 
 def fit(data, epochs: int, folder, ckpt_path=None) -> dict[int, list]:
     model = Recorder()
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(folder / f"{epochs}.ckpt")
     return model.seen
@@ -253,8 +269,9 @@ def test_context_is_the_spot_and_its_nearest_of_the_same_section_and_role(tmp_pa
         n = len(expected)
         assert batch.context_mask[row].tolist() == [True] * n + [False] * (1 + n_neighbours - n)
         np.testing.assert_array_equal(batch.context_expression[row, :n], data.expression[expected])
-        np.testing.assert_array_equal(batch.context_array_xy[row, :n],
-                                      data.spots.iloc[expected][["array_x", "array_y"]])
+        np.testing.assert_array_equal(
+            batch.context_array_xy[row, :n], data.spots.iloc[expected][["array_x", "array_y"]]
+        )
 
 
 @pytest.mark.parametrize("protocol", [STRICT, PAPER])
@@ -270,7 +287,8 @@ def test_neighbours_never_cross_section_or_role(sections, tmp_path, protocol):
 
 @given(
     points=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60, unique=True),
-    n=st.integers(0, 13), scale=st.sampled_from([1.0, 287.3]),
+    n=st.integers(0, 13),
+    scale=st.sampled_from([1.0, 287.3]),
 )
 def test_nearest_equals_sorting_all_distances(points, n, scale):
     xy = np.array(points) * scale
@@ -335,7 +353,7 @@ def test_a_checkpoint_of_other_data_is_refused(sections, tmp_path):
     assert "predicts 10 genes, 7 of them are not in the panel of this data" in str(caught.value)
     assert str(caught.value).endswith(f"{', '.join(missing[:5])}, ...")
     for other in (state["panel"][::-1], [*state["panel"], "more"]):
-        with pytest.raises(InputError, match=f"the panel of this data has {len(other)} or another order"):
+        with pytest.raises(InputError, match=f"the panel of this data has {len(other)}, or another order"):
             check_checkpoint(state, other, *fits[1:])
     for tile in (TileSpec(9), TileSpec(8, 55.0)):
         with pytest.raises(InputError, match=r"trained on tiles of 8 px \(None um\)"):
@@ -344,12 +362,15 @@ def test_a_checkpoint_of_other_data_is_refused(sections, tmp_path):
         check_checkpoint(state, *fits[:2], data.array_size + 1)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"batch_size": 1}, r"data\.batch_size=1: a contrastive batch needs at least 2"),
-    ({"augmentation": "flip"}, r"data\.augmentation=flip: choose none, dihedral, paper"),
-    ({"placement": "gpu"}, r"data\.placement=gpu: choose auto, device, pinned or disk"),
-    ({"fold": "Q"}, "fold=Q is no patient with an image; choose one of A, B, C, D, or all"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 1}, r"data\.batch_size=1: a contrastive batch needs at least 2"),
+        ({"augmentation": "flip"}, r"data\.augmentation=flip: choose none, dihedral, paper"),
+        ({"placement": "gpu"}, r"data\.placement=gpu: choose auto, device, pinned or disk"),
+        ({"fold": "Q"}, "fold=Q is no patient with an image; choose one of A, B, C, D, or all"),
+    ],
+)
 def test_arguments_that_do_not_fit(sections, tmp_path, wrong, message):
     with pytest.raises(InputError, match=message):
         module(sections, tmp_path, **wrong).setup()

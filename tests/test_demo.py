@@ -49,8 +49,10 @@ def pearson(a, b):
 
 
 def test_same_arguments_same_bytes(tmp_path):
-    first, again, other = (demo.write_demo(tmp_path / name, seed=seed, **SMALL).parent
-                           for name, seed in (("first", 3), ("again", 3), ("other", 4)))
+    first, again, other = (
+        demo.write_demo(tmp_path / name, seed=seed, **SMALL).parent
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
     assert files(first) == files(again)
     assert files(first)["images/A1.jpg"] != files(other)["images/A1.jpg"]
     assert files(first)["counts/A1.tsv.gz"] != files(other)["counts/A1.tsv.gz"]
@@ -74,10 +76,13 @@ def test_simple_image_statistics_explain_the_first_family_and_not_the_third(two_
 
     image = [statistics(section) for section in sections]
     observed = [expression(section, genes.index) for section in sections]
-    explained = np.mean([
-        pearson(Ridge(10.0).fit(image[train], observed[train]).predict(image[test]), observed[test])
-        for train, test in ((0, 1), (1, 0))
-    ], axis=0)
+    explained = np.mean(
+        [
+            pearson(Ridge(10.0).fit(image[train], observed[train]).predict(image[test]), observed[test])
+            for train, test in ((0, 1), (1, 0))
+        ],
+        axis=0,
+    )
     of_family = pd.Series(explained).groupby(genes["family"].to_numpy()).mean()
     assert of_family["full"] > 0.4
     assert 0.1 < of_family["part"] < of_family["full"] - 0.1
@@ -86,8 +91,10 @@ def test_simple_image_statistics_explain_the_first_family_and_not_the_third(two_
 
 def test_depth_does_not_give_the_third_family_away(two_patients):
     sections, genes = two_patients
-    share = [section.counts(genes.index)[:, genes["family"] == "none"].sum(axis=1) / section.total_counts
-             for section in sections]
+    share = [
+        section.counts(genes.index)[:, genes["family"] == "none"].sum(axis=1) / section.total_counts
+        for section in sections
+    ]
     for section, none in zip(sections, share, strict=True):
         tumour = section.counts([f"TUMOUR{i:02}" for i in range(1, 19)]).sum(axis=1) / section.total_counts
         assert abs(np.corrcoef(none, tumour)[0, 1]) < 0.2

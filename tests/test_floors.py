@@ -57,8 +57,15 @@ def tables() -> tuple[SpotTable, SpotTable]:
 def test_each_floor_finds_what_it_looks_at(tables):
     train, test = tables
     floors = predict_floors(train, test)
-    assert set(floors) == {"mean", "nearest_section", "depth_oracle", "coordinates", "colour_ridge",
-                           "knn_features", "ridge_features"}
+    assert set(floors) == {
+        "mean",
+        "nearest_section",
+        "depth_oracle",
+        "coordinates",
+        "colour_ridge",
+        "knn_features",
+        "ridge_features",
+    }
     assert {ORACLES, NO_SCALE} == {frozenset({"depth_oracle"})}
     assert all(values.shape == (150, 4) and values.dtype == np.float32 for values in floors.values())
     r = {name: pearson_per_gene(test.expression, values) for name, values in floors.items()}
@@ -87,8 +94,9 @@ def test_nearest_section_is_by_mean_colour(tables):
     floor = predict_floors(replace(train, colour=colour), replace(test, colour=query))["nearest_section"]
     for here, nearest in (("B1", "A1"), ("B2", "A2")):
         expected = train.expression[train.section == nearest].mean(axis=0)
-        np.testing.assert_allclose(floor[test.section == here], np.tile(expected, ((test.section == here).sum(), 1)),
-                                   rtol=1e-5)
+        np.testing.assert_allclose(
+            floor[test.section == here], np.tile(expected, ((test.section == here).sum(), 1)), rtol=1e-5
+        )
 
 
 def test_only_floors_whose_inputs_exist(tables):
@@ -235,8 +243,11 @@ def test_depth_and_mean_on_her2st(her2st_sections, truth, acg, heg, mse, mae):
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "gene_wise", "spot_wise"),
-    [("B4", (0.504, 0.712), (0.221, 0.289)), ("C2", (0.371, 0.680), (0.144, 0.162)),
-     ("C3", (0.365, 0.641), (0.1313, 0.1251))],
+    [
+        ("B4", (0.504, 0.712), (0.221, 0.289)),
+        ("C2", (0.371, 0.680), (0.144, 0.162)),
+        ("C3", (0.365, 0.641), (0.1313, 0.1251)),
+    ],
 )
 def test_depth_on_single_sections(her2st_sections, name, gene_wise, spot_wise):
     counts, total = next((counts, total) for each, counts, total in her2st_sections if each == name)
@@ -250,8 +261,15 @@ def test_depth_on_single_sections(her2st_sections, name, gene_wise, spot_wise):
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "acg", "heg"),
-    [("B4", 0.40, 0.63), ("C2", 0.41, 0.72), ("C3", 0.42, 0.75), ("C6", 0.40, 0.75), ("A2", 0.35, 0.58),
-     ("D1", 0.36, 0.63), ("F1", 0.30, 0.46)],
+    [
+        ("B4", 0.40, 0.63),
+        ("C2", 0.41, 0.72),
+        ("C3", 0.42, 0.75),
+        ("C6", 0.40, 0.75),
+        ("A2", 0.35, 0.58),
+        ("D1", 0.36, 0.63),
+        ("F1", 0.30, 0.46),
+    ],
 )
 def test_ceiling_on_her2st(her2st_sections, name, acg, heg):
     counts, total = next((counts, total) for each, counts, total in her2st_sections if each == name)

@@ -119,14 +119,23 @@ def published(name: str = "densenet121", n_features: int = 1024, depth: int = 2)
 
 def inputs(px: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draws = torch.Generator().manual_seed(1)
-    return (torch.rand(3, 3, px, px, generator=draws), 3 * torch.rand(9, GENES, generator=draws),
-            torch.randint(0, POSITIONS, (9, 2), generator=draws))
+    return (
+        torch.rand(3, 3, px, px, generator=draws),
+        3 * torch.rand(9, GENES, generator=draws),
+        torch.randint(0, POSITIONS, (9, 2), generator=draws),
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "n_features", "depth", "px"), [
-    ("densenet121", 1024, 2, 64), ("resnet18", 512, 1, 64), ("resnet50", 2048, 3, 64), ("vit", 768, 2, 224),
-])
+@pytest.mark.parametrize(
+    ("name", "n_features", "depth", "px"),
+    [
+        ("densenet121", 1024, 2, 64),
+        ("resnet18", 512, 1, 64),
+        ("resnet50", 2048, 3, 64),
+        ("vit", 768, 2, 224),
+    ],
+)
 def test_embeddings_equal_those_of_the_published_architecture(tmp_path, name, n_features, depth, px):
     theirs = published(name, n_features, depth)
     torch.save(theirs.state_dict(), tmp_path / "authors.pth")
@@ -145,10 +154,14 @@ def theirs() -> Published:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rename", [
-    lambda key: f"module.{key}",  # saved from data-parallel training
-    lambda key: key.replace("spot_encoder", "well_encoder").replace("spot_projection", "well_projection"),
-], ids=["data-parallel", "older naming"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",  # saved from data-parallel training
+        lambda key: key.replace("spot_encoder", "well_encoder").replace("spot_projection", "well_projection"),
+    ],
+    ids=["data-parallel", "older naming"],
+)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_other_ways_to_save_them_are_accepted(tmp_path, theirs, rename, suffix):
     state = {rename(key): value for key, value in theirs.state_dict().items()}
@@ -164,21 +177,24 @@ def without(state: dict, prefix: str) -> dict:
     return {key: value for key, value in state.items() if not key.startswith(prefix)}
 
 
-@pytest.mark.parametrize("change", [
-    lambda state: without(state, "x_embed"),
-    lambda state: without(state, "y_embed"),
-    lambda state: without(state, "spot_encoder.0.ff"),
-    lambda state: without(state, "spot_encoder"),
-    lambda state: without(state, "image_projection.fc"),
-    lambda state: without(state, "image_encoder"),
-    lambda state: without(state, "image_encoder.model.7.1"),
-    lambda state: state | {"spot_encoder.0.attn.fn.to_gate.weight": torch.zeros(2, 2)},
-    lambda state: state | {"spot_projection.projection.weight": torch.zeros(DIM, GENES + 1)},
-    lambda state: state | {"x_embed.weight": torch.zeros(3)},
-    lambda state: {"state_dict": state},
-    lambda state: [1, 2],
-    lambda state: {},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: without(state, "x_embed"),
+        lambda state: without(state, "y_embed"),
+        lambda state: without(state, "spot_encoder.0.ff"),
+        lambda state: without(state, "spot_encoder"),
+        lambda state: without(state, "image_projection.fc"),
+        lambda state: without(state, "image_encoder"),
+        lambda state: without(state, "image_encoder.model.7.1"),
+        lambda state: state | {"spot_encoder.0.attn.fn.to_gate.weight": torch.zeros(2, 2)},
+        lambda state: state | {"spot_projection.projection.weight": torch.zeros(DIM, GENES + 1)},
+        lambda state: state | {"x_embed.weight": torch.zeros(3)},
+        lambda state: {"state_dict": state},
+        lambda state: [1, 2],
+        lambda state: {},
+    ],
+)
 def test_a_state_dict_of_something_else_is_refused(tmp_path, theirs, change):
     torch.save(change(dict(theirs.state_dict())), tmp_path / "authors.pth")
     with pytest.raises(InputError) as caught:

@@ -42,10 +42,14 @@ def slow_normalise(counts, total_counts, protocol, scaling) -> np.ndarray:
 
 
 @given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 4)), seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    seed=st.integers(0, 10**6),
     protocol=st.builds(
-        Protocol, st.just("x"), target_sum=st.sampled_from([1e4, 1e6, 1.0]),
-        library=st.sampled_from(["transcriptome", "panel"]), log=st.sampled_from(["natural", "log10"]),
+        Protocol,
+        st.just("x"),
+        target_sum=st.sampled_from([1e4, 1e6, 1.0]),
+        library=st.sampled_from(["transcriptome", "panel"]),
+        log=st.sampled_from(["natural", "log10"]),
         truth=st.sampled_from(["spot", "gene"]),
     ),
     scaling=st.sampled_from([None, "spot", "gene"]),
@@ -93,10 +97,21 @@ def test_normalise_leaves_its_input_alone():
     np.testing.assert_array_equal(total, [3, 0])
 
 
-@pytest.mark.parametrize("misspelt", [{"log": "log2"}, {"truth": "genes"}, {"library": "pannel"}, {"panel": "test"},
-                                      {"hold_out": "donor"}, {"heg": "all"}, {"spot_context": "spot"}, {"k": "best"}])
+@pytest.mark.parametrize(
+    "misspelt",
+    [
+        {"log": "log2"},
+        {"truth": "genes"},
+        {"library": "pannel"},
+        {"panel": "test"},
+        {"hold_out": "donor"},
+        {"heg": "all"},
+        {"spot_context": "spot"},
+        {"k": "best"},
+    ],
+)
 def test_a_misspelt_switch_is_refused_and_not_read_as_something_else(misspelt):
-    (key, value), = misspelt.items()
+    ((key, value),) = misspelt.items()
     with pytest.raises(InputError, match=f"protocol.{key}={value}"):
         Protocol("x", **misspelt)
 
@@ -132,6 +147,7 @@ def with_counts(section: Section, change) -> Section:
 
 def planted(section: Section, *variable: int) -> Section:
     """Genes at three levels, 20 each, all steady but the `variable` ones, which are on and off at the same mean."""
+
     def plant(dense):
         dense[:] = np.random.default_rng(0).poisson(np.repeat([20.0, 60, 200], 20), dense.shape)
         for gene in variable:

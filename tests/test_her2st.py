@@ -21,10 +21,17 @@ def write_section(root: Path, name: str, image: str | None = None, labels: bool 
     rng = np.random.default_rng(seed)
     x, y = (grid.ravel() for grid in np.meshgrid(np.arange(4, 9), np.arange(10, 14)))
     new_x, new_y = x + rng.uniform(-0.1, 0.1, 20).round(3), y + rng.uniform(-0.1, 0.1, 20).round(3)
-    selection = pd.DataFrame({
-        "x": x, "y": y, "new_x": new_x, "new_y": new_y,
-        "pixel_x": PIXELS * new_x, "pixel_y": PIXELS * new_y - 100, "selected": 1,
-    })
+    selection = pd.DataFrame(
+        {
+            "x": x,
+            "y": y,
+            "new_x": new_x,
+            "new_y": new_y,
+            "pixel_x": PIXELS * new_x,
+            "pixel_y": PIXELS * new_y - 100,
+            "selected": 1,
+        }
+    )
     ids = [f"{i}x{j}" for i, j in zip(x, y, strict=True)]
     counts = pd.DataFrame(rng.poisson(3.0, (20, 4)) * rng.choice([1, 7, 100, 1234], (20, 4)), index=ids, columns=GENES)
     counts = counts.sample(frac=1, random_state=1).iloc[:-1]  # another order, and one spot without counts
@@ -39,10 +46,16 @@ def write_section(root: Path, name: str, image: str | None = None, labels: bool 
         Image.new("RGB", (300, 320), (230, 200, 220)).save(path)
     if labels:
         (root / "ST-pat" / "lbl").mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame({
-            "Row.names": "7x7", "x": new_x, "y": new_y, "pixel_x": new_x * 13, "pixel_y": 999 - new_y * 13,
-            "label": [f"type {spot}" for spot in ids],
-        })
+        table = pd.DataFrame(
+            {
+                "Row.names": "7x7",
+                "x": new_x,
+                "y": new_y,
+                "pixel_x": new_x * 13,
+                "pixel_y": 999 - new_y * 13,
+                "label": [f"type {spot}" for spot in ids],
+            }
+        )
         table.loc[len(table)] = ["1379x6121", np.nan, np.nan, np.nan, np.nan, "immune infiltrate"]
         table.iloc[1:].to_csv(root / "ST-pat" / "lbl" / f"{name}_labeled_coordinates.tsv", sep="\t", index=False)
     return counts
@@ -132,8 +145,17 @@ def test_digits_are_read_as_pandas_reads_them():
     assert fast.nnz == 5
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS.rstrip("\n"), ROWS + "\n", ROWS.replace("\n", "\r\n"),
-                                  ROWS.replace("12", "12.0"), ROWS.replace("1000000", "1e6")])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        ROWS.rstrip("\n"),
+        ROWS + "\n",
+        ROWS.replace("\n", "\r\n"),
+        ROWS.replace("12", "12.0"),
+        ROWS.replace("1000000", "1e6"),
+    ],
+)
 def test_ways_to_write_the_same_counts(tmp_path, rows):
     path = tmp_path / "c.tsv"
     path.write_bytes((HEADER.replace("\n", "\r\n") if "\r" in rows else HEADER).encode() + rows.encode())
@@ -205,5 +227,8 @@ def test_real_sections():
     assert (round(b4.um_per_px, 3), round(e1.um_per_px, 3)) == (0.688, 0.686)
     assert b4.slide is not None and e1.slide is None and "label" not in b4.spots.obs
     assert e1.spots.obs["label"].value_counts().to_dict() == {
-        "invasive cancer": 340, "immune infiltrate": 177, "undetermined": 53, "connective tissue": 17,
+        "invasive cancer": 340,
+        "immune infiltrate": 177,
+        "undetermined": 53,
+        "connective tissue": 17,
     }

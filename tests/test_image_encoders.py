@@ -33,8 +33,12 @@ def randomise_norms(model: torch.nn.Module, seed: int = 0) -> None:
     draws = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 1.5),
-                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -0.3, 0.3)):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.3, 0.3),
+            ):
                 tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=draws))
 
 
@@ -104,8 +108,14 @@ def densenet() -> torch.nn.Module:
 def test_pooling_before_the_last_activation_equals_torchvision_features(densenet):
     encoder = ImageEncoder("densenet121", pretrained=False, mean=[0, 0, 0], std=[1, 1, 1], final_activation=False)
     encoder.eval()
-    _, state = from_torchvision({f"x.0.{k.removeprefix('features.')}": v for k, v in densenet.state_dict().items()
-                                 if k.startswith("features.")}, "x.")
+    _, state = from_torchvision(
+        {
+            f"x.0.{k.removeprefix('features.')}": v
+            for k, v in densenet.state_dict().items()
+            if k.startswith("features.")
+        },
+        "x.",
+    )
     encoder.model.load_state_dict(state)
     with torch.no_grad():
         expected = densenet.features(tiles(2, 64)).mean(dim=(2, 3))
@@ -138,8 +148,13 @@ def test_kept_features_are_those_of_these_weights_in_these_layers():
         torch.manual_seed(0)
         return _weights_digest(ImageEncoder("mobilenetv2_100", pretrained=False, **kwargs), None)
 
-    settings = [{}, {"mean": [0, 0, 0]}, {"std": [1, 1, 1]}, {"model_args": {"pad_type": "same"}},
-                {"model_args": {"global_pool": "max"}}]
+    settings = [
+        {},
+        {"mean": [0, 0, 0]},
+        {"std": [1, 1, 1]},
+        {"model_args": {"pad_type": "same"}},
+        {"model_args": {"global_pool": "max"}},
+    ]
     assert key() == key()
     assert len({key(**setting) for setting in settings}) == len(settings)
 
@@ -209,10 +224,15 @@ def test_a_file_that_holds_more_than_tensors_is_not_run(tmp_path, load):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("x.safetensors", b"not safetensors at all"), ("x.pth", b"not a pickle"), ("x.pth", b""),
-    ("x.pth", pickle.dumps([1, 2], protocol=2)),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.safetensors", b"not safetensors at all"),
+        ("x.pth", b"not a pickle"),
+        ("x.pth", b""),
+        ("x.pth", pickle.dumps([1, 2], protocol=2)),
+    ],
+)
 def test_files_without_tensors_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name} is no file of tensors") as caught:
@@ -276,10 +296,14 @@ def test_the_real_mobilenet_tells_textures_apart(real_data):
 
     # 8 crops of each of two photographs; crops of one should lie nearer to each other than to the other's
     images = [torch.from_numpy(np.array(image)) for image in load_sample_images().images]
-    crops = torch.stack([
-        image[y : y + 224, x : x + 224].permute(2, 0, 1) / 255
-        for image in images for y in (0, 200) for x in (0, 130, 260, 390)
-    ])
+    crops = torch.stack(
+        [
+            image[y : y + 224, x : x + 224].permute(2, 0, 1) / 255
+            for image in images
+            for y in (0, 200)
+            for x in (0, 130, 260, 390)
+        ]
+    )
     features = encoder(crops)
     assert features.shape == (16, 1280) and features.min() >= 0 and not features.requires_grad
     unit = torch.nn.functional.normalize(features - features.mean(0), dim=1)

@@ -29,8 +29,9 @@ def slow_info_nce(asking: torch.Tensor, answering: torch.Tensor, temperature: fl
 @pytest.mark.parametrize("image_weight", [0.0, 0.3, 0.5, 1.0])
 def test_equals_a_loop_over_spots_in_both_directions(temperature, image_weight):
     image, spot = pair()
-    expected = (image_weight * slow_info_nce(image, spot, temperature)
-                + (1 - image_weight) * slow_info_nce(spot, image, temperature))
+    expected = image_weight * slow_info_nce(image, spot, temperature) + (1 - image_weight) * slow_info_nce(
+        spot, image, temperature
+    )
     assert float(info_nce(image, spot, temperature, image_weight)) == pytest.approx(expected, rel=1e-5)
 
 

@@ -11,7 +11,8 @@ import torch
 from sections import make_section, make_sections
 
 from stexp import InputError
-from stexp.data.datamodule import SpotBatch, SpotDataModule, SpotIndex
+from stexp.data.batches import SpotBatch, SpotIndex
+from stexp.data.datamodule import SpotDataModule
 from stexp.metrics import mean_pearson
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.mclstexp import K_CANDIDATES, POSITIONS, MclSTExp, SpotEncoder, sinusoid
@@ -35,8 +36,9 @@ def make_model(n_genes: int = 30, n_positions: int = 8, *, seed: int = 0, **kwar
 
 def make_trainer(tmp_path, epochs: int = 1, **kwargs) -> pl.Trainer:
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
-    return pl.Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path,
-                      **quiet | kwargs)
+    return pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path, **quiet | kwargs
+    )
 
 
 def grid(across: int) -> torch.Tensor:
@@ -63,8 +65,9 @@ def test_a_spot_embeds_alike_in_its_section_and_in_any_batch(data, batch_size, p
     batched[rows] = torch.cat(parts)
     for section in data.sections:
         here = np.flatnonzero(data.spots["section"] == section.name)
-        whole = model.embed_spots(torch.from_numpy(data.expression[here]), torch.from_numpy(section.array_xy),
-                                  torch.from_numpy(section.xy_px))
+        whole = model.embed_spots(
+            torch.from_numpy(data.expression[here]), torch.from_numpy(section.array_xy), torch.from_numpy(section.xy_px)
+        )
         torch.testing.assert_close(batched[here], whole, rtol=1e-5, atol=1e-5)
 
 
@@ -91,8 +94,11 @@ def test_only_a_spots_neighbours_change_its_embedding():
 @torch.no_grad()
 def test_another_sections_expression_does_not_matter(tmp_path):
     def embed(seed):
-        sections = [make_section(tmp_path, "A1", "A", seed=1), make_section(tmp_path, "B1", "B", seed=2),
-                    make_section(tmp_path, "C1", "C", seed=seed)]
+        sections = [
+            make_section(tmp_path, "A1", "A", seed=1),
+            make_section(tmp_path, "B1", "B", seed=2),
+            make_section(tmp_path, "C1", "C", seed=seed),
+        ]
         data = make_data(tmp_path, sections, "B", panel=[f"g{i:02d}" for i in range(30)])
         batch = data.batch(SpotIndex(torch.arange(len(data.spots)), image=False))
         return make_model().embed_batch_spots(batch), (data.spots["section"] == "A1").to_numpy()
@@ -117,8 +123,10 @@ def test_a_section_with_fewer_spots_than_neighbours_is_padded_without_effect(tmp
 @torch.no_grad()
 def test_in_batch_context_an_embedding_depends_on_its_company(data):
     model = make_model(len(data.panel), data.array_size, spot_context="batch")
-    alone, among, others = (model.embed_batch_spots(data.batch(SpotIndex(torch.tensor(rows), image=False)))[0]
-                            for rows in ([0], [0, 1, 2], [0, 30, 60]))
+    alone, among, others = (
+        model.embed_batch_spots(data.batch(SpotIndex(torch.tensor(rows), image=False)))[0]
+        for rows in ([0], [0, 1, 2], [0, 30, 60])
+    )
     assert (alone - among).abs().max() > 1e-3 and (among - others).abs().max() > 1e-3
 
 
@@ -141,8 +149,11 @@ def test_sinusoid_against_its_formula(n_genes):
     np.testing.assert_allclose(sinusoid(torch.tensor([0, 3, 500]), 7), [slow(p, 7) for p in (0, 3, 500)], atol=1e-4)
     encoder = SpotEncoder(n_genes, 10, position="sinusoid", depth=0)
     half = (n_genes + 1) // 2
-    np.testing.assert_allclose(encoder(torch.ones(1, 1, n_genes), torch.tensor([[[5, 2]]]))[0, 0],
-                               np.array(slow(5, half) + slow(2, n_genes - half)) + 1, atol=1e-5)
+    np.testing.assert_allclose(
+        encoder(torch.ones(1, 1, n_genes), torch.tensor([[[5, 2]]]))[0, 0],
+        np.array(slow(5, half) + slow(2, n_genes - half)) + 1,
+        atol=1e-5,
+    )
 
 
 @torch.no_grad()
@@ -154,12 +165,15 @@ def test_a_learned_table_adds_its_rows_and_refuses_larger_arrays():
         encoder(torch.zeros(1, 1, 4), torch.tensor([[[10, 0]]]))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"position": "learned"}, "model.position=learned: choose none, sinusoid, naive, learnable"),
-    ({"spot_context": "section"}, "model.spot_context=section: choose neighbours, batch"),
-    ({"temperature": 0.0}, "model.temperature=0.0: must be > 0"),
-    ({"optimizer": "sgd"}, "model.optimizer=sgd: choose adam or adamw"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position": "learned"}, "model.position=learned: choose none, sinusoid, naive, learnable"),
+        ({"spot_context": "section"}, "model.spot_context=section: choose neighbours, batch"),
+        ({"temperature": 0.0}, "model.temperature=0.0: must be > 0"),
+        ({"optimizer": "sgd"}, "model.optimizer=sgd: choose adam or adamw"),
+    ],
+)
 def test_options_that_do_not_exist_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         make_model(**arguments)
@@ -191,8 +205,10 @@ def test_overfits_eight_spots_and_retrieves_the_right_ones(data, spot_context):
     batch = eight_spots(data)
     assert fit_batch(model, batch, 30) < 0.1 * math.log(8)
     with torch.no_grad():
-        similarity = torch.nn.functional.normalize(model.embed_image(batch.image)) @ \
-            torch.nn.functional.normalize(model.embed_batch_spots(batch)).T
+        similarity = (
+            torch.nn.functional.normalize(model.embed_image(batch.image))
+            @ torch.nn.functional.normalize(model.embed_batch_spots(batch)).T
+        )
     assert (similarity.argmax(dim=1) == torch.arange(8)).all()
 
 
@@ -224,7 +240,7 @@ def test_optimizer_is_the_one_asked_for(name, kind):
     model = make_model(optimizer=name, lr=2e-4, weight_decay=0.02, frozen=True)
     optimizer = model.configure_optimizers()
     assert type(optimizer) is kind
-    group, = optimizer.param_groups
+    (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (2e-4, 0.02)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -233,8 +249,12 @@ def test_optimizer_is_the_one_asked_for(name, kind):
 def test_normalise_gives_unit_norm_and_the_same_direction(data):
     batch = eight_spots(data)
     for embed in ("embed_image", "embed_batch_spots"):
-        plain, unit = (getattr(make_model(len(data.panel), data.array_size, normalise=normalise), embed)(
-            batch.image if embed == "embed_image" else batch) for normalise in (False, True))
+        plain, unit = (
+            getattr(make_model(len(data.panel), data.array_size, normalise=normalise), embed)(
+                batch.image if embed == "embed_image" else batch
+            )
+            for normalise in (False, True)
+        )
         torch.testing.assert_close(unit.norm(dim=1), torch.ones(8))
         torch.testing.assert_close(unit, torch.nn.functional.normalize(plain))
         assert (plain.norm(dim=1) - 1).abs().min() > 0.1
@@ -248,8 +268,11 @@ def predictions_with(model: MclSTExp, data: SpotDataModule, k: int) -> np.ndarra
     train, validation = data.rows("train"), data.rows("validation")
     with torch.no_grad():
         reference, query = (
-            embed(data.batch(SpotIndex(torch.from_numpy(rows)))).double().numpy() for embed, rows in (
-                (model.embed_batch_spots, train), (lambda batch: model.embed_image(batch.image), validation))
+            embed(data.batch(SpotIndex(torch.from_numpy(rows)))).double().numpy()
+            for embed, rows in (
+                (model.embed_batch_spots, train),
+                (lambda batch: model.embed_image(batch.image), validation),
+            )
         )
     out = []
     for q in query:
@@ -265,8 +288,11 @@ def test_auto_k_is_the_best_of_the_candidates_on_validation(tmp_path, data):
     model.trainer = make_trainer(tmp_path)
     rows = data.rows("validation")
     section = data.spots["section"].to_numpy(str)[rows]
-    expected = {k: mean_pearson(data.target[rows], predictions_with(model, data, k), section)
-                for k in K_CANDIDATES if k <= len(data.rows("train"))}
+    expected = {
+        k: mean_pearson(data.target[rows], predictions_with(model, data, k), section)
+        for k in K_CANDIDATES
+        if k <= len(data.rows("train"))
+    }
     assert len(expected) > 2
     chosen = model.tune(data)
     assert chosen["k"] == model.k == max(expected, key=expected.get)
@@ -275,8 +301,11 @@ def test_auto_k_is_the_best_of_the_candidates_on_validation(tmp_path, data):
 
 
 def test_auto_k_with_fewer_references_than_the_smallest_candidate_takes_all(tmp_path):
-    sections = [make_section(tmp_path, "A1", "A", n=3, seed=1), make_section(tmp_path, "B1", "B", n=6, seed=2),
-                make_section(tmp_path, "C1", "C", n=6, seed=3)]
+    sections = [
+        make_section(tmp_path, "A1", "A", n=3, seed=1),
+        make_section(tmp_path, "B1", "B", n=6, seed=2),
+        make_section(tmp_path, "C1", "C", n=6, seed=3),
+    ]
     data = make_data(tmp_path, sections)
     model = make_model(len(data.panel), data.array_size, k="auto")
     model.trainer = make_trainer(tmp_path)
@@ -315,7 +344,9 @@ def test_a_checkpoint_holds_tensors_and_plain_values_and_gives_equal_predictions
 
     again = make_model(len(data.panel), data.array_size, k=5, seed=1)
     again.load_state_dict(checkpoint["state_dict"])
-    first, second = (torch.cat([output["predicted"] for output in make_trainer(tmp_path).predict(m, datamodule=data)])
-                     for m in (model, again))
+    first, second = (
+        torch.cat([output["predicted"] for output in make_trainer(tmp_path).predict(m, datamodule=data)])
+        for m in (model, again)
+    )
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first.std(dim=0).max() > 0

@@ -65,8 +65,11 @@ def test_bounded_symmetric_and_affine_invariant(observed, predicted, scale, shif
     r = pearson_per_gene(observed, predicted)[both]
     np.testing.assert_allclose(pearson_per_gene(predicted, observed)[both], r, atol=1e-9)
     np.testing.assert_allclose(pearson_per_gene(observed, scale * predicted + shift)[both], r, atol=1e-6)
-    np.testing.assert_allclose(spearman_per_gene(observed, np.exp(predicted / 50))[both],
-                               spearman_per_gene(observed, predicted)[both], atol=1e-9)
+    np.testing.assert_allclose(
+        spearman_per_gene(observed, np.exp(predicted / 50))[both],
+        spearman_per_gene(observed, predicted)[both],
+        atol=1e-9,
+    )
 
 
 def test_scores_of_a_section_against_slow_versions():
@@ -92,9 +95,16 @@ def test_scores_of_a_section_against_slow_versions():
         slow["ccc"].append(2 * covariance[0, 1] / (covariance[0, 0] + covariance[1, 1] + (o.mean() - p.mean()) ** 2))
     mean = {key: np.mean(values) for key, values in slow.items()}
     expected = {
-        "pearson_acg": mean["pearson"], "pearson_heg50": mean["heg"], "spearman_acg": mean["spearman"],
-        "mse": mean["squared"], "mae": mean["absolute"], "rmse": mean["squared"] ** 0.5,
-        "r2": mean["r2"], "ccc": mean["ccc"], "rvd": mean["rvd"], "n_constant_genes": 1,
+        "pearson_acg": mean["pearson"],
+        "pearson_heg50": mean["heg"],
+        "spearman_acg": mean["spearman"],
+        "mse": mean["squared"],
+        "mae": mean["absolute"],
+        "rmse": mean["squared"] ** 0.5,
+        "r2": mean["r2"],
+        "ccc": mean["ccc"],
+        "rvd": mean["rvd"],
+        "n_constant_genes": 1,
     }
     assert scores == pytest.approx(expected, abs=1e-6)
     assert set(scores) == {*SCORES, "n_constant_genes"}

@@ -22,17 +22,32 @@ def made(tmp_path) -> tuple[ad.AnnData, dict, list]:
     """Predictions of sections A1 and B1, the arrays they were made of, and the sections."""
     sections = make_sections(tmp_path, patients=2, per_patient=1, n_spots=9, n_genes=GENES)
     rng = np.random.default_rng(0)
-    spots = pd.concat([pd.DataFrame({
-        "section": s.name, "patient": s.patient, "spot": s.spots.obs_names.to_numpy(str), "role": "test",
-        "array_x": s.array_xy[:, 0], "array_y": s.array_xy[:, 1], "total_counts": s.total_counts,
-    }) for s in sections])
+    spots = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "section": s.name,
+                    "patient": s.patient,
+                    "spot": s.spots.obs_names.to_numpy(str),
+                    "role": "test",
+                    "array_x": s.array_xy[:, 0],
+                    "array_y": s.array_xy[:, 1],
+                    "total_counts": s.total_counts,
+                }
+            )
+            for s in sections
+        ]
+    )
     spots.index = spots["section"] + ":" + spots["spot"]
     arrays = {name: rng.gamma(2, 1, (len(spots), GENES)) for name in ("observed", "predicted", "counts", "uncertainty")}
     arrays["observed"][:9, 3] = np.nan  # not measured in A1
     arrays["observed"][:, 4] = np.nan  # not measured at all
-    arrays |= {"xy_px": np.concatenate([s.xy_px for s in sections]), "mean_train": rng.random(GENES),
-               "embedding": rng.normal(size=(len(spots), 5)),
-               "obs": pd.DataFrame({"neighbour_section": "C1", "neighbour_distance": rng.random(len(spots))})}
+    arrays |= {
+        "xy_px": np.concatenate([s.xy_px for s in sections]),
+        "mean_train": rng.random(GENES),
+        "embedding": rng.normal(size=(len(spots), 5)),
+        "obs": pd.DataFrame({"neighbour_section": "C1", "neighbour_distance": rng.random(len(spots))}),
+    }
     adata = predictions.make_predictions(spots, [f"g{i:02d}" for i in range(GENES)], **arrays)
     predictions.add_images(adata, sections, max_px=60)
     adata.uns["stexp"] = {"protocol": json.dumps(asdict(Protocol("strict")))}
@@ -102,8 +117,8 @@ def test_scanpy_plots_a_gene_over_the_image(tmp_path, made):
     predictions.write(adata, tmp_path / "predictions.h5ad")
     again = sc.read_h5ad(tmp_path / "predictions.h5ad")
     one = again[again.obs["section"] == "B1"].copy()
-    axis, = sc.pl.spatial(one, library_id="B1", color="g07", layer="predicted", show=False)
-    drawn, = axis.images
+    (axis,) = sc.pl.spatial(one, library_id="B1", color="g07", layer="predicted", show=False)
+    (drawn,) = axis.images
     height, width = again.uns["spatial"]["B1"]["images"]["hires"].shape[:2]
     assert drawn.get_array().shape[:2] == (height, width)
     circles = axis.collections[0]

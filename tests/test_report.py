@@ -31,8 +31,14 @@ def scores(acg: float | None, heg: float | None, mse: float | None = 0.41) -> di
 
 
 def write_run(
-    folder: Path, *, sections: tuple[str, ...] = ("B1", "B2"), spots: int = 300, genes: int = 120, acg: float = 0.213,
-    names: tuple[str, ...] = (), retrieval: bool = True,
+    folder: Path,
+    *,
+    sections: tuple[str, ...] = ("B1", "B2"),
+    spots: int = 300,
+    genes: int = 120,
+    acg: float = 0.213,
+    names: tuple[str, ...] = (),
+    retrieval: bool = True,
 ) -> Path:
     """A run folder as stexp-train and stexp-score leave it, with expression that follows the tissue.
 
@@ -47,7 +53,9 @@ def write_run(
     observed, predicted, spatial, rows = [], [], {}, []
     for number_, section in enumerate(sections):
         xy = (grid + 2.0) * pitch + random.normal(0, 6, grid.shape)
-        field = np.stack([np.sin(grid[:, 0] / (3 + k) + number_) + np.cos(grid[:, 1] / (4 + k)) for k in range(4)], axis=1)
+        field = np.stack(
+            [np.sin(grid[:, 0] / (3 + k) + number_) + np.cos(grid[:, 1] / (4 + k)) for k in range(4)], axis=1
+        )
         loading = np.random.default_rng(1).gamma(0.5, 0.5, (4, len(names)))
         rate = np.exp(field @ loading - 1) * random.lognormal(0, 0.4, (spots, 1))
         counts = random.poisson(rate)
@@ -57,15 +65,28 @@ def write_run(
         y, x = np.mgrid[:px, :px] / (pitch * scale) - 2
         tone = np.sin(x / 3 + number_) + np.cos(y / 4)
         nuclei = random.random((px, px)) < 0.03 + 0.03 * (tone > 0.5)
-        image = np.stack([225 - 25 * tone, 170 - 35 * tone, 205 - 15 * tone], axis=-1) + random.normal(0, 8, (px, px, 1))
+        image = np.stack([225 - 25 * tone, 170 - 35 * tone, 205 - 15 * tone], axis=-1) + random.normal(
+            0, 8, (px, px, 1)
+        )
         image[nuclei] = (95, 60, 140)
         factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": 150.0}
         spatial[section] = {"images": {"hires": image.clip(0, 255).astype(np.uint8)}, "scalefactors": factors}
-        rows.append(pd.DataFrame({
-            "section": section, "patient": section[0], "spot": [f"{a}x{b}" for a, b in grid],
-            "array_x": grid[:, 0], "array_y": grid[:, 1], "total_counts": counts.sum(1), "x": xy[:, 0], "y": xy[:, 1],
-            "neighbour_section": random.choice(["A1", "C2"], spots), "neighbour_section_weight": random.random(spots),
-        }))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "section": section,
+                    "patient": section[0],
+                    "spot": [f"{a}x{b}" for a, b in grid],
+                    "array_x": grid[:, 0],
+                    "array_y": grid[:, 1],
+                    "total_counts": counts.sum(1),
+                    "x": xy[:, 0],
+                    "y": xy[:, 1],
+                    "neighbour_section": random.choice(["A1", "C2"], spots),
+                    "neighbour_section_weight": random.random(spots),
+                }
+            )
+        )
     if len(sections) > 1:
         del spatial[sections[-1]]["images"]
         observed[-1][:, 1] = np.nan
@@ -75,19 +96,38 @@ def write_run(
     spatial_px = obs[["x", "y"]].to_numpy()
     obs = obs.drop(columns=["x", "y"] + ["neighbour_section", "neighbour_section_weight"] * (not retrieval))
     layers = {"observed": np.concatenate(observed), "predicted": np.concatenate(predicted)}
-    layers["uncertainty"] = np.abs(layers["predicted"]) * 0.2 if retrieval else np.full_like(layers["predicted"], np.nan)
+    layers["uncertainty"] = (
+        np.abs(layers["predicted"]) * 0.2 if retrieval else np.full_like(layers["predicted"], np.nan)
+    )
     protocol = {"name": "strict", "log": "natural", "target_sum": 1e4, "truth": "spot", "library": "transcriptome"}
     predictions = ad.AnnData(
-        layers["predicted"], obs=obs, var=pd.DataFrame(index=pd.Index(names, name="gene")), layers=layers,
+        layers["predicted"],
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(names, name="gene")),
+        layers=layers,
         obsm={"spatial": spatial_px},
-        uns={"spatial": spatial, "stexp": {"protocol": json.dumps(protocol), "model": "mclstexp", "fold": "B",
-                                           "data": "her2st", "config": "model:\n  dim: 256  # <b>\n"}},
+        uns={
+            "spatial": spatial,
+            "stexp": {
+                "protocol": json.dumps(protocol),
+                "model": "mclstexp",
+                "fold": "B",
+                "data": "her2st",
+                "config": "model:\n  dim: 256  # <b>\n",
+            },
+        },
     )
     predictions.write_h5ad(folder / "predictions.h5ad")
 
-    floors = {"mean": scores(None, None), "nearest_section": scores(0.04, 0.09), "coordinates": scores(0.08, 0.12),
-              "colour_ridge": scores(0.189, 0.301), "knn_features": scores(0.121, 0.2), "ridge_features": scores(0.17, 0.25),
-              "depth_oracle": scores(0.304, 0.581, None)}
+    floors = {
+        "mean": scores(None, None),
+        "nearest_section": scores(0.04, 0.09),
+        "coordinates": scores(0.08, 0.12),
+        "colour_ridge": scores(0.189, 0.301),
+        "knn_features": scores(0.121, 0.2),
+        "ridge_features": scores(0.17, 0.25),
+        "depth_oracle": scores(0.304, 0.581, None),
+    }
     ceiling = {"pearson_acg": 0.41, "pearson_heg50": 0.72}
     own = scores(acg, 1.5 * acg)
 
@@ -95,33 +135,90 @@ def write_run(
         return {key: None if value is None else value + by for key, value in values.items()}
 
     metrics = {
-        "protocol": "strict", "fold": "B", "model": "mclstexp", "data": "her2st", "scores": own, "floors": floors,
-        "ceiling": ceiling, "n_spots": len(obs), "n_genes": len(names), "n_constant_genes": 1,
-        "sections": {section: {"scores": moved(own, 0.02 * i - 0.01), "ceiling": ceiling, "n_spots": spots, "n_constant_genes": 1,
-                               "floors": {name: moved(floor, 0.02 - 0.04 * i) for name, floor in floors.items()}}
-                     for i, section in enumerate(sections)},
+        "protocol": "strict",
+        "fold": "B",
+        "model": "mclstexp",
+        "data": "her2st",
+        "scores": own,
+        "floors": floors,
+        "ceiling": ceiling,
+        "n_spots": len(obs),
+        "n_genes": len(names),
+        "n_constant_genes": 1,
+        "sections": {
+            section: {
+                "scores": moved(own, 0.02 * i - 0.01),
+                "ceiling": ceiling,
+                "n_spots": spots,
+                "n_constant_genes": 1,
+                "floors": {name: moved(floor, 0.02 - 0.04 * i) for name, floor in floors.items()},
+            }
+            for i, section in enumerate(sections)
+        },
         "scored_as": {"paper": {"scores": moved(own, 0.05), "floors": floors, "ceiling": ceiling}},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with (folder / "per_gene.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["gene", "pearson", "spearman", "mse", "mean_observed", "heg50", "n_sections", "ceiling",
-                        *(f"floor_{name}" for name in floors)])
+        table.writerow(
+            [
+                "gene",
+                "pearson",
+                "spearman",
+                "mse",
+                "mean_observed",
+                "heg50",
+                "n_sections",
+                "ceiling",
+                *(f"floor_{name}" for name in floors),
+            ]
+        )
         for i, gene in enumerate(names):
             pearson, spearman, *others = random.normal(acg, 0.12, 2 + len(floors)).round(4)
             scored = ["", "", 0.4, 1.2, i < 50, 0] if i == 2 else [pearson, spearman, 0.4, 1.2, i < 50, len(sections)]
             table.writerow([gene, *scored, 0.5, "", *others[1:]])
-    (folder / "audit.json").write_text(json.dumps({"protocol": "strict", "leaks": 1, "items": [
-        {"name": "same_patient_in_training", "leak": False, "detail": "No section of patient B is in training or reference."},
-        {"name": "panel_chosen_with_test", "leak": True, "detail": "The panel was chosen on all sections, B1 and B2 too."},
-        {"name": "checkpoint_chosen_on_test", "leak": False, "detail": "The checkpoint was chosen on patient C."},
-    ]}))
-    (folder / "provenance.json").write_text(json.dumps({
-        "command": "stexp-train data=her2st fold=B", "commit": "0123abc", "dirty": True, "date": "2025-01-31T12:00:00+00:00",
-        "seconds": 812.3, "stages": {"fit": 700.1, "predict": 60.0}, "peak_memory_gb": 7.9, "precision": "bf16-mixed",
-        "hardware": {"cpu": "8 cores", "gpu": "H200"}, "versions": {"python": "3.11.9", "stexp": "0.1.0"},
-        "data_manifest": {"B1": "sha256:abc", "B2": "sha256:def"},
-    }))
+    (folder / "audit.json").write_text(
+        json.dumps(
+            {
+                "protocol": "strict",
+                "leaks": 1,
+                "items": [
+                    {
+                        "name": "same_patient_in_training",
+                        "leak": False,
+                        "detail": "No section of patient B is in training or reference.",
+                    },
+                    {
+                        "name": "panel_chosen_with_test",
+                        "leak": True,
+                        "detail": "The panel was chosen on all sections, B1 and B2 too.",
+                    },
+                    {
+                        "name": "checkpoint_chosen_on_test",
+                        "leak": False,
+                        "detail": "The checkpoint was chosen on patient C.",
+                    },
+                ],
+            }
+        )
+    )
+    (folder / "provenance.json").write_text(
+        json.dumps(
+            {
+                "command": "stexp-train data=her2st fold=B",
+                "commit": "0123abc",
+                "dirty": True,
+                "date": "2025-01-31T12:00:00+00:00",
+                "seconds": 812.3,
+                "stages": {"fit": 700.1, "predict": 60.0},
+                "peak_memory_gb": 7.9,
+                "precision": "bf16-mixed",
+                "hardware": {"cpu": "8 cores", "gpu": "H200"},
+                "versions": {"python": "3.11.9", "stexp": "0.1.0"},
+                "data_manifest": {"B1": "sha256:abc", "B2": "sha256:def"},
+            }
+        )
+    )
     return folder
 
 
@@ -197,8 +294,10 @@ def test_five_thousand_spots_by_a_thousand_genes_fit(tmp_path: Path) -> None:
 def test_verdict_counts_floors_but_not_oracles(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     numbers, statement, beats = verdict(metrics)
-    assert numbers == ("Pearson 0.213 over 120 genes; best floor: colour ridge 0.189; depth oracle 0.304; "
-                       "counting-noise ceiling 0.410.")
+    assert numbers == (
+        "Pearson 0.213 over 120 genes; best floor: colour ridge 0.189; depth oracle 0.304; "
+        "counting-noise ceiling 0.410."
+    )
     assert beats and statement.startswith("It beats every floor, on all genes and on the 50 highest.")
     assert statement.endswith("It is above colour ridge in 1 of 2 sections.")
 
@@ -247,7 +346,7 @@ def test_a_run_scored_in_one_section_without_image_or_neighbours(tmp_path: Path)
     predictions = ad.read_h5ad(folder / "predictions.h5ad")
     del predictions.uns["spatial"]
     predictions.write_h5ad(folder / "predictions.h5ad")
-    section, = page_of(write_report(folder))["sections"]
+    (section,) = page_of(write_report(folder))["sections"]
     assert section["image"] is None and section["source"] is None
     assert section["layers"] == ["observed", "predicted"]
     assert 80 < section["spot_px"] < 130  # half of the 240 px pitch
@@ -283,8 +382,13 @@ def test_a_number_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [([], "which run"), (["run="], "which run"), (["rnu=x"], "'rnu=x' is not understood"), (["run=a", "fold=B"], "nothing else"),
-     (["run=/nowhere/at/all"], "is not a folder")],
+    [
+        ([], "which run"),
+        (["run="], "which run"),
+        (["rnu=x"], "'rnu=x' is not understood"),
+        (["run=a", "fold=B"], "nothing else"),
+        (["run=/nowhere/at/all"], "is not a folder"),
+    ],
 )
 def test_bad_arguments_get_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
@@ -298,7 +402,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_writes_without_torch(run: Path) -> None:
-    code = f"import sys; from stexp.report import FLOORS, main; main(['run={run}']); assert not {{'torch', 'scanpy', 'hydra'}} & set(sys.modules)"
+    code = (
+        f"import sys; from stexp.report import main; main(['run={run}']); "
+        "assert not {'torch', 'scanpy', 'hydra'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("wrote ")
 
@@ -306,10 +413,24 @@ def test_command_writes_without_torch(run: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_page_runs_in_a_browser(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
-         (run / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path}",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            (run / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     head = re.search(r"<html[^>]*>", done.stdout)[0]
     assert "data-ready" in head and "data-error" not in head

@@ -19,14 +19,20 @@ N, Q, D, G, K = 60, 11, 6, 9, 7
 def example(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reference embeddings, query embeddings, expression."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(N, D)).astype(np.float32), rng.normal(size=(Q, D)).astype(np.float32),
-            rng.gamma(2, 1, size=(N, G)).astype(np.float32))
+    return (
+        rng.normal(size=(N, D)).astype(np.float32),
+        rng.normal(size=(Q, D)).astype(np.float32),
+        rng.gamma(2, 1, size=(N, G)).astype(np.float32),
+    )
 
 
 def index_of(embedding: np.ndarray) -> ReferenceIndex:
     n = len(embedding)
-    return ReferenceIndex(torch.from_numpy(embedding), np.array(["A1", "A2", "B1"])[np.arange(n) % 3],
-                          np.array(["A", "A", "B"])[np.arange(n) % 3])
+    return ReferenceIndex(
+        torch.from_numpy(embedding),
+        np.array(["A1", "A2", "B1"])[np.arange(n) % 3],
+        np.array(["A", "A", "B"])[np.arange(n) % 3],
+    )
 
 
 def slow_neighbours(reference: np.ndarray, q: np.ndarray, k: int, distance: str, weighting: str):
@@ -34,8 +40,11 @@ def slow_neighbours(reference: np.ndarray, q: np.ndarray, k: int, distance: str,
     reference, q = reference.astype(float), q.astype(float)
     cosine = np.array([r @ q / np.linalg.norm(r) / np.linalg.norm(q) for r in reference])
     rows = np.argsort(-cosine)[:k]
-    d = {"cosine": 1 - cosine[rows], "l1": np.abs(reference[rows] - q).sum(1),
-         "l2": np.sqrt(((reference[rows] - q) ** 2).sum(1))}[distance]
+    d = {
+        "cosine": 1 - cosine[rows],
+        "l1": np.abs(reference[rows] - q).sum(1),
+        "l2": np.sqrt(((reference[rows] - q) ** 2).sum(1)),
+    }[distance]
     w = {"inverse_square": 1 / d**2, "softmax": np.exp(-d), "mean": np.ones(k)}[weighting]
     return rows, d, w / w.sum()
 
@@ -69,8 +78,9 @@ def test_equals_a_loop_over_queries(distance, weighting):
 def test_chunks_do_not_show(chunk, chunk_references, distance):
     reference, queries, _ = example()
     whole = index_of(reference).search(torch.from_numpy(queries), K, distance)
-    parts = index_of(reference).search(torch.from_numpy(queries), K, distance,
-                                       chunk=chunk, chunk_references=chunk_references)
+    parts = index_of(reference).search(
+        torch.from_numpy(queries), K, distance, chunk=chunk, chunk_references=chunk_references
+    )
     torch.testing.assert_close(parts.index, whole.index)
     torch.testing.assert_close(parts.distance, whole.distance, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-4, atol=1e-6)
@@ -133,8 +143,11 @@ def test_expression_keeps_its_type_and_is_not_changed():
     reference, queries, expression = example()
     index = index_of(reference)
     found = index.search(torch.from_numpy(queries), K)
-    for values in (torch.from_numpy(expression), torch.from_numpy(expression).double(),
-                   torch.from_numpy(np.asfortranarray(expression))):
+    for values in (
+        torch.from_numpy(expression),
+        torch.from_numpy(expression).double(),
+        torch.from_numpy(np.asfortranarray(expression)),
+    ):
         before = values.clone()
         mean, sd = index.average(found, values)
         assert mean.dtype == sd.dtype == values.dtype
@@ -142,12 +155,15 @@ def test_expression_keeps_its_type_and_is_not_changed():
     assert index.average(found, torch.from_numpy(expression), spread=False)[1] is None
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"k": 0}, "k=0, but there are 60 reference spots; choose 1 to 60"),
-    ({"k": 61}, "k=61, but there are 60"),
-    ({"k": 5, "distance": "L1"}, "distance 'L1': choose cosine, l1, l2"),
-    ({"k": 5, "weighting": "gauss"}, "weighting 'gauss': choose inverse_square, softmax, mean"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k=0, but there are 60 reference spots; choose 1 to 60"),
+        ({"k": 61}, "k=61, but there are 60"),
+        ({"k": 5, "distance": "L1"}, "distance 'L1': choose cosine, l1, l2"),
+        ({"k": 5, "weighting": "gauss"}, "weighting 'gauss': choose inverse_square, softmax, mean"),
+    ],
+)
 def test_what_does_not_fit_is_refused(arguments, message):
     reference, queries, _ = example()
     with pytest.raises(InputError, match=message):
@@ -194,25 +210,36 @@ def test_memory_does_not_grow_with_queries_times_references():
     assert float(done.stdout) < 200
 
 
-SPOTS = pd.DataFrame({
-    "section": ["A1", "A1", "B1", "B2", "C1"],
-    "role": ["train", "validation", "train", "reference", "reference"],
-})
+SPOTS = pd.DataFrame(
+    {
+        "section": ["A1", "A1", "B1", "B2", "C1"],
+        "role": ["train", "validation", "train", "reference", "reference"],
+    }
+)
 
 
-@pytest.mark.parametrize(("which", "rows"), [
-    ("image", [0, 1, 2]), ("all", [0, 1, 2, 3, 4]), ("C1", [4]), (["B2", "A1"], [0, 1, 3]),
-])
+@pytest.mark.parametrize(
+    ("which", "rows"),
+    [
+        ("image", [0, 1, 2]),
+        ("all", [0, 1, 2, 3, 4]),
+        ("C1", [4]),
+        (["B2", "A1"], [0, 1, 3]),
+    ],
+)
 def test_references_are_chosen_by_image_or_name(which, rows):
     assert choose_references(SPOTS, which).tolist() == rows
 
 
-@pytest.mark.parametrize(("spots", "which", "message"), [
-    (SPOTS, "Z9", "reference Z9 is not on the training side; choose image, all, or of A1, B1, B2, C1"),
-    (SPOTS, ["A1", "T1"], "reference T1 is not"),
-    (SPOTS[3:], "image", "reference=image leaves no spot to retrieve from"),
-    (SPOTS, [], "leaves no spot"),
-])
+@pytest.mark.parametrize(
+    ("spots", "which", "message"),
+    [
+        (SPOTS, "Z9", "reference Z9 is not on the training side; choose image, all, or of A1, B1, B2, C1"),
+        (SPOTS, ["A1", "T1"], "reference T1 is not"),
+        (SPOTS[3:], "image", "reference=image leaves no spot to retrieve from"),
+        (SPOTS, [], "leaves no spot"),
+    ],
+)
 def test_references_that_are_not_there_are_refused(spots, which, message):
     with pytest.raises(InputError, match=message):
         choose_references(spots, which)

@@ -68,45 +68,54 @@ def test_counts_of_every_kind_are_the_same(folder, kind):
     assert list(section.spots.obs_names) == list(table.index)
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("um_per_px", "mpp", "lacks um_per_px; it needs the columns section, patient"),
-    ("S1,P1", "S1,", "sheet.csv line 2: column patient is empty; only image and um_per_px may be"),
-    ("s1.png", "gone.png", r"sheet.csv line 2: column image: .*gone.png does not exist; paths are relative to /"),
-    ("s1.tsv", "s1.xlsx", "line 2: column counts: .*s1.xlsx does not exist"),
-    ("s1.tsv", "s1.png", "line 2: counts .*s1.png ends in .png; .csv, .tsv, .csv.gz, .tsv.gz, .h5ad would fit"),
-    (",0.5", ",half", "line 2: column um_per_px: 'half' is not a size; a number above 0"),
-    (",0.5", ",-1", "line 2: column um_per_px: '-1' is not a size"),
-    ("S1,P1,s1.png,s1.tsv,s1.csv,0.5\n", "", "lists no section"),
-    ("0.5\n", "0.5\nS1,P2,,s1.tsv,s1.csv,\n", "lists S1 more than once"),
-    (SHEET, "", "cannot be read as a table: No columns"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("um_per_px", "mpp", "lacks um_per_px; it needs the columns section, patient"),
+        ("S1,P1", "S1,", "sheet.csv line 2: column patient is empty; only image and um_per_px may be"),
+        ("s1.png", "gone.png", r"sheet.csv line 2: column image: .*gone.png does not exist; paths are relative to /"),
+        ("s1.tsv", "s1.xlsx", "line 2: column counts: .*s1.xlsx does not exist"),
+        ("s1.tsv", "s1.png", "line 2: counts .*s1.png ends in .png; .csv, .tsv, .csv.gz, .tsv.gz, .h5ad would fit"),
+        (",0.5", ",half", "line 2: column um_per_px: 'half' is not a size; a number above 0"),
+        (",0.5", ",-1", "line 2: column um_per_px: '-1' is not a size"),
+        ("S1,P1,s1.png,s1.tsv,s1.csv,0.5\n", "", "lists no section"),
+        ("0.5\n", "0.5\nS1,P2,,s1.tsv,s1.csv,\n", "lists S1 more than once"),
+        (SHEET, "", "cannot be read as a table: No columns"),
+    ],
+)
 def test_a_sheet_that_does_not_fit_is_refused(folder, old, new, message):
     (folder / "sheet.csv").write_text(SHEET.replace(old, new))
     refused(folder, message)
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("CD3E", "ACTB", "line 2: section S1: 1 duplicate genes .ACTB."),
-    ("1x2", "007", "line 2: section S1: 1 spot ids occur twice in the counts .007."),
-    ("\t5", "\tfive", "line 2: counts .*s1.tsv: 1 gene columns hold text .first: CD3E."),
-    ("\t5", "\t", "line 2: section S1: 1 counts are NaN"),
-    ("\t5", "\t0.5", "line 2: section S1: 1 counts are fractional"),
-    ("\t5", "\t-5", "line 2: section S1: 1 counts are negative"),
-    ("\t5", "\t5\t5\t5", "line 2: counts .*s1.tsv cannot be read as a table: .*line 3"),
-    (COUNTS, "\t007\tNA\nACTB\t1\t2\n", "line 2: column counts: .*s1.tsv has spots as columns; transpose it"),
-    (COUNTS, "\tACTB\nAAAC-1\t1\n", "no spot id in common: 1 ids like AAAC-1"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("CD3E", "ACTB", "line 2: section S1: 1 duplicate genes .ACTB."),
+        ("1x2", "007", "line 2: section S1: 1 spot ids occur twice in the counts .007."),
+        ("\t5", "\tfive", "line 2: counts .*s1.tsv: 1 gene columns hold text .first: CD3E."),
+        ("\t5", "\t", "line 2: section S1: 1 counts are NaN"),
+        ("\t5", "\t0.5", "line 2: section S1: 1 counts are fractional"),
+        ("\t5", "\t-5", "line 2: section S1: 1 counts are negative"),
+        ("\t5", "\t5\t5\t5", "line 2: counts .*s1.tsv cannot be read as a table: .*line 3"),
+        (COUNTS, "\t007\tNA\nACTB\t1\t2\n", "line 2: column counts: .*s1.tsv has spots as columns; transpose it"),
+        (COUNTS, "\tACTB\nAAAC-1\t1\n", "no spot id in common: 1 ids like AAAC-1"),
+    ],
+)
 def test_counts_that_do_not_fit_are_refused(folder, old, new, message):
     (folder / "s1.tsv").write_text(COUNTS.replace(old, new))
     refused(folder, message)
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("array_y,pixel_x", "row,x", "line 2: spots .*s1.csv lacks array_y, pixel_x; it needs the spot id first"),
-    ("30.5", "right", "1 rows hold a position that is not a number .first: 1x2."),
-    ("30.5,10", "10,30.5", "line 2: section S1: 1 of 3 spots lie outside the image"),
-    ("1x2,1,", "1x2,0.5,", "array coordinates must be whole numbers"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("array_y,pixel_x", "row,x", "line 2: spots .*s1.csv lacks array_y, pixel_x; it needs the spot id first"),
+        ("30.5", "right", "1 rows hold a position that is not a number .first: 1x2."),
+        ("30.5,10", "10,30.5", "line 2: section S1: 1 of 3 spots lie outside the image"),
+        ("1x2,1,", "1x2,0.5,", "array coordinates must be whole numbers"),
+    ],
+)
 def test_positions_that_do_not_fit_are_refused(folder, old, new, message):
     (folder / "s1.csv").write_text(SPOTS.replace(old, new))
     refused(folder, message)

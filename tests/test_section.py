@@ -71,9 +71,16 @@ def test_negative_positions_are_named_for_what_they_are(tmp_path):
     assert "1 of 3 spots" in message and "negative" in message
 
 
-@pytest.mark.parametrize(("xy", "inside"), [
-    ((0.0, 0.0), True), ((119.9, 95.9), True), ((120.0, 5.0), False), ((5.0, 96.0), False), ((-0.01, 5.0), False),
-])
+@pytest.mark.parametrize(
+    ("xy", "inside"),
+    [
+        ((0.0, 0.0), True),
+        ((119.9, 95.9), True),
+        ((120.0, 5.0), False),
+        ((5.0, 96.0), False),
+        ((-0.01, 5.0), False),
+    ],
+)
 def test_the_border_belongs_to_the_image_on_the_low_side_only(tmp_path, xy, inside):
     positions = np.array([xy, (60.0, 40.0)])
     if inside:
@@ -114,10 +121,15 @@ def test_array_coordinates_read_as_floats_become_integers():
 # counts
 
 
-@pytest.mark.parametrize(("value", "what"), [
-    (-1, "1 counts are negative"), (0.5, "1 counts are fractional (normalised?)"),
-    (np.nan, "1 counts are NaN"), (np.inf, "1 counts are NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (-1, "1 counts are negative"),
+        (0.5, "1 counts are fractional (normalised?)"),
+        (np.nan, "1 counts are NaN"),
+        (np.inf, "1 counts are NaN or infinite"),
+    ],
+)
 @pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
 def test_counts_that_are_not_raw(value, what, form):
     counts = np.ones((4, 3), np.float32)
@@ -139,8 +151,12 @@ def test_duplicate_spots_and_genes_are_counted_and_named():
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0)])
 def test_a_section_of_nothing(shape):
-    refused(f"{shape[0]} spots x {shape[1]} genes", counts=np.ones(shape, np.float32),
-            xy=np.zeros((shape[0], 2)), array=np.zeros((shape[0], 2)))
+    refused(
+        f"{shape[0]} spots x {shape[1]} genes",
+        counts=np.ones(shape, np.float32),
+        xy=np.zeros((shape[0], 2)),
+        array=np.zeros((shape[0], 2)),
+    )
 
 
 def test_spots_without_counts_stay_and_are_counted(caplog, tmp_path):
@@ -172,8 +188,15 @@ def test_counts_by_gene_in_the_order_asked_for(form):
 
 def positions(ids) -> pd.DataFrame:
     n = len(ids)
-    return pd.DataFrame({"array_x": np.arange(n), "array_y": 10 + np.arange(n), "pixel_x": 100.0 + np.arange(n),
-                         "pixel_y": 200.0 + np.arange(n)}, index=ids)
+    return pd.DataFrame(
+        {
+            "array_x": np.arange(n),
+            "array_y": 10 + np.arange(n),
+            "pixel_x": 100.0 + np.arange(n),
+            "pixel_y": 200.0 + np.arange(n),
+        },
+        index=ids,
+    )
 
 
 def test_join_keeps_the_order_of_the_counts_and_says_what_is_left_over(caplog):

@@ -222,8 +222,12 @@ def test_a_full_disk_leaves_no_half_store(tmp_path, monkeypatch, at):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    where = {"reserve": (os, "posix_fallocate"), "cut": (tiles_module, "cut_tiles"), "facts": (Path, "write_text"),
-             "rename": (os, "replace")}
+    where = {
+        "reserve": (os, "posix_fallocate"),
+        "cut": (tiles_module, "cut_tiles"),
+        "facts": (Path, "write_text"),
+        "rename": (os, "replace"),
+    }
     with monkeypatch.context() as patch:
         patch.setattr(*where[at], full, raising=False)
         with pytest.raises(InputError, match=r"disk full while cutting tiles of section A1 into .*tiles"):

@@ -140,13 +140,20 @@ def validated_under(sections, protocol, fold) -> bool:
 # bad input
 
 
-@pytest.mark.parametrize(("protocol", "fold", "parts"), [
-    (STRICT, "Q", ["fold=Q is no patient with an image", "choose one of A, B", "or all"]),
-    (STRICT, "A2", ["A2 is a section of patient A", "protocol strict holds out patients"]),
-    (STRICT, "C", ["fold=C is no patient", "C has counts but no image"]),
-    (PAPER, "A", ["fold=A is no section", "choose one of A1, A2, B1", "A is a patient", "paper holds out sections"]),
-    (PAPER, "C1", ["C1 has counts but no image"]),
-])
+@pytest.mark.parametrize(
+    ("protocol", "fold", "parts"),
+    [
+        (STRICT, "Q", ["fold=Q is no patient with an image", "choose one of A, B", "or all"]),
+        (STRICT, "A2", ["A2 is a section of patient A", "protocol strict holds out patients"]),
+        (STRICT, "C", ["fold=C is no patient", "C has counts but no image"]),
+        (
+            PAPER,
+            "A",
+            ["fold=A is no section", "choose one of A1, A2, B1", "A is a patient", "paper holds out sections"],
+        ),
+        (PAPER, "C1", ["C1 has counts but no image"]),
+    ],
+)
 def test_an_unknown_fold_is_answered_with_what_there_is(tmp_path, protocol, fold, parts):
     sections = [
         *(make_section(tmp_path, name, name[0]) for name in ("A1", "A2", "B1")),

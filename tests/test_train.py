@@ -23,8 +23,15 @@ from stexp.score import score_run
 from stexp.train import train
 
 RUN_FOLDER = {
-    "config.yaml", "predictions.h5ad", "floors.h5ad", "embeddings.h5ad", "metrics.json", "per_gene.csv", "audit.json",
-    "report.html", "provenance.json",
+    "config.yaml",
+    "predictions.h5ad",
+    "floors.h5ad",
+    "embeddings.h5ad",
+    "metrics.json",
+    "per_gene.csv",
+    "audit.json",
+    "report.html",
+    "provenance.json",
 }
 
 
@@ -38,11 +45,21 @@ def demo(tmp_path_factory) -> Path:
 
 def configure(root: Path, out: Path, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return compose("train", [
-            "data=demo", f"data.root={root / 'data'}", f"data.cache_dir={root / 'cache'}", "data.reader.patients=3",
-            "data.reader.sections_per_patient=1", f"output_dir={out}", "trainer.max_epochs=2",
-            "trainer.accelerator=cpu", "hardware.keep_memory=false", *overrides,
-        ])
+        return compose(
+            "train",
+            [
+                "data=demo",
+                f"data.root={root / 'data'}",
+                f"data.cache_dir={root / 'cache'}",
+                "data.reader.patients=3",
+                "data.reader.sections_per_patient=1",
+                f"output_dir={out}",
+                "trainer.max_epochs=2",
+                "trainer.accelerator=cpu",
+                "hardware.keep_memory=false",
+                *overrides,
+            ],
+        )
 
 
 def run(root: Path, out: Path, *overrides: str, fold: str | None = None) -> dict:
@@ -67,7 +84,14 @@ def test_run_folder_is_complete_and_beats_the_mean(strict: Path) -> None:
     assert metrics["scores"]["pearson_acg"] > 0.15, "morphology explains a third of the demo's genes"
     assert metrics["scores"]["mse"] < metrics["floors"]["mean"]["mse"]
     assert set(metrics["floors"]) == {
-        "mean", "nearest_section", "depth_oracle", "colour_ridge", "coordinates", "knn_features", "ridge_features"}
+        "mean",
+        "nearest_section",
+        "depth_oracle",
+        "colour_ridge",
+        "coordinates",
+        "knn_features",
+        "ridge_features",
+    }
     assert metrics["scores"]["pearson_acg"] < metrics["ceiling"]["pearson_acg"] <= 1
     assert metrics["scored_as"]["paper"]["scores"]["mse"] is None, "another scale: errors would mean nothing"
     assert json.loads((strict / "audit.json").read_text())["leaks"] == 0
@@ -142,16 +166,25 @@ def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:
     metrics = run(demo, tmp_path / "paper", "protocol=paper", "protocol.k=50", "trainer.max_epochs=1", fold="B1")
     assert metrics["protocol"] == "paper" and set(metrics["scored_as"]) == {"strict"}
     assert not (tmp_path / "paper" / "checkpoints" / "best.ckpt").exists(), "no validation, no best"
-    leaks = {item["name"] for item in json.loads((tmp_path / "paper" / "audit.json").read_text())["items"] if item["leak"]}
+    leaks = {
+        item["name"] for item in json.loads((tmp_path / "paper" / "audit.json").read_text())["items"] if item["leak"]
+    }
     # one section a patient: nothing of the patient is left to leak
-    assert leaks == {"panel_saw_test", "heg_saw_test", "truth_scaled_by_test_section", "spot_embedding_depends_on_batch",
-                     "settings_chosen_on_test"}
+    assert leaks == {
+        "panel_saw_test",
+        "heg_saw_test",
+        "truth_scaled_by_test_section",
+        "spot_embedding_depends_on_batch",
+        "settings_chosen_on_test",
+    }
 
 
 def test_scoring_again_gives_the_same_and_needs_no_torch(strict: Path) -> None:
     before = (strict / "metrics.json").read_bytes()
-    code = (f"import sys; from pathlib import Path; from stexp.score import score_run; score_run(Path({str(strict)!r})); "
-            "assert 'torch' not in sys.modules, 'scoring imports torch'")
+    code = (
+        f"import sys; from pathlib import Path; from stexp.score import score_run; score_run(Path({str(strict)!r})); "
+        "assert 'torch' not in sys.modules, 'scoring imports torch'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (strict / "metrics.json").read_bytes() == before
 
@@ -183,8 +216,13 @@ def test_genes_outside_the_panel_are_predicted(demo: Path, tmp_path: Path) -> No
 
 
 def command(name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", f"stexp.{name}", *overrides], capture_output=True, text=True,
-                          env={**os.environ, **environment}, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", f"stexp.{name}", *overrides],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,8 +250,15 @@ def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list
 
 
 def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path) -> None:
-    done = command("train", f"data.root={demo / 'data'}", "data.reader.patients=3", "data.reader.sections_per_patient=1",
-                   f"data.cache_dir={demo / 'cache'}", "fold=Z", f"output_dir={tmp_path / 'run'}")
+    done = command(
+        "train",
+        f"data.root={demo / 'data'}",
+        "data.reader.patients=3",
+        "data.reader.sections_per_patient=1",
+        f"data.cache_dir={demo / 'cache'}",
+        "fold=Z",
+        f"output_dir={tmp_path / 'run'}",
+    )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("stexp: error: fold=Z")
     assert "Traceback" not in done.stderr
@@ -221,8 +266,11 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["train", "score", "floors", "prepare", "report"])
 def test_help_teaches_without_importing_torch(name: str) -> None:
-    code = (f"import sys, runpy\nsys.argv = ['stexp-{name}', '--help']\ntry:\n    runpy.run_module('stexp.{name}', run_name='__main__')\n"
-            "except SystemExit:\n    pass\nassert 'torch' not in sys.modules, 'help imports torch'")
+    code = (
+        f"import sys, runpy\nsys.argv = ['stexp-{name}', '--help']\n"
+        f"try:\n    runpy.run_module('stexp.{name}', run_name='__main__')\n"
+        "except SystemExit:\n    pass\nassert 'torch' not in sys.modules, 'help imports torch'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"stexp-{name}" in done.stdout and len(done.stdout.splitlines()) > 3

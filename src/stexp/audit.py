@@ -35,33 +35,61 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     training, reference, validation = (same_patient(role) for role in ("train", "reference", "validation"))
     saw, watched = sorted(test & set(facts["panel_sections"])), sorted(test & set(facts["validation"]))
     items = [
-        item("same_patient_in_training", training,
-             f"training contains sections of the test patient: {', '.join(training)}",
-             "no section of a test patient is in training"),
-        item("same_patient_in_reference", reference,
-             f"expression is retrieved from sections of the test patient: {', '.join(reference)}",
-             "no section of a test patient is retrieved from"),
-        item("same_patient_in_validation", validation,
-             f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
-             "no section of a test patient is in validation"),
-        item("panel_saw_test", saw,
-             f"the predicted genes were chosen with the test section: {', '.join(saw)}",
-             "the predicted genes were chosen on training sections"),
-        item("heg_saw_test", protocol.heg == "test",
-             "the 50 highest genes are those of the test section itself",
-             "the 50 highest genes are those of the training spots"),
-        item("truth_scaled_by_test_section", protocol.truth == "gene",
-             "each gene of the truth is scaled by its own total over the test section: sequencing depth stays in the target",
-             "each spot of the truth is scaled by its own counts alone"),
-        item("spot_embedding_depends_on_batch", facts["spot_context"] == "batch",
-             "a reference spot's embedding depends on which spots share its batch, other sections included",
-             "a reference spot's embedding depends on its own section alone"),
-        item("checkpoint_chosen_on_test", facts["checkpoint"] == "best" and watched,
-             f"the checkpoint was chosen on the test section: {', '.join(watched)}",
-             "the checkpoint was chosen on validation spots" if facts["checkpoint"] == "best"
-             else "the last checkpoint was used, without a choice"),
-        item("settings_chosen_on_test", facts["k_chosen_on"] == "given" and facts["published_settings"],
-             "k and the other settings are the published ones, chosen on the test folds of the paper",
-             f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}"),
+        item(
+            "same_patient_in_training",
+            training,
+            f"training contains sections of the test patient: {', '.join(training)}",
+            "no section of a test patient is in training",
+        ),
+        item(
+            "same_patient_in_reference",
+            reference,
+            f"expression is retrieved from sections of the test patient: {', '.join(reference)}",
+            "no section of a test patient is retrieved from",
+        ),
+        item(
+            "same_patient_in_validation",
+            validation,
+            f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
+            "no section of a test patient is in validation",
+        ),
+        item(
+            "panel_saw_test",
+            saw,
+            f"the predicted genes were chosen with the test section: {', '.join(saw)}",
+            "the predicted genes were chosen on training sections",
+        ),
+        item(
+            "heg_saw_test",
+            protocol.heg == "test",
+            "the 50 highest genes are those of the test section itself",
+            "the 50 highest genes are those of the training spots",
+        ),
+        item(
+            "truth_scaled_by_test_section",
+            protocol.truth == "gene",
+            "each gene of the truth is scaled by its total over the test section: sequencing depth stays in it",
+            "each spot of the truth is scaled by its own counts alone",
+        ),
+        item(
+            "spot_embedding_depends_on_batch",
+            facts["spot_context"] == "batch",
+            "a reference spot's embedding depends on which spots share its batch, other sections included",
+            "a reference spot's embedding depends on its own section alone",
+        ),
+        item(
+            "checkpoint_chosen_on_test",
+            facts["checkpoint"] == "best" and watched,
+            f"the checkpoint was chosen on the test section: {', '.join(watched)}",
+            "the checkpoint was chosen on validation spots"
+            if facts["checkpoint"] == "best"
+            else "the last checkpoint was used, without a choice",
+        ),
+        item(
+            "settings_chosen_on_test",
+            facts["k_chosen_on"] == "given" and facts["published_settings"],
+            "k and the other settings are the published ones, chosen on the test folds of the paper",
+            f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}",
+        ),
     ]
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}

@@ -54,5 +54,10 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         logged = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items()))
-        log.info("epoch %d/%d  %s  %.0f spots/s", trainer.current_epoch + 1, trainer.max_epochs, logged,
-                 self._spots / (time.perf_counter() - self._start))
+        log.info(
+            "epoch %d/%d  %s  %.0f spots/s",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            logged,
+            self._spots / (time.perf_counter() - self._start),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -104,8 +105,13 @@ def protocols() -> dict[str, DictConfig]:
 def command() -> Iterator[None]:
     """Run the body of a command: readable logs, and one line on stderr for what the user can mend (status 2)."""
     # stderr, so that what a command prints can be piped
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S",
-                        stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
     for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # of Lightning: worker processes that index batches do not need, frozen encoders, a method it calls itself
@@ -115,6 +121,15 @@ def command() -> Iterator[None]:
         yield
     except InputError as error:
         print(f"stexp: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"stexp: error: disk full{where}; what was finished is whole, the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("stexp: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -138,7 +153,9 @@ def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
         there = [section.name for section in sections]
         unknown = [str(name) for name in names if name not in there]
         if unknown:
-            raise InputError(f"data.sections: {', '.join(unknown)} not in {cfg.data.name}; there are {', '.join(there)}")
+            raise InputError(
+                f"data.sections: {', '.join(unknown)} not in {cfg.data.name}; there are {', '.join(there)}"
+            )
         sections = [section for section in sections if section.name in names]
     if cfg.data.um_per_px is not None:
         sections = [replace(section, um_per_px=float(cfg.data.um_per_px)) for section in sections]
@@ -163,5 +180,13 @@ def build_data(
 
 
 _NOT_OF_THE_MODULE = (
-    "name", "root", "reader", "sections", "published_sections", "panel_file", "published_panel_file", "um_per_px"
+    "name",
+    "root",
+    "sheet",
+    "reader",
+    "sections",
+    "published_sections",
+    "panel_file",
+    "published_panel_file",
+    "um_per_px",
 )

@@ -280,13 +280,18 @@ def main(cfg: DictConfig) -> None:
         sections = load_sections(cfg, protocol)
         scores = floors_without_images(sections, protocol, panel_of(cfg, protocol))
         what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
-        print(f"{cfg.data.name}, protocol {protocol.name}: {len(sections)} sections, each {protocol.hold_out} held out in turn; "
-              f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}")
+        print(
+            f"{cfg.data.name}, protocol {protocol.name}: {len(sections)} sections, "
+            f"each {protocol.hold_out} held out in turn; "
+            f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}"
+        )
         print(f"  {'':<28}     ACG   HEG50     MSE     MAE")
         for name, means in scores.items():
             cells = (means.get(key) for key in ("pearson_acg", "pearson_heg50", "mse", "mae"))
-            print(f"  {name + (' (oracle)' if name in ORACLES else ''):<28}"
-                  + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells))
+            print(
+                f"  {name + (' (oracle)' if name in ORACLES else ''):<28}"
+                + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
+            )
 
 
 def floors_without_images(sections: list[Section], protocol: Protocol, panel: list[str] | None) -> dict[str, dict]:
@@ -313,8 +318,12 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
         choosing = sections if protocol.panel == "all" else training
         genes = panel or choose_panel(choosing, protocol)
         train = [_table(section, genes, protocol) for section in training]
-        together = SpotTable(*(np.concatenate([getattr(table, key) for table in train])
-                               for key in ("expression", "log_depth", "section", "patient", "xy")))
+        together = SpotTable(
+            *(
+                np.concatenate([getattr(table, key) for table in train])
+                for key in ("expression", "log_depth", "section", "patient", "xy")
+            )
+        )
         for section in (section for section in sections if unit[section.name] == held_out):
             test = _table(section, genes, protocol)
             ranking = test.expression if protocol.heg == "test" else together.expression
@@ -323,14 +332,17 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
                 scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
             ceiling = ceiling_per_gene(section.counts(genes), section.total_counts, protocol)
             scores.setdefault("ceiling", []).append(
-                {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])})
+                {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])}
+            )
     return {name: mean_over_sections(parts) for name, parts in scores.items()}
 
 
 def _table(section: Section, genes: list[str], protocol: Protocol) -> SpotTable:
     return SpotTable(
-        expression=normalise(section.counts(genes), section.total_counts, protocol), log_depth=np.log1p(section.total_counts),
-        section=np.full(len(section), section.name), patient=np.full(len(section), section.patient),
+        expression=normalise(section.counts(genes), section.total_counts, protocol),
+        log_depth=np.log1p(section.total_counts),
+        section=np.full(len(section), section.name),
+        patient=np.full(len(section), section.patient),
         xy=unit_square(section.xy_px),
     )
 

@@ -73,10 +73,19 @@ def peak_memory() -> dict[str, float]:
     """Peak resident memory of this process and peak memory allocated on its GPU, in GB."""
     import torch
 
-    peak = {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)}
+    peak = {"peak_memory_gb": round(_peak_resident_bytes() / 1e9, 3)}
     if torch.cuda.is_available():
         peak["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return peak
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        # on Linux this one starts from the size of the process that launched us
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu_name() -> str:

@@ -55,7 +55,8 @@ def spearman_per_gene(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray
 def mean_pearson(observed: np.ndarray, predicted: np.ndarray, section: np.ndarray) -> float:
     """Pearson per gene over the spots of a section, mean over genes, mean over the sections in `section` (Q,)."""
     per_section = [
-        mean_or_none(pearson_per_gene(observed[section == name], predicted[section == name])) for name in np.unique(section)
+        mean_or_none(pearson_per_gene(observed[section == name], predicted[section == name]))
+        for name in np.unique(section)
     ]
     return mean_or_none([np.nan if value is None else value for value in per_section]) or 0.0
 

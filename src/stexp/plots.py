@@ -18,7 +18,11 @@ from scipy.spatial import cKDTree
 from stexp.metrics import pearson_per_gene
 
 MISSING = 255  # code of a value that is not there
-LEVELS = {"observed": 254, "predicted": 254, "uncertainty": 14}  # steps of a gene's range; the last is only read, not seen
+LEVELS = {
+    "observed": 254,
+    "predicted": 254,
+    "uncertainty": 14,
+}  # steps of a gene's range; the last is only read, not seen
 IMAGE_PX = 1200
 
 
@@ -85,7 +89,9 @@ def score_chart(metrics: dict[str, Any], score: str, title: str) -> ScoreChart:
     values = [v for bar in bars for v in (bar.value, *bar.sections) if v is not None]
     values += [0.0, 0.1] if ceiling is None else [0.0, ceiling]
     span = max(values) - min(values)
-    return ScoreChart(title, bars, ceiling, min(values) - (0.02 * span if min(values) < 0 else 0), max(values) + 0.04 * span)
+    return ScoreChart(
+        title, bars, ceiling, min(values) - (0.02 * span if min(values) < 0 else 0), max(values) + 0.04 * span
+    )
 
 
 def quantise(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,20 +164,25 @@ def section_maps(predictions: ad.AnnData) -> tuple[list[dict[str, Any]], dict[st
         spatial = predictions.uns.get("spatial", {}).get(name, {})
         scale = spatial.get("scalefactors", {})
         image = spatial.get("images", {}).get("hires")
-        sections.append({
-            "name": name,
-            "patient": str(obs["patient"].iloc[0]),
-            "spots": obs["spot"].astype(str).tolist(),
-            "source": _sources(obs["neighbour_section"], obs["neighbour_section_weight"])
-            if "neighbour_section" in obs else None,
-            "image": None if image is None else {
-                "uri": jpeg(image),
-                "width": image.shape[1] / float(scale["tissue_hires_scalef"]),
-                "height": image.shape[0] / float(scale["tissue_hires_scalef"]),
-            },
-            "spot_px": float(scale.get("spot_diameter_fullres", 0)) or _typical_diameter(xy),
-            "layers": list(layers),
-        })
+        sections.append(
+            {
+                "name": name,
+                "patient": str(obs["patient"].iloc[0]),
+                "spots": obs["spot"].astype(str).tolist(),
+                "source": _sources(obs["neighbour_section"], obs["neighbour_section_weight"])
+                if "neighbour_section" in obs
+                else None,
+                "image": None
+                if image is None
+                else {
+                    "uri": jpeg(image),
+                    "width": image.shape[1] / float(scale["tissue_hires_scalef"]),
+                    "height": image.shape[0] / float(scale["tissue_hires_scalef"]),
+                },
+                "spot_px": float(scale.get("spot_diameter_fullres", 0)) or _typical_diameter(xy),
+                "layers": list(layers),
+            }
+        )
     return sections, arrays
 
 

@@ -20,8 +20,10 @@ def main(cfg: DictConfig) -> None:
         table = pd.DataFrame([describe(section, cfg) for section in sections])
         print(table.to_string(index=False))
         with_image = int((table["image"] != "-").sum())
-        print(f"{cfg.data.name}: {len(table)} sections of {table['patient'].nunique()} patients, {table['spots'].sum()} spots; "
-              f"{with_image} with an image, tiles in {Path(cfg.data.cache_dir) / 'tiles'}")
+        print(
+            f"{cfg.data.name}: {len(table)} sections of {table['patient'].nunique()} patients, "
+            f"{table['spots'].sum()} spots; {with_image} with an image, tiles in {Path(cfg.data.cache_dir) / 'tiles'}"
+        )
 
 
 def describe(section, cfg: DictConfig) -> dict:
@@ -33,10 +35,16 @@ def describe(section, cfg: DictConfig) -> dict:
         store = open_tiles(section, TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir)
         padded = json.loads(Path(store.filename).with_suffix(".json").read_text())["padded"]
     return {
-        "section": section.name, "patient": section.patient, "spots": len(section), "genes": len(section.genes),
-        "median_umi": int(np.median(totals)), "min_umi": int(totals.min()), "no_counts": int((totals == 0).sum()),
+        "section": section.name,
+        "patient": section.patient,
+        "spots": len(section),
+        "genes": len(section.genes),
+        "median_umi": int(np.median(totals)),
+        "min_umi": int(totals.min()),
+        "no_counts": int((totals == 0).sum()),
         "um_per_px": "-" if section.um_per_px is None else round(section.um_per_px, 3),
-        "image": "-" if section.slide is None else "{} x {}".format(*section.slide.size), "padded_tiles": padded,
+        "image": "-" if section.slide is None else "{} x {}".format(*section.slide.size),
+        "padded_tiles": padded,
     }
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
     return {
         "command": " ".join(["stexp-" + Path(sys.argv[0]).stem.removeprefix("stexp-"), *sys.argv[1:]]),
         **git_state(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(sum(stages.seconds.values()), 1),
         "stages": stages.seconds,
         **hardware.peak_memory(),
@@ -65,8 +65,11 @@ def git_state() -> dict:
     """Commit of the checkout that stexp runs from, and whether files differ from it; null outside a checkout."""
     here = Path(__file__).parent
     try:
+
         def git(*arguments: str) -> str:
-            return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
 
         if git("ls-files", "--error-unmatch", Path(__file__).name) == "":
             return {"commit": None, "dirty": None}

@@ -79,7 +79,9 @@ def write_report(run: str | Path) -> Path:
     try:
         page = _render(metrics, audit, provenance, genes, predictions)
     except (KeyError, jinja2.UndefinedError) as error:
-        raise InputError(f"{run}: its files lack something ({error}); score the run again (stexp-score run={run})") from error
+        raise InputError(
+            f"{run}: its files lack something ({error}); score the run again (stexp-score run={run})"
+        ) from error
     target, partial = run / "report.html", run / f".report.{os.getpid()}.html"
     try:
         partial.write_text(page, encoding="utf-8")
@@ -114,8 +116,11 @@ def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
     lost = {}
     for score, where in (("pearson_acg", "all genes"), ("pearson_heg50", "the 50 highest")):
         own = scores.get(score)
-        there = {name: values[score] for name, values in floors.items()
-                 if not is_oracle(name) and values.get(score) is not None}
+        there = {
+            name: values[score]
+            for name, values in floors.items()
+            if not is_oracle(name) and values.get(score) is not None
+        }
         if not there:
             continue
         above = [name for name in sorted(there, key=lambda name: -there[name]) if own is None or there[name] >= own]
@@ -123,10 +128,14 @@ def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
     if not any(lost.values()):
         statement = f"It beats every floor, on {' and on '.join(lost)}."
     else:
-        statement = " ".join(f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor."
-                             for where, names in lost.items())
-    pairs = [(section["scores"].get("pearson_acg"), section["floors"].get(best, {}).get("pearson_acg"))
-             for section in metrics["sections"].values()]
+        statement = " ".join(
+            f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor."
+            for where, names in lost.items()
+        )
+    pairs = [
+        (section["scores"].get("pearson_acg"), section["floors"].get(best, {}).get("pearson_acg"))
+        for section in metrics["sections"].values()
+    ]
     pairs = [pair for pair in pairs if None not in pair]
     if len(pairs) > 1:
         wins = sum(own > floor for own, floor in pairs)
@@ -136,8 +145,11 @@ def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
 
 def best_floor(metrics: dict[str, Any]) -> str | None:
     """Name of the floor with the highest Pearson over all genes, oracles left out."""
-    there = {name: scores["pearson_acg"] for name, scores in metrics["floors"].items()
-             if not is_oracle(name) and scores.get("pearson_acg") is not None}
+    there = {
+        name: scores["pearson_acg"]
+        for name, scores in metrics["floors"].items()
+        if not is_oracle(name) and scores.get("pearson_acg") is not None
+    }
     return max(there, key=there.__getitem__, default=None)
 
 
@@ -154,14 +166,19 @@ def number(value: float | None, digits: int = 3) -> str:
 def unit(protocol: dict[str, Any]) -> str:
     """The expression scale of a protocol, as a legend says it."""
     share = "gene's counts in the section" if protocol["truth"] == "gene" else f"spot's {protocol['library']} counts"
-    return f"{'ln' if protocol['log'] == 'natural' else 'log10'}(1 + {protocol['target_sum']:,.0f} x share of the {share})"
+    return (
+        f"{'ln' if protocol['log'] == 'natural' else 'log10'}(1 + {protocol['target_sum']:,.0f} x share of the {share})"
+    )
 
 
 def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData) -> str:
     here = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "label": label}
     script = (here / "report.js").read_text(encoding="utf-8")
@@ -177,13 +194,26 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
     }
     numbers, statement, beats = verdict(metrics)
     return environment.get_template("report.html.j2").render(
-        metrics=metrics, audit=audit, provenance=provenance, page=page, arrays=arrays,
-        numbers=numbers, statement=statement, beats=beats, best=best, is_oracle=is_oracle,
-        charts=[score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)"),
-                score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)")],
-        columns=SCORES, floor_notes=FLOORS, config=str(about["config"]),
+        metrics=metrics,
+        audit=audit,
+        provenance=provenance,
+        page=page,
+        arrays=arrays,
+        numbers=numbers,
+        statement=statement,
+        beats=beats,
+        best=best,
+        is_oracle=is_oracle,
+        charts=[
+            score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)"),
+            score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)"),
+        ],
+        columns=SCORES,
+        floor_notes=FLOORS,
+        config=str(about["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
-        style=Markup((here / "report.css").read_text(encoding="utf-8")), script=Markup(script),
+        style=Markup((here / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
         # only this script may run, whatever the data holds
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -191,8 +221,15 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
 
 def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
     """Columns of the gene table, and the gain over the best floor that its rows get here."""
-    columns = [("gene", "Gene"), ("pearson", "Pearson"), ("spearman", "Spearman"), ("mse", "MSE"),
-               ("mean_observed", "Mean"), ("heg50", "HEG50"), ("n_sections", "Sections")]
+    columns = [
+        ("gene", "Gene"),
+        ("pearson", "Pearson"),
+        ("spearman", "Spearman"),
+        ("mse", "MSE"),
+        ("mean_observed", "Mean"),
+        ("heg50", "HEG50"),
+        ("n_sections", "Sections"),
+    ]
     floor = f"floor_{best}"
     if best and all(floor in row for row in genes):
         for row in genes:
@@ -224,8 +261,10 @@ def _read_genes(path: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(file))
     words = {"true": 1.0, "false": 0.0, "": math.nan}
     try:
-        return [{key: text if key == "gene" else _finite(words.get(text.lower(), text)) for key, text in row.items()}
-                for row in rows]
+        return [
+            {key: text if key == "gene" else _finite(words.get(text.lower(), text)) for key, text in row.items()}
+            for row in rows
+        ]
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a table of numbers ({error}); score the run again") from None
 
@@ -243,7 +282,9 @@ def _read_predictions(path: Path) -> ad.AnnData:
         raise InputError(f"{path} is not a whole h5ad file ({error}); predict the run again") from None
     absent = [f"layers[{key!r}]" for key in ("observed", "predicted") if key not in predictions.layers]
     absent += [f"obs[{key!r}]" for key in ("section", "patient", "spot") if key not in predictions.obs]
-    absent += ["obsm['spatial']"] * ("spatial" not in predictions.obsm) + ["uns['stexp']"] * ("stexp" not in predictions.uns)
+    absent += ["obsm['spatial']"] * ("spatial" not in predictions.obsm) + ["uns['stexp']"] * (
+        "stexp" not in predictions.uns
+    )
     if absent:
         raise InputError(f"{path} has no {', '.join(absent)}: a prediction file of stexp has them")
     return predictions

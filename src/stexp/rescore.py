@@ -60,19 +60,28 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
 
     embedded = ~np.isnan(kept.obsm["spot_embedding"]).any(axis=1)
     rows = np.flatnonzero(embedded)
-    rows = rows[choose_references(data.spots.iloc[rows], OmegaConf.to_container(OmegaConf.create([cfg.model.reference]))[0])]
+    rows = rows[
+        choose_references(data.spots.iloc[rows], OmegaConf.to_container(OmegaConf.create([cfg.model.reference]))[0])
+    ]
     table = data.spots.iloc[rows]
-    index = ReferenceIndex(torch.from_numpy(kept.obsm["spot_embedding"][rows]),
-                           table["section"].to_numpy(str), table["patient"].to_numpy(str))
+    index = ReferenceIndex(
+        torch.from_numpy(kept.obsm["spot_embedding"][rows]),
+        table["section"].to_numpy(str),
+        table["patient"].to_numpy(str),
+    )
     query = torch.from_numpy(kept.obsm["image_embedding"][data.rows("test")])
-    made = retrieve(index, query, torch.from_numpy(data.target[rows]), cfg.model.k, cfg.model.distance, cfg.model.weighting)
+    made = retrieve(
+        index, query, torch.from_numpy(data.target[rows]), cfg.model.k, cfg.model.distance, cfg.model.weighting
+    )
     made = {key: value.numpy() if torch.is_tensor(value) else value for key, value in made.items()}
     made["image_embedding"] = query.numpy()
 
     what = {**changes, **({} if genes == "panel" else {"genes": genes})}
     folder = Path(output_dir) if output_dir else run / "rescored" / _name(what)
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("predicted %d spots x %d genes again from %d references (%s)", len(query), len(panel), len(rows), _name(what))
+    log.info(
+        "predicted %d spots x %d genes again from %d references (%s)", len(query), len(panel), len(rows), _name(what)
+    )
     chosen = {**({} if "k" in changes else chosen), "k": cfg.model.k, "rescored_from": run.name, "changed": what}
     write_scored_files(folder, cfg, data, made, kept.obsm["features"], kept.obsm["colour"], chosen)
     facts = json.loads((run / "audit.json").read_text())["facts"]
@@ -94,7 +103,9 @@ def _panel(genes: str | list[str], sections: list) -> list[str]:
     names = [genes] if isinstance(genes, str) else list(genes)
     missing = [name for name in names if name not in common]
     if missing:
-        raise InputError(f"{len(missing)} of {len(names)} genes are not measured in every section: {', '.join(missing[:5])}")
+        raise InputError(
+            f"{len(missing)} of {len(names)} genes are not measured in every section: {', '.join(missing[:5])}"
+        )
     return names
 
 

@@ -25,48 +25,82 @@ TRAINING = ("train", "validation")  # what floors, like retrieval, may learn fro
 
 
 def write_results(
-    folder: Path, cfg: DictConfig, data: SpotDataModule, model, outputs: list[dict], chosen: dict,
-    features: np.ndarray, best_checkpoint: bool,
+    folder: Path,
+    cfg: DictConfig,
+    data: SpotDataModule,
+    model,
+    outputs: list[dict],
+    chosen: dict,
+    features: np.ndarray,
+    best_checkpoint: bool,
 ) -> None:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``."""
-    made = {key: torch.cat([output[key] for output in outputs]).float().cpu().numpy()
-            for key in outputs[0] if key != "obs"}
+    made = {
+        key: torch.cat([output[key] for output in outputs]).float().cpu().numpy() for key in outputs[0] if key != "obs"
+    }
     if "obs" in outputs[0]:
         made["obs"] = pd.concat([output["obs"] for output in outputs], ignore_index=True)
     colour = colours(data)
     reference: list[str] = []
     if getattr(model, "reference_embedding", None) is not None:
         reference = model.reference_sections
-        table = embedding_table(data, model.reference_rows, model.reference_embedding.cpu().numpy(),
-                                made["image_embedding"], features, colour)
+        table = embedding_table(
+            data,
+            model.reference_rows,
+            model.reference_embedding.cpu().numpy(),
+            made["image_embedding"],
+            features,
+            colour,
+        )
         predictions.write(table, folder / "embeddings.h5ad")
     write_scored_files(folder, cfg, data, made, features, colour, chosen)
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
-        "train": data.names("train"), "validation": data.names("validation"), "test": data.names("test"),
-        "reference": reference, "panel_sections": data.panel_sections,
+        "train": data.names("train"),
+        "validation": data.names("validation"),
+        "test": data.names("test"),
+        "reference": reference,
+        "panel_sections": data.panel_sections,
         "checkpoint": "best" if best_checkpoint else "last",
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
-        "published_settings": data.protocol.published, "spot_context": getattr(model, "spot_context", None),
+        "published_settings": data.protocol.published,
+        "spot_context": getattr(model, "spot_context", None),
     }
     write_atomically(folder / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
 
 
 def write_scored_files(
-    folder: Path, cfg: DictConfig, data: SpotDataModule, made: dict, features: np.ndarray, colour: np.ndarray, chosen: dict
+    folder: Path,
+    cfg: DictConfig,
+    data: SpotDataModule,
+    made: dict,
+    features: np.ndarray,
+    colour: np.ndarray,
+    chosen: dict,
 ) -> None:
     """Write the two files that scoring reads, from what a method `made` of the test spots."""
     test, train = data.rows("test"), data.rows(*TRAINING)
     adata = predictions.make_predictions(
-        data.spots.iloc[test], data.panel, observed=data.target[test], predicted=made["predicted"],
-        counts=data.counts[test], xy_px=data.xy_px[test], mean_train=data.target[train].mean(axis=0),
-        uncertainty=made.get("uncertainty"), obs=made.get("obs"), embedding=made.get("image_embedding"),
+        data.spots.iloc[test],
+        data.panel,
+        observed=data.target[test],
+        predicted=made["predicted"],
+        counts=data.counts[test],
+        xy_px=data.xy_px[test],
+        mean_train=data.target[train].mean(axis=0),
+        uncertainty=made.get("uncertainty"),
+        obs=made.get("obs"),
+        embedding=made.get("image_embedding"),
     )
     predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
     adata.uns["stexp"] = {
         "protocol": json.dumps({"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)}),
-        "model": cfg.model.name, "fold": str(data.fold), "data": cfg.data.name, "config": OmegaConf.to_yaml(cfg, resolve=True),
-        "commit": str(git_state()["commit"]), "data_manifest": json.dumps(manifest(data.sections)),
+        "model": cfg.model.name,
+        "fold": str(data.fold),
+        "data": cfg.data.name,
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "commit": str(git_state()["commit"]),
+        "data_manifest": json.dumps(manifest(data.sections)),
         "chosen": json.dumps(chosen),
     }
     predictions.write(adata, folder / "predictions.h5ad")
@@ -102,9 +136,13 @@ def floors_under(
     def table(rows: np.ndarray) -> SpotTable:
         spots = data.spots.iloc[rows]
         return SpotTable(
-            expression=expression[rows], log_depth=np.log1p(spots["total_counts"].to_numpy()),
-            section=spots["section"].to_numpy(str), patient=spots["patient"].to_numpy(str), xy=xy[rows],
-            colour=None if colour is None else colour[rows], features=None if features is None else features[rows],
+            expression=expression[rows],
+            log_depth=np.log1p(spots["total_counts"].to_numpy()),
+            section=spots["section"].to_numpy(str),
+            patient=spots["patient"].to_numpy(str),
+            xy=xy[rows],
+            colour=None if colour is None else colour[rows],
+            features=None if features is None else features[rows],
         )
 
     return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test"))), ceiling
@@ -122,8 +160,12 @@ def colours(data: SpotDataModule) -> np.ndarray:
 
 
 def embedding_table(
-    data: SpotDataModule, reference_rows: np.ndarray, reference: np.ndarray, query: np.ndarray,
-    features: np.ndarray, colour: np.ndarray,
+    data: SpotDataModule,
+    reference_rows: np.ndarray,
+    reference: np.ndarray,
+    query: np.ndarray,
+    features: np.ndarray,
+    colour: np.ndarray,
 ) -> ad.AnnData:
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
@@ -131,7 +173,10 @@ def embedding_table(
     ``features`` and ``colour`` of spots with a tile; NaN elsewhere.
     """
     adata = ad.AnnData(obs=data.spots[["section", "patient", "spot", "role"]].copy())
-    for name, rows, values in (("spot_embedding", reference_rows, reference), ("image_embedding", data.rows("test"), query)):
+    for name, rows, values in (
+        ("spot_embedding", reference_rows, reference),
+        ("image_embedding", data.rows("test"), query),
+    ):
         adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)
         adata.obsm[name][rows] = values
     adata.obsm["features"], adata.obsm["colour"] = features, colour

@@ -96,7 +96,7 @@ class ReferenceIndex:
         best, index = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for start in range(0, len(self), chunk):
             part = slice(start, start + chunk)
-            similarity = unit @ self.embedding[part].T / self._norm[part]
+            similarity = (unit @ self.embedding[part].T).div_(self._norm[part])
             value, where = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best, index = torch.cat([best, value], 1), torch.cat([index, where + start], 1)
             if best.shape[1] > k:
@@ -104,11 +104,12 @@ class ReferenceIndex:
                 index = index.gather(1, order)
         if distance == "cosine":
             return index, (1 - best).clamp(min=0)
-        # few queries at a time: their k neighbours' embeddings are held at once
-        rows = max(1, (1 << 24) // (k * query.shape[1]))
-        p = 1 if distance == "l1" else 2
-        d = [torch.linalg.vector_norm(self.embedding[i] - q[:, None], ord=p, dim=2)
-             for q, i in zip(query.split(rows), index.split(rows), strict=True)]
+        # few queries at a time: their k neighbours' embeddings are held at once, in a CPU best within its cache
+        rows = max(1, (1 << (20 if query.device.type == "cpu" else 24)) // (k * query.shape[1]))
+        p, d = 1 if distance == "l1" else 2, []
+        for q, i in zip(query.split(rows), index.split(rows), strict=True):
+            difference = self.embedding.index_select(0, i.reshape(-1)).view(*i.shape, -1).sub_(q[:, None])
+            d.append(torch.linalg.vector_norm(difference, ord=p, dim=2))
         return index, torch.cat(d)
 
     def average(
@@ -127,9 +128,13 @@ class ReferenceIndex:
             `sd` is the weighted standard deviation among the neighbours; None without `spread`.
         """
         index, weight = neighbours.index.to(expression.device), neighbours.weight.to(expression)
+        used, among = index.unique(return_inverse=True)
+        few = 2 * len(used) < len(expression)  # of many references most are nobody's neighbours
+        index = among if few else index
         means, deviations = [], []
-        for values in expression.split(chunk_genes, dim=1):
-            # centred on the references' mean, so that the difference of squares below keeps its digits
+        for genes in expression.split(chunk_genes, dim=1):
+            values = genes.index_select(0, used) if few else genes
+            # centred on their mean, so that the difference of squares below keeps its digits
             centre = values.mean(dim=0)
             values = (values - centre).contiguous()
             mean = F.embedding_bag(index, values, per_sample_weights=weight, mode="sum")
@@ -163,8 +168,14 @@ class ReferenceIndex:
 
 
 def retrieve(
-    index: ReferenceIndex, query: torch.Tensor, expression: torch.Tensor, k: int, distance: str, weighting: str,
-    *, spread: bool = True,
+    index: ReferenceIndex,
+    query: torch.Tensor,
+    expression: torch.Tensor,
+    k: int,
+    distance: str,
+    weighting: str,
+    *,
+    spread: bool = True,
 ) -> dict:
     """Search, average and explain, as ``predict_step`` of a retrieval method returns it.
 
@@ -175,7 +186,9 @@ def retrieve(
     """
     neighbours = index.search(query, k, distance, weighting)
     mean, sd = index.average(neighbours, expression, spread=spread)
-    return {"predicted": mean, "uncertainty": sd, "obs": index.provenance(neighbours)} if spread else {"predicted": mean}
+    return (
+        {"predicted": mean, "uncertainty": sd, "obs": index.provenance(neighbours)} if spread else {"predicted": mean}
+    )
 
 
 def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray:
@@ -200,7 +213,10 @@ def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray
         there = list(spots["section"].unique())
         unknown = [name for name in names if name not in there]
         if unknown:
-            raise InputError(f"reference {', '.join(map(str, unknown))} is not on the training side; choose image, all, or of {', '.join(there)}")
+            raise InputError(
+                f"reference {', '.join(map(str, unknown))} is not on the training side; choose image, all, "
+                f"or of {', '.join(there)}"
+            )
         chosen = spots["section"].isin(names)
     if not chosen.any():
         raise InputError(f"reference={which} leaves no spot to retrieve from")

@@ -16,7 +16,14 @@ from stexp import predictions
 from stexp.config import CONF, build, command, load_run, protocols, to_plain, write_atomically
 from stexp.data.genes import normalise
 from stexp.floors import NO_SCALE, ORACLES
-from stexp.metrics import mean_or_none, mean_over_sections, pearson_per_gene, score_section, spearman_per_gene, top_genes
+from stexp.metrics import (
+    mean_or_none,
+    mean_over_sections,
+    pearson_per_gene,
+    score_section,
+    spearman_per_gene,
+    top_genes,
+)
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -56,14 +63,22 @@ def score_run(run: Path) -> dict:
         genes = table if protocol is own else genes
     mine = scored.pop(own.name)
     metrics = {
-        "protocol": own.name, "fold": str(facts["fold"]), "model": str(facts["model"]), "data": str(facts["data"]),
-        "scores": mine["scores"], "floors": mine["floors"], "ceiling": mine["ceiling"],
+        "protocol": own.name,
+        "fold": str(facts["fold"]),
+        "model": str(facts["model"]),
+        "data": str(facts["data"]),
+        "scores": mine["scores"],
+        "floors": mine["floors"],
+        "ceiling": mine["ceiling"],
         "oracle_floors": sorted(ORACLES & set(mine["floors"])),
-        "n_spots": observed.n_obs, "n_genes": observed.n_vars,
+        "n_spots": observed.n_obs,
+        "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
         "chosen": json.loads(facts["chosen"]),
         "sections": mine["sections"],
-        "scored_as": {name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()},
+        "scored_as": {
+            name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
+        },
     }
     genes.to_csv(run / ".per_gene.csv.part", index=False, float_format="%.6g")
     (run / ".per_gene.csv.part").replace(run / "per_gene.csv")
@@ -82,12 +97,15 @@ def truth(adata: ad.AnnData, protocol: Protocol) -> np.ndarray:
 
 def summary(metrics: dict) -> str:
     """Scores beside floors and ceiling, for the terminal."""
+
     def row(name: str, scores: dict) -> str:
         cells = (scores.get(key) for key in ("pearson_acg", "pearson_heg50", "mse", "mae"))
         return f"  {name:<34}" + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
 
-    head = (f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
-            f"{metrics['n_spots']} spots, {metrics['n_genes']} genes, {len(metrics['sections'])} section(s)")
+    head = (
+        f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
+        f"{metrics['n_spots']} spots, {metrics['n_genes']} genes, {len(metrics['sections'])} section(s)"
+    )
     blocks = [head, f"  {'':<34}     ACG   HEG50     MSE     MAE"]
     for title, part in (("", metrics), *((f"  scored as {name}", part) for name, part in metrics["scored_as"].items())):
         blocks += [title] if title else []
@@ -98,14 +116,15 @@ def summary(metrics: dict) -> str:
     return "\n".join(blocks)
 
 
-def _score_under(
-    protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData
-) -> tuple[dict, pd.DataFrame]:
+def _score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData) -> tuple[dict, pd.DataFrame]:
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
     same_scale = all(getattr(protocol, key) == getattr(own, key) for key in ("truth", "library", "log", "target_sum"))
-    floor_of = {key.split(":", 1)[1]: np.asarray(floors.layers[key])
-                for key in floors.layers if key.startswith(f"{protocol.name}:")}
+    floor_of = {
+        key.split(":", 1)[1]: np.asarray(floors.layers[key])
+        for key in floors.layers
+        if key.startswith(f"{protocol.name}:")
+    }
     sections, columns = {}, {}
     for name in adata.obs["section"].unique():
         here = (adata.obs["section"] == name).to_numpy()
@@ -116,19 +135,25 @@ def _score_under(
         sections[name] = {
             "scores": {key: value for key, value in scores.items() if not key.startswith("n_")},
             "floors": {
-                floor: {key: value for key, value in score_section(y, values[here], heg, floor not in NO_SCALE).items()
-                        if not key.startswith("n_")}
+                floor: {
+                    key: value
+                    for key, value in score_section(y, values[here], heg, floor not in NO_SCALE).items()
+                    if not key.startswith("n_")
+                }
                 for floor, values in floor_of.items()
             },
             "ceiling": {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])},
-            "n_spots": int(here.sum()), "n_constant_genes": scores["n_constant_genes"],
+            "n_spots": int(here.sum()),
+            "n_constant_genes": scores["n_constant_genes"],
         }
-        columns[name] = _per_gene(y, predicted[here], ceiling, heg,
-                                  {floor: values[here] for floor, values in floor_of.items()})
+        columns[name] = _per_gene(
+            y, predicted[here], ceiling, heg, {floor: values[here] for floor, values in floor_of.items()}
+        )
     means = {
         "scores": mean_over_sections([section["scores"] for section in sections.values()]),
-        "floors": {floor: mean_over_sections([section["floors"][floor] for section in sections.values()])
-                   for floor in floor_of},
+        "floors": {
+            floor: mean_over_sections([section["floors"][floor] for section in sections.values()]) for floor in floor_of
+        },
         "ceiling": mean_over_sections([section["ceiling"] for section in sections.values()]),
         "sections": sections,
     }
@@ -139,11 +164,16 @@ def _per_gene(observed, predicted, ceiling, heg, floors: dict[str, np.ndarray]) 
     top = np.zeros(observed.shape[1])
     top[heg] = 1
     columns = {
-        "pearson": pearson_per_gene(observed, predicted), "spearman": spearman_per_gene(observed, predicted),
-        "mse": np.square(predicted - observed).mean(axis=0), "mean_observed": observed.mean(axis=0),
-        "heg50": top, "ceiling": ceiling,
+        "pearson": pearson_per_gene(observed, predicted),
+        "spearman": spearman_per_gene(observed, predicted),
+        "mse": np.square(predicted - observed).mean(axis=0),
+        "mean_observed": observed.mean(axis=0),
+        "heg50": top,
+        "ceiling": ceiling,
     }
-    return pd.DataFrame(columns | {f"floor_{name}": pearson_per_gene(observed, value) for name, value in floors.items()})
+    return pd.DataFrame(
+        columns | {f"floor_{name}": pearson_per_gene(observed, value) for name, value in floors.items()}
+    )
 
 
 def _mean_genes(panel: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError
@@ -26,7 +27,9 @@ def main(cfg: DictConfig) -> None:
         sections = load_sections(cfg, protocol)
         names = folds(sections, protocol)
         if not names:
-            raise InputError(f"no section of {cfg.data.name} under {cfg.data.root} has an image; nothing can be trained")
+            raise InputError(
+                f"no section of {cfg.data.name} under {cfg.data.root} has an image; nothing can be trained"
+            )
         if str(cfg.fold) == "all":
             base = Path(cfg.output_dir)
             for fold in names:
@@ -45,7 +48,21 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     -------
     dict
         ``metrics.json``.
+
+    Raises
+    ------
+    InputError
+        Another process is at work in `folder`, or it holds a run with another config.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _train(cfg, sections, fold, folder)
+    except Timeout:
+        raise InputError(f"another process is at work in {folder}; wait for it, or choose another output_dir") from None
+
+
+def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     from stexp import hardware
 
     if cfg.hardware.keep_memory:
@@ -72,8 +89,14 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     if cfg.hardware.threads:
         torch.set_num_threads(cfg.hardware.threads)
     pl.seed_everything(cfg.seed, verbose=False)
-    log.info("fold %s on %s: %s, %s, %d CPU threads", fold, device.type, precision,
-             "channels last" if cfg.hardware.channels_last else "channels first", torch.get_num_threads())
+    log.info(
+        "fold %s on %s: %s, %s, %d CPU threads",
+        fold,
+        device.type,
+        precision,
+        "channels last" if cfg.hardware.channels_last else "channels first",
+        torch.get_num_threads(),
+    )
     stages = Stages(folder)
 
     with stages("data"):
@@ -82,8 +105,11 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         for line in data.summary():
             log.info("%s", line)
     with stages("model"):
-        model = build({k: v for k, v in to_plain(cfg.model).items() if k != "name"},
-                      n_genes=len(data.panel), n_positions=data.array_size)
+        model = build(
+            {k: v for k, v in to_plain(cfg.model).items() if k != "name"},
+            n_genes=len(data.panel),
+            n_positions=data.array_size,
+        )
         if cfg.hardware.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)
     with stages("floors"):
@@ -93,11 +119,21 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     callbacks = list(build(cfg.callbacks).values())
     if len(data.rows("validation")):
         # before the one that keeps the last epoch, which stores what was best so far
-        callbacks.insert(0, pl.callbacks.ModelCheckpoint(
-            folder / "checkpoints", filename="best", monitor="val/pearson", mode="max", enable_version_counter=False))
+        callbacks.insert(
+            0,
+            pl.callbacks.ModelCheckpoint(
+                folder / "checkpoints", filename="best", monitor="val/pearson", mode="max", enable_version_counter=False
+            ),
+        )
     logger = build(cfg.logger)
-    trainer = build(cfg.trainer, precision=precision, callbacks=callbacks, logger=logger, default_root_dir=str(folder),
-                    enable_progress_bar=sys.stderr.isatty())
+    trainer = build(
+        cfg.trainer,
+        precision=precision,
+        callbacks=callbacks,
+        logger=logger,
+        default_root_dir=str(folder),
+        enable_progress_bar=sys.stderr.isatty(),
+    )
     last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
     try:
         with stages("fit"):
@@ -148,10 +184,18 @@ def claim(folder: Path, cfg: DictConfig) -> bool:
     if cfg.overwrite and path.exists():
         for name in ("checkpoints", "logs", "rescored"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("predictions.h5ad", "floors.h5ad", "embeddings.h5ad", "metrics.json", "per_gene.csv", "audit.json",
-                     "report.html", "provenance.json", "stages.json"):
+        for name in (
+            "predictions.h5ad",
+            "floors.h5ad",
+            "embeddings.h5ad",
+            "metrics.json",
+            "per_gene.csv",
+            "audit.json",
+            "report.html",
+            "provenance.json",
+            "stages.json",
+        ):
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     return False
 

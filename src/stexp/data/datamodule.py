@@ -1,21 +1,19 @@
-"""Batches of spots: tile, expression and position under one index."""
+"""Sections joined with their tiles, split by a protocol: tile, expression and position under one index."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from scipy.spatial import cKDTree
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from stexp import InputError, __version__
 from stexp.data.augment import AUGMENTATIONS, augment
+from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest
 from stexp.data.genes import choose_panel, normalise
 from stexp.data.section import Section
 from stexp.data.splits import ROLES, assign_roles
@@ -23,39 +21,6 @@ from stexp.data.tiles import TileBank, TileSpec, open_tiles
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class SpotBatch:
-    """B spots; G panel genes; L tokens of a spot's context (itself first, then its nearest neighbours).
-
-    `expression` is what the spot encoder reads, `target` the observed expression on the truth scale of the
-    protocol; they differ only under ``protocol.truth="gene"``. `image` is None where no tile was asked for.
-    """
-
-    image: torch.Tensor | None  # (B, 3, px, px) in 0..1
-    expression: torch.Tensor  # (B, G)
-    target: torch.Tensor  # (B, G)
-    counts: torch.Tensor  # (B, G)
-    xy_um: torch.Tensor  # (B, 2); NaN where the scale is unknown
-    array_xy: torch.Tensor  # (B, 2)
-    section: torch.Tensor  # (B,) code in SpotDataModule.section_names
-    spot: torch.Tensor  # (B,) row in SpotDataModule.spots
-    context_expression: torch.Tensor  # (B, L, G)
-    context_array_xy: torch.Tensor  # (B, L, 2)
-    context_mask: torch.Tensor  # (B, L), False where a section has too few spots
-
-    def __len__(self) -> int:
-        return len(self.spot)
-
-
-@dataclass
-class SpotIndex:
-    """What a loader hands out: rows to gather, and the seed of their augmentation."""
-
-    rows: torch.Tensor
-    seed: int | None = None
-    image: bool = True
 
 
 class SpotDataModule(pl.LightningDataModule):
@@ -158,7 +123,9 @@ class SpotDataModule(pl.LightningDataModule):
                 lines.append(f"{role}: {n} spots of {len(names)} section(s): {', '.join(names)}")
         without = [section.name for section in self.sections if section.slide is None]
         if without:
-            lines.append(f"{len(without)} section(s) have counts but no image; they can be retrieved from (model.reference=all)")
+            lines.append(
+                f"{len(without)} section(s) have counts but no image; they can be retrieved from (model.reference=all)"
+            )
         lines.append(f"panel: {len(self.panel)} genes; array: {self.array_size} x {self.array_size}")
         return lines
 
@@ -170,7 +137,8 @@ class SpotDataModule(pl.LightningDataModule):
         else:
             chosen_on = everything if self.protocol.panel == "all" else self.names("train", "validation")
             panel = choose_panel(
-                [section for section in self.sections if section.name in chosen_on], self.protocol,
+                [section for section in self.sections if section.name in chosen_on],
+                self.protocol,
                 measured_in=[section for section in self.sections if section.name in self.names("reference")],
             )
         return panel, chosen_on
@@ -183,8 +151,10 @@ class SpotDataModule(pl.LightningDataModule):
             missing = [gene for gene in self.panel if gene not in section.genes]
             if not missing:
                 continue
-            text = (f"section {section.name} does not measure {len(missing)} of the {len(self.panel)} panel genes "
-                    f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})")
+            text = (
+                f"section {section.name} does not measure {len(missing)} of the {len(self.panel)} panel genes "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+            )
             if section.name in training:
                 raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
             if section.name in test:
@@ -192,8 +162,11 @@ class SpotDataModule(pl.LightningDataModule):
             else:
                 left_out.append(section.name)
         if left_out:
-            log.warning("%d sections without an image do not measure the whole panel and are not retrieved from: %s",
-                        len(left_out), ", ".join(left_out))
+            log.warning(
+                "%d sections without an image do not measure the whole panel and are not retrieved from: %s",
+                len(left_out),
+                ", ".join(left_out),
+            )
             self.sections = [section for section in self.sections if section.name not in left_out]
 
     def _load_expression(self) -> None:
@@ -219,8 +192,13 @@ class SpotDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict:
         """What a checkpoint must know about the data it was trained on; plain values."""
         return {
-            "stexp": __version__, "panel": self.panel, "protocol": asdict(self.protocol), "fold": self.fold,
-            "tile_px": self.tile.px, "tile_um": self.tile.um, "array_size": self.array_size,
+            "stexp": __version__,
+            "panel": self.panel,
+            "protocol": asdict(self.protocol),
+            "fold": self.fold,
+            "tile_px": self.tile.px,
+            "tile_um": self.tile.um,
+            "array_size": self.array_size,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -256,7 +234,7 @@ class SpotDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed)
-        return _loader(order, shuffled=order)
+        return index_loader(order, shuffled=order)
 
     def val_dataloader(self) -> DataLoader | list:
         return self.loader("validation") if len(self.rows("validation")) else []
@@ -267,7 +245,7 @@ class SpotDataModule(pl.LightningDataModule):
     def loader(self, *roles: str, image: bool = True, batch_size: int | None = None) -> DataLoader:
         """Every spot of the roles once, in order, unaugmented."""
         rows = torch.from_numpy(self.rows(*roles))
-        return _loader([SpotIndex(part, image=image) for part in rows.split(batch_size or self.eval_batch_size)])
+        return index_loader([SpotIndex(part, image=image) for part in rows.split(batch_size or self.eval_batch_size)])
 
     def transfer_batch_to_device(self, batch: SpotIndex, device: torch.device, dataloader_idx: int) -> SpotIndex:
         self._device = device
@@ -290,17 +268,25 @@ class SpotDataModule(pl.LightningDataModule):
         mask = torch.cat([torch.ones_like(rows[:, None], dtype=torch.bool), around >= 0], dim=1)
         taken = {name: table[name][rows] for name in ("expression", "target", "counts", "xy_um", "array_xy", "section")}
         return SpotBatch(
-            image=image, spot=rows, context_expression=table["expression"][context],
-            context_array_xy=table["array_xy"][context], context_mask=mask, **taken,
+            image=image,
+            spot=rows,
+            context_expression=table["expression"][context],
+            context_array_xy=table["array_xy"][context],
+            context_mask=mask,
+            **taken,
         )
 
     def _tables(self, device: torch.device) -> dict[str, torch.Tensor]:
         if device not in self._on:
             codes = pd.Categorical(self.spots["section"], categories=self.section_names).codes
             arrays = {
-                "expression": self.expression, "target": self.target, "counts": self.counts, "xy_um": self.xy_um,
+                "expression": self.expression,
+                "target": self.target,
+                "counts": self.counts,
+                "xy_um": self.xy_um,
                 "array_xy": self.spots[["array_x", "array_y"]].to_numpy(np.int64),
-                "section": codes.astype(np.int64), "neighbours": self.neighbours,
+                "section": codes.astype(np.int64),
+                "neighbours": self.neighbours,
             }
             self._on[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         return self._on[device]
@@ -311,16 +297,18 @@ def check_checkpoint(state: dict, panel: list[str], tile: TileSpec, array_size: 
     missing = [gene for gene in state["panel"] if gene not in set(panel)]
     if missing:
         raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, {len(missing)} of them are not in the panel of this data: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            f"the checkpoint predicts {len(state['panel'])} genes, {len(missing)} of them are not in the panel of this "
+            f"data: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
     if state["panel"] != panel:
         raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, the panel of this data has {len(panel)} or another order"
+            f"the checkpoint predicts {len(state['panel'])} genes, the panel of this data has {len(panel)}, "
+            f"or another order"
         )
     if (state["tile_px"], state["tile_um"]) != (tile.px, tile.um):
         raise InputError(
-            f"the checkpoint was trained on tiles of {state['tile_px']} px ({state['tile_um']} um), not {tile.px} px ({tile.um} um)"
+            f"the checkpoint was trained on tiles of {state['tile_px']} px ({state['tile_um']} um), "
+            f"not {tile.px} px ({tile.um} um)"
         )
     if array_size > state["array_size"]:
         raise InputError(
@@ -328,67 +316,22 @@ def check_checkpoint(state: dict, panel: list[str], tile: TileSpec, array_size: 
         )
 
 
-class ShuffledBatches(Sampler):
-    """Batches of rows in an order that depends on seed and epoch alone, so that a resumed run sees the same."""
-
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = torch.from_numpy(rows), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        # one spot has no negatives: where one would be left over, it joins the batch before
-        return max(1, math.ceil((len(self.rows) - 1) / self.batch_size))
-
-    def __iter__(self) -> Iterator[SpotIndex]:
-        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        shuffled = self.rows[torch.randperm(len(self.rows), generator=draws)]
-        starts = torch.arange(1, len(self)) * self.batch_size
-        for part in shuffled.tensor_split(starts):
-            yield SpotIndex(part, seed=int(torch.randint(2**62, (), generator=draws)))
-
-
-class _AsGiven(Dataset):
-    """The sampler already yields whole batches; a loader must still look them up somewhere."""
-
-    def __getitem__(self, batch: SpotIndex) -> SpotIndex:
-        return batch
-
-
-def _loader(batches, shuffled: Sampler | None = None) -> DataLoader:
-    return DataLoader(_AsGiven(), batch_size=None, sampler=shuffled if shuffled is not None else batches, num_workers=0)
-
-
-def nearest(xy: np.ndarray, n: int) -> np.ndarray:
-    """For each of the N points its min(n, N - 1) nearest others, nearest first; ties by x, then y.
-
-    A regular array has ties at every distance; ordered by place, they do not depend on the order of the points.
-
-    Parameters
-    ----------
-    xy : (N, 2)
-    """
-    n = min(n, len(xy) - 1)
-    if n <= 0:
-        return np.empty((len(xy), 0), dtype=np.int64)
-    # ties at the edge of the n nearest would depend on the tree: look a little further, then order exactly
-    distance, index = cKDTree(xy).query(xy, k=min(n + 9, len(xy)))
-    distance = np.round(distance, 6)
-    distance[index == np.arange(len(xy))[:, None]] = np.inf
-    order = np.lexsort((index, xy[index, 1], xy[index, 0], distance), axis=1)[:, :n]
-    return np.take_along_axis(index, order, axis=1)
-
-
 def _spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.DataFrame:
     parts = []
     for section in sections:
-        parts.append(pd.DataFrame({
-            "section": section.name, "patient": section.patient, "spot": section.spots.obs_names.to_numpy(str),
-            "role": roles[section.name], "array_x": section.array_xy[:, 0], "array_y": section.array_xy[:, 1],
-            "total_counts": section.total_counts,
-        }))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "section": section.name,
+                    "patient": section.patient,
+                    "spot": section.spots.obs_names.to_numpy(str),
+                    "role": roles[section.name],
+                    "array_x": section.array_xy[:, 0],
+                    "array_y": section.array_xy[:, 1],
+                    "total_counts": section.total_counts,
+                }
+            )
+        )
     table = pd.concat(parts, ignore_index=True)
     table.index = table["section"] + ":" + table["spot"]
     return table

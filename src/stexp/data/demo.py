@@ -100,8 +100,14 @@ def write_demo(
             f"demo data: patients 1..{len(ascii_uppercase)}, sections_per_patient >= 1, seed >= 0 and image_px >= 400 "
             f"would fit; got {patients}, {sections_per_patient}, {seed}, {image_px}"
         )
-    made_from = {"generator": __name__, "version": VERSION, "seed": seed, "patients": patients,
-                 "sections_per_patient": sections_per_patient, "image_px": image_px}
+    made_from = {
+        "generator": __name__,
+        "version": VERSION,
+        "seed": seed,
+        "patients": patients,
+        "sections_per_patient": sections_per_patient,
+        "image_px": image_px,
+    }
     if _made_from(folder) == made_from:
         return folder / "sheet.csv"
     try:
@@ -150,8 +156,14 @@ def _write(folder: Path, made_from: dict) -> None:
         for s in range(made_from["sections_per_patient"]):
             name = f"{patient}{s + 1}"
             image, spots, counts = _section(made_from, p, s, genes)
-            row = {"section": name, "patient": patient, "image": f"images/{name}.jpg",
-                   "counts": f"counts/{name}.tsv.gz", "spots": f"spots/{name}.csv", "um_per_px": array.um_per_px}
+            row = {
+                "section": name,
+                "patient": patient,
+                "image": f"images/{name}.jpg",
+                "counts": f"counts/{name}.tsv.gz",
+                "spots": f"spots/{name}.csv",
+                "um_per_px": array.um_per_px,
+            }
             Image.fromarray(image).save(folder / row["image"], quality=92, subsampling=0)
             counts.to_csv(folder / row["counts"], sep="\t", compression={"method": "gzip", "mtime": 0})
             spots.to_csv(folder / row["spots"], float_format="%.2f")
@@ -188,8 +200,10 @@ def _spots(rng: Rng, tissue: Tissue, size_um: Size, array: Array) -> pd.DataFram
     xy = np.stack([(x + 0.5 * (y % 2) * array.hexagonal + shift[0]) * array.pitch, (y + shift[1]) * row_pitch], axis=1)
     if array.hexagonal:  # Visium counts columns in half pitches
         x = 2 * x + y % 2
-    spots = pd.DataFrame({"array_x": x, "array_y": y, "pixel_x": xy[:, 0], "pixel_y": xy[:, 1]},
-                         index=pd.Index([f"{i}x{j}" for i, j in zip(x, y, strict=True)], name="spot"))
+    spots = pd.DataFrame(
+        {"array_x": x, "array_y": y, "pixel_x": xy[:, 0], "pixel_y": xy[:, 1]},
+        index=pd.Index([f"{i}x{j}" for i, j in zip(x, y, strict=True)], name="spot"),
+    )
     ring = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     rim = xy[:, None] + array.diameter / 2 * np.stack([np.cos(ring), np.sin(ring)], axis=1)
     fits = ((rim >= 0) & (rim < size_um)).all(axis=(1, 2))
@@ -238,7 +252,9 @@ def _counts(
 
     batch = 0.3 * block.standard_normal(n)
     answer = genes["slope"].to_numpy() * np.exp(0.3 * block.standard_normal(n))
-    own = np.stack([at(0.94 * random_field(block, shape, 12) + 0.34 * random_field(cut, shape, 12)) for _ in range(n)], axis=1)
+    own = np.stack(
+        [at(0.94 * random_field(block, shape, 12) + 0.34 * random_field(cut, shape, 12)) for _ in range(n)], axis=1
+    )
     direction = block.uniform(0, 2 * np.pi)
     gradient = 2 * (unit - 0.5) @ [np.cos(direction), np.sin(direction)]
 

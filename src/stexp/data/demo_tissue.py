@@ -104,11 +104,20 @@ def place_nuclei(rng: Rng, tissue: Tissue, size_um: Size) -> pd.DataFrame:
         radius = cells.radius * np.exp(0.16 * rng.standard_normal(n))
         ratio = np.sqrt(cells.elongation * np.exp(0.15 * rng.standard_normal(n)))
         spread = 0.25 if name == "stroma" else np.pi  # spindle cells lie along the fibres
-        parts.append(pd.DataFrame({
-            "x": xy[:, 0], "y": xy[:, 1], "a": radius * ratio, "b": radius / ratio,
-            "angle": values_at(tissue["angle"], xy) + spread * rng.uniform(-1, 1, n),
-            "stain": cells.stain * rng.uniform(0.75, 1.2, n), "rim": cells.rim, "kind": kind,
-        }))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "x": xy[:, 0],
+                    "y": xy[:, 1],
+                    "a": radius * ratio,
+                    "b": radius / ratio,
+                    "angle": values_at(tissue["angle"], xy) + spread * rng.uniform(-1, 1, n),
+                    "stain": cells.stain * rng.uniform(0.75, 1.2, n),
+                    "rim": cells.rim,
+                    "kind": kind,
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 

@@ -53,7 +53,9 @@ def read_panel(path: str | Path) -> list[str]:
     """Gene symbols of a panel file, one per line, in its order."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"panel file {path} does not exist; give another (data.panel_file=) or none (data.panel_file=null)")
+        raise InputError(
+            f"panel file {path} does not exist; give another (data.panel_file=) or none (data.panel_file=null)"
+        )
     genes = path.read_text().split()
     if not genes:
         raise InputError(f"panel file {path} names no gene")
@@ -65,9 +67,10 @@ def read_panel(path: str | Path) -> list[str]:
 def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[Section] | None = None) -> list[str]:
     """Variable genes of the given sections, and of no other.
 
-    The genes measured in every section (and in those of `measured_in`, whose counts are not looked at), seen in at least the fraction ``protocol.min_spots`` of all their
-    spots, and among the ``protocol.n_hvg`` most variable of one section or more. Of these, the
-    ``protocol.panel_size`` that are variable in most sections, ties by their mean dispersion. Sorted by name.
+    The genes measured in every section (and in those of `measured_in`, whose counts are not looked at), seen
+    in at least the fraction ``protocol.min_spots`` of all their spots, and among the ``protocol.n_hvg`` most
+    variable of one section or more. Of these, the ``protocol.panel_size`` that are variable in most sections,
+    ties by their mean dispersion. Sorted by name.
 
     Notes
     -----

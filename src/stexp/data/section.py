@@ -54,6 +54,8 @@ class Section:
 
     def __post_init__(self) -> None:
         spots, name = self.spots, self.name
+        if not name or set(name) & set("/\\:") or name.startswith("."):
+            raise InputError(f"section name {name!r} cannot name a file; leave out slashes, colons and a leading dot")
         if spots.n_obs == 0 or spots.n_vars == 0:
             raise InputError(f"section {name}: {spots.n_obs} spots x {spots.n_vars} genes; need at least one of each")
         for what, index in (("spots", spots.obs_names), ("genes", spots.var_names)):
@@ -66,8 +68,9 @@ class Section:
         self._check_positions()
         empty = int((self.total_counts == 0).sum())
         if empty:
-            log.warning("section %s: %d of %d spots have no counts; they stay, with expression zero",
-                        name, empty, len(self))
+            log.warning(
+                "section %s: %d of %d spots have no counts; they stay, with expression zero", name, empty, len(self)
+            )
 
     def _check_positions(self) -> None:
         spots, name = self.spots, self.name
@@ -163,11 +166,17 @@ def join(counts: ad.AnnData, positions: pd.DataFrame, where: str) -> ad.AnnData:
     if len(keep) == 0:
         raise InputError(
             f"{where}: counts and positions have no spot id in common: {lost_counts} ids like "
-            f"{_some(counts.obs_names[:1])} in the counts, {lost_positions} like {_some(positions.index[:1])} in the positions"
+            f"{_some(counts.obs_names[:1])} in the counts, {lost_positions} like {_some(positions.index[:1])} "
+            f"in the positions"
         )
     if lost_counts or lost_positions:
-        log.info("%s: %d spots joined; left over: %d counts without a position, %d positions without counts",
-                 where, len(keep), lost_counts, lost_positions)
+        log.info(
+            "%s: %d spots joined; left over: %d counts without a position, %d positions without counts",
+            where,
+            len(keep),
+            lost_counts,
+            lost_positions,
+        )
     spots = counts[keep].copy()
     rows = positions.loc[keep]
     spots.obs["array_x"], spots.obs["array_y"] = rows["array_x"].to_numpy(), rows["array_y"].to_numpy()

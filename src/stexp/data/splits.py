@@ -79,7 +79,9 @@ def _validation(training: list[Section]) -> dict[str, np.ndarray]:
         return {training[-1].name: np.ones(len(training[-1]), bool)}
     only = training[0]
     if len(only) < 8:
-        raise InputError(f"section {only.name} alone trains and has {len(only)} spots; too few to keep some for validation")
+        raise InputError(
+            f"section {only.name} alone trains and has {len(only)} spots; too few to keep some for validation"
+        )
     # by x, then y: a line that leans a little, so that spots of one column can fall on both sides
     order = np.lexsort((only.xy_px[:, 1], only.xy_px[:, 0]))
     mask = np.zeros(len(only), bool)
@@ -96,7 +98,8 @@ def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, known:
     message = f"fold={fold} is no {what} with an image; choose one of {', '.join(known) or '(none)'}, or all"
     for section in sections:
         if section.name == fold and what == "patient":
-            return f"{message} ({fold} is a section of patient {section.patient}; protocol {protocol.name} holds out patients)"
+            owner = f"{fold} is a section of patient {section.patient}"
+            return f"{message} ({owner}; protocol {protocol.name} holds out patients)"
         if section.patient == fold and what == "section":
             return f"{message} ({fold} is a patient; protocol {protocol.name} holds out sections)"
         if fold in (section.name, section.patient) and section.slide is None:

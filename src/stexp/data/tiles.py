@@ -51,7 +51,9 @@ class TileSpec:
             )
         side = round(self.um / section.um_per_px)
         if side < 1:
-            raise InputError(f"section {section.name}: a tile of {self.um} um is {side} px at {section.um_per_px} um/px")
+            raise InputError(
+                f"section {section.name}: a tile of {self.um} um is {side} px at {section.um_per_px} um/px"
+            )
         return side
 
 
@@ -118,7 +120,9 @@ def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
     shape = (len(section), px, px, 3)
     need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:
-        raise InputError(f"tiles of section {section.name} need {need / 1e9:.2f} GB in {path.parent}, {free / 1e9:.2f} GB are free")
+        raise InputError(
+            f"tiles of section {section.name} need {need / 1e9:.2f} GB in {path.parent}, {free / 1e9:.2f} GB are free"
+        )
     part = path.with_suffix(".part")
     try:
         tiles = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
@@ -135,8 +139,14 @@ def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
-    log.info("section %s: cut %d tiles of %d px (from %d px)%s", section.name, len(section), px, side,
-             f"; {padded} reach beyond the image and are filled with white" if padded else "")
+    log.info(
+        "section %s: cut %d tiles of %d px (from %d px)%s",
+        section.name,
+        len(section),
+        px,
+        side,
+        f"; {padded} reach beyond the image and are filled with white" if padded else "",
+    )
 
 
 def _reserve(path: Path) -> None:

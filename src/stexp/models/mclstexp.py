@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from stexp import InputError
-from stexp.data.datamodule import SpotBatch, SpotDataModule, nearest
+from stexp.data.batches import SpotBatch, nearest
+from stexp.data.datamodule import SpotDataModule
 from stexp.losses import info_nce
 from stexp.metrics import mean_pearson
 from stexp.models.blocks import ProjectionHead, TransformerBlock
@@ -43,8 +44,15 @@ class SpotEncoder(nn.Module):
     """
 
     def __init__(
-        self, n_genes: int, n_positions: int, *, position: str = "learnable", depth: int = 2, heads: int = 8,
-        head_dim: int = 64, dropout: float = 0.0,
+        self,
+        n_genes: int,
+        n_positions: int,
+        *,
+        position: str = "learnable",
+        depth: int = 2,
+        heads: int = 8,
+        head_dim: int = 64,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if position not in POSITIONS:
@@ -261,14 +269,15 @@ class MclSTExp(pl.LightningModule):
         """Embed the training-side spots of the given roles that `reference` admits, and search among them."""
         loader = data.loader(*roles, image=False, batch_size=32 if self.spot_context == "batch" else 1024)
         rows = data.rows(*roles)
-        embedding = torch.cat([
-            self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader
-        ])
+        embedding = torch.cat([self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader])
         self.reference_rows, self.reference_embedding = rows, embedding
         chosen = choose_references(data.spots.iloc[rows], self.reference)
         table = data.spots.iloc[rows[chosen]]
-        self._index = ReferenceIndex(embedding[torch.from_numpy(chosen).to(embedding.device)],
-                                     table["section"].to_numpy(str), table["patient"].to_numpy(str))
+        self._index = ReferenceIndex(
+            embedding[torch.from_numpy(chosen).to(embedding.device)],
+            table["section"].to_numpy(str),
+            table["patient"].to_numpy(str),
+        )
         self._reference_target = torch.from_numpy(data.target[rows[chosen]]).to(self.device)
         self.reference_sections = list(table["section"].unique())
 
@@ -333,16 +342,34 @@ class MclSTExp(pl.LightningModule):
             inner = state["spot_encoder.0.attn.fn.to_qkv.weight"].shape[0] // 3
             depth = len({key.split(".")[1] for key in state if key.startswith("spot_encoder.")})
             encoder = ImageEncoder(
-                name, pretrained=False, mean=[0, 0, 0], std=[1, 1, 1], final_activation=name != "densenet121",
+                name,
+                pretrained=False,
+                mean=[0, 0, 0],
+                std=[1, 1, 1],
+                final_activation=name != "densenet121",
                 model_args={"global_pool": "avg"} if name.startswith("vit") else None,
             )
             encoder.model.load_state_dict(encoder_state)
             model = cls(
-                encoder, n_genes, n_positions, embedding_dim=state["spot_projection.fc.weight"].shape[0],
-                spot_context="batch", depth=depth, heads=heads, head_dim=inner // heads, distance="l1", k=200,
+                encoder,
+                n_genes,
+                n_positions,
+                embedding_dim=state["spot_projection.fc.weight"].shape[0],
+                spot_context="batch",
+                depth=depth,
+                heads=heads,
+                head_dim=inner // heads,
+                distance="l1",
+                k=200,
             )
-            names = {"attn.norm": "attn_norm", "attn.fn.to_qkv": "to_qkv", "attn.fn.to_out.0": "to_out",
-                     "ff.norm": "ff_norm", "ff.fn.net.0": "ff.0", "ff.fn.net.3": "ff.3"}
+            names = {
+                "attn.norm": "attn_norm",
+                "attn.fn.to_qkv": "to_qkv",
+                "attn.fn.to_out.0": "to_out",
+                "ff.norm": "ff_norm",
+                "ff.fn.net.0": "ff.0",
+                "ff.fn.net.3": "ff.3",
+            }
             renamed = {f"spot_encoder.{axis}.weight": state[f"{axis}.weight"] for axis in ("x_embed", "y_embed")}
             for key, value in state.items():
                 if key.startswith("spot_encoder."):
@@ -351,8 +378,11 @@ class MclSTExp(pl.LightningModule):
                     renamed[f"spot_encoder.blocks.{block}.{names[part]}.{kind}"] = value
                 elif key.startswith(("image_projection.", "spot_projection.")):
                     renamed[key] = value
-            renamed |= {key: value for key, value in model.state_dict().items()
-                        if key.startswith("image_encoder.") or key == "log_temperature"}
+            renamed |= {
+                key: value
+                for key, value in model.state_dict().items()
+                if key.startswith("image_encoder.") or key == "log_temperature"
+            }
             model.load_state_dict(renamed)
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"{path} is no state dict of mclSTExp_Attention: {one_line(error)}") from error

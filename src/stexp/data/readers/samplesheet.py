@@ -76,7 +76,9 @@ def _section(row: pd.Series, folder: Path) -> Section:
             raise InputError(f"column {column}: {file} does not exist; paths are relative to {folder.absolute()}")
     counts, positions = read_counts(files["counts"]), read_positions(files["spots"])
     if not counts.obs_names.isin(positions.index).any() and counts.var_names.isin(positions.index).any():
-        raise InputError(f"column counts: {files['counts']} has spots as columns; transpose it: rows spots, columns genes")
+        raise InputError(
+            f"column counts: {files['counts']} has spots as columns; transpose it: rows spots, columns genes"
+        )
     return Section(
         name=row["section"],
         patient=row["patient"],
@@ -95,7 +97,9 @@ def _um_per_px(cell: str) -> float | None:
     except ValueError:
         value = np.nan
     if not 0 < value < np.inf:
-        raise InputError(f"column um_per_px: {cell!r} is not a size; a number above 0 (say 0.5) or an empty cell would fit")
+        raise InputError(
+            f"column um_per_px: {cell!r} is not a size; a number above 0 (say 0.5) or an empty cell would fit"
+        )
     return value
 
 
@@ -109,7 +113,9 @@ def read_counts(path: str | Path) -> ad.AnnData:
     genes = _table(path, "counts", header=None, nrows=1, **TEXT).iloc[0, -table.shape[1] :].str.strip()
     text = genes[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
     if len(text):
-        raise InputError(f"counts {path}: {len(text)} gene columns hold text (first: {text.iloc[0]}); counts are numbers")
+        raise InputError(
+            f"counts {path}: {len(text)} gene columns hold text (first: {text.iloc[0]}); counts are numbers"
+        )
     return _counts(sp.csr_matrix(table.to_numpy(np.float32)), table.index, pd.Index(genes))
 
 
