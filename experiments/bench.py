@@ -79,8 +79,7 @@ class Side:
         print(steps, file=self.process.stdin, flush=True)
         return self._hear()["seconds"] / steps
 
-    def close(self) -> dict:
-        """End the process; its peak memory and what else it has to tell."""
+    def close(self) -> dict:  # its peak memory and what else it has to tell
         self.process.stdin.close()
         told = self._hear()
         self.process.wait()

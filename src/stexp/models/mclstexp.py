@@ -18,11 +18,12 @@ from stexp.losses import info_nce
 from stexp.metrics import mean_pearson
 from stexp.models.blocks import ProjectionHead, TransformerBlock
 from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
-from stexp.retrieval import ReferenceIndex, choose_references, retrieve
+from stexp.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
 
 POSITIONS = ("none", "sinusoid", "naive", "learnable")
 CONTEXTS = ("neighbours", "batch")
 K_CANDIDATES = (5, 10, 25, 50, 100, 200, 400, 800)
+RETRIEVED_FROM = ("train", "validation", "reference")  # roles, when the test spots are predicted
 DEFAULT_K = 50  # while k is "auto" and not yet chosen
 
 
@@ -170,6 +171,10 @@ class MclSTExp(pl.LightningModule):
         super().__init__()
         if spot_context not in CONTEXTS:
             raise InputError(f"model.spot_context={spot_context}: choose {', '.join(CONTEXTS)}")
+        if distance not in DISTANCES:
+            raise InputError(f"model.distance={distance}: choose {', '.join(DISTANCES)}")
+        if weighting not in WEIGHTINGS:
+            raise InputError(f"model.weighting={weighting}: choose {', '.join(WEIGHTINGS)}")
         if temperature <= 0:
             raise InputError(f"model.temperature={temperature}: must be > 0")
         if optimizer not in ("adam", "adamw"):
@@ -258,11 +263,25 @@ class MclSTExp(pl.LightningModule):
 
     # retrieval
 
+    def on_fit_start(self) -> None:
+        """Refuse before training what retrieval could not do after it."""
+        data = self.trainer.datamodule
+        if self.k == "auto" and len(data.rows("validation")) == 0:
+            raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
+        for roles in (self._validation_roles(), RETRIEVED_FROM):
+            n = len(choose_references(data.spots.iloc[data.rows(*roles)], self.reference))
+            if self.k != "auto" and self.k > n:
+                raise InputError(f"k={self.k}, but there are {n} reference spots; choose 1 to {n}")
+
+    def _validation_roles(self) -> tuple[str, ...]:
+        # validation spots must not retrieve themselves; sections without an image only where they are asked for
+        return ("train",) if self.reference == "image" else ("train", "reference")
+
     def on_validation_start(self) -> None:
-        self.set_reference(self.trainer.datamodule, "train")
+        self.set_reference(self.trainer.datamodule, *self._validation_roles())
 
     def on_predict_start(self) -> None:
-        self.set_reference(self.trainer.datamodule, "train", "validation", "reference")
+        self.set_reference(self.trainer.datamodule, *RETRIEVED_FROM)
 
     @torch.no_grad()
     def set_reference(self, data: SpotDataModule, *roles: str) -> None:
@@ -297,10 +316,8 @@ class MclSTExp(pl.LightningModule):
         if self.k != "auto":
             return {"k": self.k}
         rows = data.rows("validation")
-        if len(rows) == 0:
-            raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
         self.eval()
-        self.set_reference(data, "train")
+        self.set_reference(data, *self._validation_roles())
         with self.trainer.precision_plugin.forward_context():
             batches = (data.batch(index, self.device) for index in data.val_dataloader())
             query = torch.cat([self.embed_image(batch.image).float() for batch in batches])
