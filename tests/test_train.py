@@ -142,6 +142,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(strict: Path, demo: Path, 
     assert first.max() == 2 and (second.min(), second.max()) == (2, 3), "the log goes on where it stopped"
 
 
+@pytest.mark.slow
 def test_same_seed_gives_identical_files(demo: Path, tmp_path: Path, strict: Path) -> None:
     for name in ("a", "b"):
         run(demo, tmp_path / name, "trainer.max_epochs=1")
@@ -295,6 +296,7 @@ def test_config_of_a_run_is_data(strict: Path, tmp_path: Path) -> None:
         config.load_run(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_floors_of_her2st_are_those_of_the_docs(real_data: Path) -> None:
     done = command("floors", "data=her2st", "protocol=paper", STEXP_DATA=str(real_data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -110,8 +111,11 @@ def _panel(genes: str | list[str], sections: list) -> list[str]:
 
 
 def _name(what: dict) -> str:
+    """A folder's name: what changed, long lists shortened by a digest that keeps them apart."""
     parts = []
     for key, value in what.items():
-        text = "+".join(map(str, value[:3])) if isinstance(value, list) else str(value)
+        text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        if len(text) > 40:
+            text = f"{text[:24]}..{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
         parts.append(f"{key}={text}".replace("/", "_"))
     return ",".join(parts) or "same"

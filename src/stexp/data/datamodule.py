@@ -288,7 +288,10 @@ class SpotDataModule(pl.LightningDataModule):
                 "section": codes.astype(np.int64),
                 "neighbours": self.neighbours,
             }
-            self._on[device] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+            # pandas hands out read-only arrays, which torch does not take
+            self._on[device] = {
+                name: torch.from_numpy(np.require(array, requirements="W")).to(device) for name, array in arrays.items()
+            }
         return self._on[device]
 
 
