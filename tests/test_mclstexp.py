@@ -15,7 +15,8 @@ from stexp.data.batches import SpotBatch, SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.metrics import mean_pearson
 from stexp.models.image_encoders import ImageEncoder
-from stexp.models.mclstexp import K_CANDIDATES, POSITIONS, MclSTExp, SpotEncoder, sinusoid
+from stexp.models.mclstexp import K_CANDIDATES, MclSTExp
+from stexp.models.spot_encoder import POSITIONS, SpotEncoder, sinusoid
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict", n_hvg=30, min_spots=0.0)
