@@ -235,6 +235,8 @@ def command(name: str, *overrides: str, **environment: str) -> subprocess.Comple
         (["data.sections=[A1,X9]"], "X9 not in demo"),
         (["model.k=100000"], "reference spots; choose 1 to"),
         (["model.distance=l3"], "choose cosine, l1, l2"),
+        (["trainer.accelerator=gpu"], "no GPU here; take cpu or auto"),
+        (["trainer.accelerator=tpu"], "choose auto, cpu or gpu"),
         (["data.augmentation=all"], "choose none, dihedral, paper"),
         (["image_encoder.name=densnet121"], "timm has no model 'densnet121'"),
         (["image_encoder.pretrained=true", "image_encoder.checkpoint=nowhere.safetensors"], "does not exist"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import platform
 import resource
 import sys
 
-log = logging.getLogger(__name__)
+from stexp import InputError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -30,12 +29,14 @@ def keep_freed_memory() -> bool:
 
 
 def accelerator_of(name: str) -> str:
-    """``"cuda"`` or ``"cpu"`` for a trainer's ``accelerator`` (``auto`` takes a GPU where there is one)."""
+    """``"cuda"`` or ``"cpu"`` for a trainer's ``accelerator``; ``auto`` takes a GPU where there is one."""
     import torch
 
-    if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    if name not in ("auto", "cpu", "gpu", "cuda"):
+        raise InputError(f"trainer.accelerator={name}: choose auto, cpu or gpu")
+    if name in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError(f"trainer.accelerator={name}: torch sees no GPU here; take cpu or auto")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def choose_precision(precision: str, device: str) -> str:

@@ -127,7 +127,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         )
     logger = build(cfg.logger)
     trainer = build(
-        cfg.trainer,
+        {**to_plain(cfg.trainer), "accelerator": device.type},
         precision=precision,
         callbacks=callbacks,
         logger=logger,
