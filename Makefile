@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train mclSTExp on generated sections, predict a held-out patient, write runs/demo/report.html
-	$(BIN)/stexp-train data=demo output_dir=runs/demo trainer.max_epochs=20 trainer.accelerator=cpu
+	$(BIN)/stexp-train data=demo data.root=data/demo output_dir=runs/demo trainer.max_epochs=20 trainer.accelerator=cpu
 	@echo "open runs/demo/report.html in a browser"
 
 test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a folder

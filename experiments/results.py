@@ -7,6 +7,7 @@ python experiments/results.py                      rewrite the table in README.m
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ FLOORS = ("mean", "colour_ridge", "knn_features", "ridge_features", "depth_oracl
 
 def add(run: Path) -> Path:
     """Scores, floors, ceiling, audit and provenance of a run, under one name."""
+    if not (run / "provenance.json").is_file():
+        raise SystemExit(f"{run} is not a finished run: it has no provenance.json")
     metrics, audit, provenance = (
         json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "audit", "provenance")
     )
@@ -41,8 +44,11 @@ def add(run: Path) -> Path:
     }
     kept["sections"] = {name: part["scores"] for name, part in metrics["sections"].items()}
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
+    # folders of the machine that ran it say nothing to others
+    provenance["command"] = re.sub(r"=/\S*/([^/\s]+)", r"=\1", provenance["command"])
     kept["provenance"] = provenance
     path = HERE / "results" / f"{run.name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
 
@@ -82,7 +88,10 @@ def _pair(scores: dict, bold: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments and arguments[0] == "add":
+    if {"-h", "--help"} & set(arguments) or (arguments and arguments[0] != "add"):
+        print(__doc__)
+        return
+    if arguments:
         for run in arguments[1:]:
             print(f"wrote {add(Path(run))}")
         return

@@ -68,7 +68,7 @@ def encoder_overrides(name: str) -> list[str]:
 )
 def test_foreign_targets_are_refused_before_they_run(target, tmp_path):
     for node in ({"_target_": target, "_args_": [f"touch {tmp_path}/ran"]}, {"inner": [{"_target_": target}]}):
-        with pytest.raises(InputError, match=r"_target_ .* is not allowed; a config may call stexp\.\* and pytorch_"):
+        with pytest.raises(InputError, match=r"_target_ .* is not allowed; a config may name classes of stexp"):
             build(node)
     assert not (tmp_path / "ran").exists()
 

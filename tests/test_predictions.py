@@ -69,7 +69,7 @@ def test_what_is_written_is_read(tmp_path, made):
     assert again.obs["neighbour_section"].tolist() == ["C1"] * 18
     np.testing.assert_allclose(again.obs["neighbour_distance"], arrays["obs"]["neighbour_distance"])
     np.testing.assert_array_equal(again.obs["total_counts"], np.concatenate([s.total_counts for s in sections]))
-    assert predictions.protocol_of(again) == asdict(Protocol("strict"))
+    assert predictions.protocol_of(again) == Protocol("strict")
     assert not list(tmp_path.glob(".*"))
 
 

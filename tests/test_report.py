@@ -298,7 +298,7 @@ def test_verdict_counts_floors_but_not_oracles(run: Path) -> None:
         "Pearson 0.213 over 120 genes; best floor: colour ridge 0.189; depth oracle 0.304; "
         "counting-noise ceiling 0.410."
     )
-    assert beats and statement.startswith("It beats every floor, on all genes and on the 50 highest.")
+    assert beats and statement.startswith("It beats every floor (oracles aside), on all genes and on the 50 highest.")
     assert statement.endswith("It is above colour ridge in 1 of 2 sections.")
 
 
@@ -316,7 +316,10 @@ def test_a_tie_is_not_a_win(run: Path) -> None:
     metrics["scores"]["pearson_heg50"] = metrics["floors"]["colour_ridge"]["pearson_heg50"]
     _, statement, beats = verdict(metrics)
     assert not beats
-    assert "On all genes it beats every floor. On the 50 highest it does not beat colour ridge (0.301)." in statement
+    assert (
+        "On all genes it beats every floor (oracles aside). "
+        "On the 50 highest it does not beat colour ridge (0.301)." in statement
+    )
 
 
 def test_no_floor_no_claim(run: Path) -> None:

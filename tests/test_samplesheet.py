@@ -139,3 +139,24 @@ def test_damaged_files_are_refused(folder):
 def test_a_sheet_that_is_missing_is_refused(folder):
     with pytest.raises(InputError, match="does not exist; write one with the columns section, patient"):
         samplesheet.read(folder / "other.csv")
+
+
+def test_ids_that_are_all_numbers_stay_text(folder):
+    (folder / "s1.tsv").write_text("\tACTB\tCD3E\n007\t3\t0\n8\t0\t5\n")
+    (folder / "s1.csv").write_text("spot,array_x,array_y,pixel_x,pixel_y\n8,1,2,30.5,10\n007,0,0,10,12\n")
+    (section,) = samplesheet.read(folder / "sheet.csv")
+    assert list(section.spots.obs_names) == ["007", "8"]
+    np.testing.assert_array_equal(section.xy_px, [[10, 12], [30.5, 10]])
+
+
+@pytest.mark.parametrize(("mode", "message"), [("I;16", "8 bits a channel"), ("F", "8 bits a channel")])
+def test_images_of_more_than_eight_bits_are_refused(folder, mode, message):
+    Image.new(mode, (40, 20)).save(folder / "s1.tif")
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.png", "s1.tif"))
+    refused(folder, message)
+
+
+def test_what_is_transparent_is_glass(folder):
+    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(folder / "s1.png")
+    (section,) = samplesheet.read(folder / "sheet.csv")
+    assert (section.slide.read() == 255).all()

@@ -199,7 +199,7 @@ def test_retrieval_again_with_the_same_settings_gives_the_same(strict: Path, tmp
 
     one = predict_again(strict, {"k": 1, "weighting": "mean"}, "panel", str(tmp_path / "one"))
     assert (ad.read_h5ad(one / "predictions.h5ad").obs["neighbour_effective_k"] == 1).all()
-    assert json.loads((one / "audit.json").read_text())["facts"]["k_chosen_on"] == "given"
+    assert json.loads((one / "audit.json").read_text())["facts"]["k_chosen_on"] == "after_scoring"
     with pytest.raises(InputError, match="not on the training side"):
         predict_again(strict, {"reference": ["A1"]}, "panel", str(tmp_path / "leak"))
 
@@ -306,3 +306,41 @@ def test_floors_of_her2st_are_those_of_the_docs(real_data: Path) -> None:
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
     assert rows["depth_oracle"][2:4] == ["0.3037", "0.5810"]
     assert rows["mean"][3:5] == ["0.7115", "0.6716"]
+
+
+def test_a_damaged_cache_is_made_again(demo: Path, tmp_path: Path) -> None:
+    first = run(demo, tmp_path / "a", "trainer.max_epochs=1", f"data.cache_dir={tmp_path / 'cache'}")
+    for path in [*(tmp_path / "cache").rglob("*.npy")]:
+        path.write_bytes(path.read_bytes()[:200])
+    again = run(demo, tmp_path / "b", "trainer.max_epochs=1", f"data.cache_dir={tmp_path / 'cache'}")
+    assert again["scores"] == first["scores"]
+
+
+def test_a_damaged_checkpoint_is_said_in_one_line(demo: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(self, trainer, model):
+        raise RuntimeError("killed")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("stexp.models.mclstexp.MclSTExp.on_predict_start", lambda self: stop(self, None, None))
+        run(demo, out, "trainer.max_epochs=1")
+    last = out / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        run(demo, out, "trainer.max_epochs=1")
+
+
+def test_a_protocol_in_a_prediction_file_is_never_called(strict: Path, tmp_path: Path) -> None:
+    adata = ad.read_h5ad(strict / "predictions.h5ad")
+    adata.uns["stexp"]["protocol"] = json.dumps({"_target_": "os.system", "command": f"touch {tmp_path / 'owned'}"})
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    adata.write_h5ad(folder / "predictions.h5ad")
+    (folder / "floors.h5ad").write_bytes((strict / "floors.h5ad").read_bytes())
+    with pytest.raises(InputError, match="do not say their protocol"):
+        score_run(folder)
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(InputError, match="not allowed"):
+        config.build(
+            {"_target_": "pytorch_lightning.cli.instantiate_class", "args": [], "init": {"class_path": "os.system"}}
+        )

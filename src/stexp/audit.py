@@ -13,7 +13,8 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     facts
         ``patient_of``: section -> patient; ``train``, ``validation``, ``test``, ``reference``: sections in
         each role (reference: those retrieved from); ``panel_sections``: those that chose the panel;
-        ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation`` or ``given``;
+        ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
+        ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
         ``spot_context``: of the method, or None.
 
@@ -87,8 +88,11 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         ),
         item(
             "settings_chosen_on_test",
-            facts["k_chosen_on"] == "given" and facts["published_settings"],
-            "k and the other settings are the published ones, chosen on the test folds of the paper",
+            facts["k_chosen_on"] == "after_scoring"
+            or (facts["k_chosen_on"] == "given" and facts["published_settings"]),
+            "retrieval was changed after the test sections had been scored"
+            if facts["k_chosen_on"] == "after_scoring"
+            else "k and the other settings are the published ones, chosen on the test folds of the paper",
             f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}",
         ),
     ]

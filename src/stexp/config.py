@@ -31,8 +31,8 @@ _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 """The configs: inside an installed package, or at the top of a checkout."""
 
-ALLOWED = ("stexp.", "pytorch_lightning.")
-"""Modules whose classes and functions a config may call."""
+ALLOWED = ("stexp.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "pytorch_lightning.trainer.")
+"""Where the classes are defined that a config may call; of functions, only ``read`` of a reader."""
 
 
 def build(node: Any, **extra: Any) -> Any:
@@ -61,20 +61,29 @@ def build(node: Any, **extra: Any) -> Any:
         return arguments
     target = node["_target_"]
     try:
-        found = get_object(target) if str(target).startswith(ALLOWED) else None
+        found = get_object(target) if str(target).startswith(("stexp.", "pytorch_lightning.")) else None
     except Exception as error:  # of the import, whatever the module raises
         raise InputError(f"_target_ {target} cannot be found: {' '.join(str(error).split())[:200]}") from error
-    # the name may only lead to what those packages define, not through their imports to something else
-    if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(ALLOWED):
-        allowed = " and ".join(f"{prefix}*" for prefix in ALLOWED)
-        raise InputError(f"_target_ {target} is not allowed; a config may call {allowed}")
+    # judged by where it is defined: a name may lead through a module's imports to something else
+    module = f"{getattr(found, '__module__', '')}."
+    is_reader = module.startswith("stexp.data.readers.") and getattr(found, "__name__", "") == "read"
+    if not (is_reader or (inspect.isclass(found) and module.startswith(ALLOWED))):
+        raise InputError(
+            f"_target_ {target} is not allowed; a config may name classes of stexp, Lightning's Trainer, callbacks "
+            f"and loggers, and the read function of a reader"
+        )
     known = inspect.signature(found).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for key in arguments:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 raise InputError(f"{target} takes no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return found(**arguments, **extra)
+    try:
+        return found(**arguments, **extra)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:  # of a value that no one checked
+        raise InputError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
 def to_plain(config: Any) -> Any:
@@ -123,13 +132,10 @@ def command() -> Iterator[None]:
         print(f"stexp: error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        print(
-            f"stexp: error: disk full{where}; what was finished is whole, the same command goes on from there",
-            file=sys.stderr,
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        after = "; what was finished is whole, the same command goes on from there" if full else ""
+        print(f"stexp: error: {where}{error.strerror or error}{after}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stexp: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -146,8 +152,13 @@ def write_atomically(path: Path, text: str) -> None:
 def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
     """The sections a config asks for: ``data.sections``, the paper's under its protocol, or all."""
     names = cfg.data.sections
+    if isinstance(names, str | int):
+        names = [names]
+    if names is not None and len(names) == 0:
+        raise InputError("data.sections is empty; name some, or leave it out for all")
     if names is None and protocol.published and cfg.data.published_sections is not None:
         names = cfg.data.published_sections
+    names = None if names is None else [str(name) for name in names]
     sections = build(OmegaConf.merge(cfg, {"data": {"sections": names}}).data.reader)
     if names is not None:
         there = [section.name for section in sections]
@@ -158,6 +169,8 @@ def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
             )
         sections = [section for section in sections if section.name in names]
     if cfg.data.um_per_px is not None:
+        if not isinstance(cfg.data.um_per_px, int | float) or not 0 < cfg.data.um_per_px < float("inf"):
+            raise InputError(f"data.um_per_px={cfg.data.um_per_px}: a number above 0 (say 0.5) would fit")
         sections = [replace(section, um_per_px=float(cfg.data.um_per_px)) for section in sections]
     return sections
 

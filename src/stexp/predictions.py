@@ -13,6 +13,7 @@ import pandas as pd
 from stexp import InputError
 from stexp.data.section import Section
 from stexp.metrics import top_genes
+from stexp.protocol import Protocol
 
 
 def make_predictions(
@@ -100,9 +101,12 @@ def read(path: Path) -> ad.AnnData:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def protocol_of(adata: ad.AnnData) -> dict:
-    """The protocol that predictions were made under, as plain values."""
-    return json.loads(adata.uns["stexp"]["protocol"])
+def protocol_of(adata: ad.AnnData) -> Protocol:
+    """The protocol that predictions were made under, from its fields."""
+    try:
+        return Protocol(**json.loads(adata.uns["stexp"]["protocol"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"these predictions do not say their protocol ({error}); they are not whole") from None
 
 
 def _mean_measured(values: np.ndarray) -> np.ndarray:

@@ -43,9 +43,9 @@ class Stages:
 def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
     """The record that stands beside a run's numbers, as plain values."""
     return {
-        "command": " ".join(["stexp-" + Path(sys.argv[0]).stem.removeprefix("stexp-"), *sys.argv[1:]]),
+        "command": command_line(),
         **git_state(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "seconds": round(sum(stages.seconds.values()), 1),
         "stages": stages.seconds,
         **hardware.peak_memory(),
@@ -54,6 +54,16 @@ def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
         "versions": versions(),
         "data_manifest": manifest(data.sections),
     }
+
+
+def command_line() -> str:
+    """The command that runs, as it would be typed."""
+    return " ".join(["stexp-" + Path(sys.argv[0]).stem.removeprefix("stexp-"), *sys.argv[1:]])
+
+
+def now() -> str:
+    """Date and time in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def manifest(sections: list[Section]) -> dict[str, dict[str, str]]:

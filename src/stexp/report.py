@@ -126,10 +126,10 @@ def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
         above = [name for name in sorted(there, key=lambda name: -there[name]) if own is None or there[name] >= own]
         lost[where] = ", ".join(f"{label(name)} ({number(there[name])})" for name in above)
     if not any(lost.values()):
-        statement = f"It beats every floor, on {' and on '.join(lost)}."
+        statement = f"It beats every floor (oracles aside), on {' and on '.join(lost)}."
     else:
         statement = " ".join(
-            f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor."
+            f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor (oracles aside)."
             for where, names in lost.items()
         )
     pairs = [

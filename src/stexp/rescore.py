@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from stexp import InputError, predictions
 from stexp.audit import audit
-from stexp.config import build, build_data, load_run, load_sections, write_atomically
+from stexp.config import build_data, load_run, load_sections, write_atomically
+from stexp.provenance import command_line, now
 from stexp.results import write_scored_files
 from stexp.retrieval import ReferenceIndex, choose_references, retrieve
 
@@ -51,7 +52,7 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     chosen = json.loads(before.uns["stexp"]["chosen"])
     cfg.model = OmegaConf.merge(cfg.model, {"k": chosen["k"]}, changes)
     panel = list(before.var_names)
-    protocol = build(cfg.protocol)
+    protocol = predictions.protocol_of(before)
     sections = load_sections(cfg, protocol)
     if genes != "panel":
         panel = _panel(genes, [section for section in sections if section.name in set(kept.obs["section"])])
@@ -87,12 +88,14 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     write_scored_files(folder, cfg, data, made, kept.obsm["features"], kept.obsm["colour"], chosen)
     facts = json.loads((run / "audit.json").read_text())["facts"]
     facts |= {"reference": list(table["section"].unique())}
-    if "k" in changes:
-        facts["k_chosen_on"] = "given"
+    if changes:
+        facts["k_chosen_on"] = "after_scoring"
     if genes != "panel":
         facts["panel_sections"] = []
     write_atomically(folder / "audit.json", json.dumps(audit(protocol, facts), indent=1))
-    write_atomically(folder / "provenance.json", (run / "provenance.json").read_text())
+    record = json.loads((run / "provenance.json").read_text())
+    record |= {"trained_by": record["command"], "command": command_line(), "date": now()}
+    write_atomically(folder / "provenance.json", json.dumps(record, indent=1))
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return folder
 
@@ -101,7 +104,9 @@ def _panel(genes: str | list[str], sections: list) -> list[str]:
     common = set.intersection(*(set(section.genes) for section in sections))
     if genes == "all":
         return sorted(common)
-    names = [genes] if isinstance(genes, str) else list(genes)
+    names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
+    if not names or len(set(names)) < len(names):
+        raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
     missing = [name for name in names if name not in common]
     if missing:
         raise InputError(

@@ -94,7 +94,7 @@ def write_scored_files(
     )
     predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
     adata.uns["stexp"] = {
-        "protocol": json.dumps({"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)}),
+        "protocol": json.dumps(asdict(data.protocol)),
         "model": cfg.model.name,
         "fold": str(data.fold),
         "data": cfg.data.name,

@@ -10,9 +10,9 @@ import anndata as ad
 import hydra
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from stexp import predictions
+from stexp import InputError, predictions
 from stexp.config import CONF, build, command, load_run, protocols, to_plain, write_atomically
 from stexp.data.genes import normalise
 from stexp.floors import NO_SCALE, ORACLES
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")
 def main(cfg: DictConfig) -> None:
     with command():
+        if OmegaConf.is_missing(cfg, "run"):
+            raise InputError("which run? give its folder, as in: stexp-score run=runs/x")
         run = Path(cfg.run)
         load_run(run)
         changes = {key: value for key, value in to_plain(cfg.model).items() if value is not None}
@@ -53,8 +55,10 @@ def score_run(run: Path) -> dict:
     unless the two truths are the same. The split stays that of the run.
     """
     observed, floors = predictions.read(run / "predictions.h5ad"), predictions.read(run / "floors.h5ad")
-    facts, own = observed.uns["stexp"], build(predictions.protocol_of(observed))
+    facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
+    if list(observed.obs_names) != list(floors.obs_names):
+        raise InputError(f"{run}: predictions.h5ad and floors.h5ad hold different spots; predict again")
     others = {name: build(node) for name, node in protocols().items() if name != own.name}
     for protocol in (own, *others.values()):
         if f"{protocol.name}:mean" not in floors.layers:

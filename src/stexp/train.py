@@ -72,6 +72,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its import sets another level
 
+    from stexp.checkpoints import WholeCheckpoints, load_checkpoint
     from stexp.data.features import frozen_features
     from stexp.provenance import Stages, provenance
     from stexp.report import write_report
@@ -81,7 +82,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     cfg = OmegaConf.merge(cfg, {"fold": fold, "output_dir": str(folder)})
     if claim(folder, cfg):
         log.info("%s is finished; give overwrite=true to run it again", folder)
-        return json.loads((folder / "metrics.json").read_text())
+        return score_run(folder)
 
     # runs are seeded, and what differs between machines is chosen and said
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
@@ -104,17 +105,19 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         data.setup()
         for line in data.summary():
             log.info("%s", line)
+    with stages("floors"):
+        # an encoder of their own: what the weights are worth before any training
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+        features = frozen_features(data, build(cfg.image_encoder), device, autocast)
     with stages("model"):
+        pl.seed_everything(cfg.seed, verbose=False)
         model = build(
             {k: v for k, v in to_plain(cfg.model).items() if k != "name"},
             n_genes=len(data.panel),
             n_positions=data.array_size,
         )
         if cfg.hardware.channels_last:
-            model.image_encoder.to(memory_format=torch.channels_last)
-    with stages("floors"):
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-        features = frozen_features(data, model.image_encoder, device, autocast)
+            model.to(memory_format=torch.channels_last)
 
     callbacks = list(build(cfg.callbacks).values())
     if len(data.rows("validation")):
@@ -130,6 +133,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         {**to_plain(cfg.trainer), "accelerator": device.type},
         precision=precision,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         logger=logger,
         default_root_dir=str(folder),
         enable_progress_bar=sys.stderr.isatty(),
@@ -138,12 +142,16 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     try:
         with stages("fit"):
             if last.exists():
+                load_checkpoint(last)
+                if len(data.rows("validation")) and not best.exists():
+                    raise InputError(f"{best} is gone, and {last} alone cannot bring it back; give overwrite=true")
                 log.info("going on from %s", last)
             trainer.fit(model, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
             if best.exists():
-                model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+                model.load_state_dict(load_checkpoint(best)["state_dict"])
         with stages("predict"):
-            chosen = model.to(device).tune(data)
+            chosen = model.to(device).tune(data) if hasattr(model, "tune") else {}
+            log.info("chosen: %s", chosen)
             outputs = trainer.predict(model, datamodule=data)
         with stages("results"):
             write_results(folder, cfg, data, model, outputs, chosen, features, best.exists())
@@ -172,7 +180,8 @@ def claim(folder: Path, cfg: DictConfig) -> bool:
     """
     text = OmegaConf.to_yaml(OmegaConf.create(_identity(to_plain(cfg))))
     path = folder / "config.yaml"
-    if path.exists() and not cfg.overwrite:
+    started = (folder / "checkpoints").exists() or (folder / "predictions.h5ad").exists()
+    if path.exists() and started and not cfg.overwrite:
         before = OmegaConf.to_container(OmegaConf.load(path))
         differing = sorted(_differences(before, OmegaConf.to_container(OmegaConf.create(text))))
         if differing:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import asdict
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, index_load
 from stexp.data.genes import choose_panel, normalise
 from stexp.data.section import Section
 from stexp.data.splits import ROLES, assign_roles
-from stexp.data.tiles import TileBank, TileSpec, open_tiles
+from stexp.data.tiles import TileBank, TileSpec, file_digest, open_tiles
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,15 @@ class SpotDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("tile_px", tile_px, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("n_neighbours", n_neighbours, 0),
+            ("seed", seed, 0),
+            ("batch_size", batch_size, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name}={value}: a whole number of at least {least} would fit")
         if batch_size < 2:
             raise InputError(f"data.batch_size={batch_size}: a contrastive batch needs at least 2 spots")
         if augmentation not in AUGMENTATIONS:
@@ -157,6 +168,8 @@ class SpotDataModule(pl.LightningDataModule):
             )
             if section.name in training:
                 raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
+            if section.name in test and len(missing) == len(self.panel):
+                raise InputError(f"test section {section.name} measures none of the {len(missing)} panel genes")
             if section.name in test:
                 log.warning("%s; they are not scored there", text)
             else:
@@ -199,11 +212,24 @@ class SpotDataModule(pl.LightningDataModule):
             "tile_px": self.tile.px,
             "tile_um": self.tile.um,
             "array_size": self.array_size,
+            "data": self.digest,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Refuse a checkpoint that was trained on other data than this module serves."""
         check_checkpoint(state, self.panel, self.tile, self.array_size)
+        if state["data"] != self.digest:
+            raise InputError("the data changed since this run began; give overwrite=true to start anew")
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what the run learns from: counts, positions, roles and images."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.counts, self.xy_px, self.spots["role"].to_numpy(str)):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        for section in self.sections:
+            digest.update(b"-" if section.slide is None else file_digest(section.slide.path).encode())
+        return digest.hexdigest()
 
     # tiles and loaders
 
@@ -211,6 +237,14 @@ class SpotDataModule(pl.LightningDataModule):
         """Cut or open the tiles of all sections with an image."""
         if self.bank is not None:
             return
+        scales = [section.um_per_px for section in self.sections if section.slide is not None and section.um_per_px]
+        if self.tile.um is None and scales and max(scales) > 1.1 * min(scales):
+            log.warning(
+                "tiles of %d raw pixels show between %.0f and %.0f um of tissue; data.tile_um gives them one size",
+                self.tile.px,
+                self.tile.px * min(scales),
+                self.tile.px * max(scales),
+            )
         stores, start = [], 0
         for section in self.sections:
             if section.slide is None:

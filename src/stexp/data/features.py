@@ -56,14 +56,30 @@ def frozen_features(
         tiles = next(stores)
         path = folder / f"{Path(tiles.filename).stem}-{weights}.npy"
         with FileLock(f"{path}.lock"):
-            if not path.exists():
+            features = _load_whole(path, (len(tiles), encoder.num_features))
+            if features is None:
                 log.info("section %s: frozen features of %d tiles by %s", section.name, len(tiles), encoder.name)
+                features = _encode(tiles, encoder, device, context or nullcontext(), data.eval_batch_size)
                 part = path.with_suffix(".part.npy")
-                np.save(part, _encode(tiles, encoder, device, context or nullcontext(), data.eval_batch_size))
+                np.save(part, features)
                 os.replace(part, path)
-        out[np.flatnonzero(data.spots["section"] == section.name)] = np.load(path)
+        out[np.flatnonzero(data.spots["section"] == section.name)] = features
     encoder.train(was_training).to(where)
     return out
+
+
+def _load_whole(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Features kept at `path`; None where there are none, or something damaged them."""
+    if not path.exists():
+        return None
+    try:
+        features = np.load(path)
+    except (ValueError, EOFError, OSError):
+        features = None
+    if features is None or features.shape != shape:
+        log.warning("features %s are damaged; computing them again", path)
+        return None
+    return features
 
 
 def _encode(tiles, encoder, device, context, batch_size: int) -> np.ndarray:

@@ -56,7 +56,10 @@ def read_panel(path: str | Path) -> list[str]:
         raise InputError(
             f"panel file {path} does not exist; give another (data.panel_file=) or none (data.panel_file=null)"
         )
-    genes = path.read_text().split()
+    try:
+        genes = path.read_text().split()
+    except UnicodeDecodeError:
+        raise InputError(f"panel file {path} is no text; one gene symbol a line would fit") from None
     if not genes:
         raise InputError(f"panel file {path} names no gene")
     if len(set(genes)) != len(genes):
@@ -80,7 +83,8 @@ def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[
     common = set.intersection(*(set(section.genes) for section in [*sections, *(measured_in or [])]))
     if not common:
         raise InputError("the sections that choose the panel have no gene in common: are their gene names of one kind?")
-    dispersion = pd.concat([variable_genes(section, protocol.n_hvg) for section in sections])
+    parts = [part for part in (variable_genes(section, protocol.n_hvg) for section in sections) if len(part)]
+    dispersion = pd.concat(parts) if parts else pd.Series(dtype=float, index=pd.Index([], dtype=object))
     dispersion = dispersion[dispersion.index.isin(common)].groupby(level=0).agg(["size", "mean"])
     candidates = dispersion.sort_values(["size", "mean"], ascending=False, kind="stable").index
     seen = sum(_seen(section)[section.genes.get_indexer(candidates)] for section in sections)
@@ -104,7 +108,7 @@ def variable_genes(section: Section, n: int) -> pd.Series:
     import scanpy as sc  # seconds; only this function needs it
 
     spots = section.spots[section.total_counts > 0].copy()
-    if spots.n_obs < 2:
+    if spots.n_obs < 2 or spots.n_vars < 2 or not (spots.X.max(axis=0) - spots.X.min(axis=0)).nnz:
         return pd.Series(dtype=float, index=spots.var_names[:0])  # nothing varies
     sc.pp.normalize_total(spots, target_sum=1e4)
     sc.pp.log1p(spots)

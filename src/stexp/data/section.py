@@ -54,8 +54,17 @@ class Section:
 
     def __post_init__(self) -> None:
         spots, name = self.spots, self.name
-        if not name or set(name) & set("/\\:") or name.startswith("."):
-            raise InputError(f"section name {name!r} cannot name a file; leave out slashes, colons and a leading dot")
+        for what, label in (("section name", name), ("patient", self.patient)):
+            if (
+                not 0 < len(label) <= 100
+                or set(label) & set("/\\:")
+                or label.startswith(".")
+                or not label.isprintable()
+            ):
+                raise InputError(
+                    f"{what} {label[:100]!r} cannot name a folder; 1 to 100 printable characters without slashes, "
+                    f"colons and a leading dot would fit"
+                )
         if spots.n_obs == 0 or spots.n_vars == 0:
             raise InputError(f"section {name}: {spots.n_obs} spots x {spots.n_vars} genes; need at least one of each")
         for what, index in (("spots", spots.obs_names), ("genes", spots.var_names)):
@@ -170,7 +179,9 @@ def join(counts: ad.AnnData, positions: pd.DataFrame, where: str) -> ad.AnnData:
             f"in the positions"
         )
     if lost_counts or lost_positions:
-        log.info(
+        level = logging.WARNING if 2 * len(keep) < max(counts.n_obs, len(positions)) else logging.INFO
+        log.log(
+            level,
             "%s: %d spots joined; left over: %d counts without a position, %d positions without counts",
             where,
             len(keep),

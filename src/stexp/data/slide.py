@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stexp import InputError
 
+EXIF_ORIENTATION = 0x0112
+
 
 class Slide:
     """An H&E image, opened when first needed.
@@ -45,6 +47,13 @@ class Slide:
                     image = Image.open(self.path)
                 finally:
                     Image.MAX_IMAGE_PIXELS = limit
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"image {self.path} has {image.mode} pixels; save it with 8 bits a channel")
+            if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                raise InputError(
+                    f"image {self.path} is stored turned (EXIF orientation): it is not clear which way round the spots "
+                    f"were measured; save it upright, without the tag"
+                )
             with image:
                 yield image
         except UnidentifiedImageError:
@@ -61,7 +70,7 @@ class Slide:
     def read(self) -> np.ndarray:
         """The whole image, (height, width, 3) uint8 RGB."""
         with self._open() as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(_on_glass(image))
 
     def thumbnail(self, max_px: int = 1000) -> tuple[np.ndarray, float]:
         """A reduced image whose longer side is at most `max_px`, and its scale (thumbnail px per level-0 px)."""
@@ -70,7 +79,15 @@ class Slide:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         with self._open() as image:
             image.draft("RGB", (max_px, max_px))  # JPEG decodes straight to a smaller size
-            small = image.convert("RGB")
+            small = _on_glass(image)
             if small.size != size:
                 small = ImageOps.contain(small, size)
         return np.asarray(small), small.size[0] / width
+
+
+def _on_glass(image: Image.Image) -> Image.Image:
+    """As RGB; what is transparent is white, like the glass around tissue."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

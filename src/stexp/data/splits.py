@@ -64,6 +64,9 @@ def assign_roles(sections: list[Section], protocol: Protocol, fold: str) -> dict
     if protocol.validation:
         for name, mask in _validation(training).items():
             roles[name][mask] = "validation"
+    n_train = sum(int((role == "train").sum()) for role in roles.values())
+    if n_train < 2:
+        raise InputError(f"fold {fold}: {n_train} spot is left to train on; a contrast needs at least 2")
     return roles
 
 

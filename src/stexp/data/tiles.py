@@ -109,11 +109,29 @@ def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path) -> np.nd
     folder = Path(cache_dir) / "tiles"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{section.name}-{key.hexdigest()}.npy"
-    if not path.exists():
+    shape = (len(section), spec.px, spec.px, 3)
+    tiles = _open_whole(path, shape)
+    if tiles is None:
         with FileLock(f"{path}.lock"):
-            if not path.exists():
+            tiles = _open_whole(path, shape)
+            if tiles is None:
                 _write_tiles(section, side, spec.px, path)
-    return np.load(path, mmap_mode="r")
+                tiles = _open_whole(path, shape)
+    return tiles
+
+
+def _open_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The store at `path`; None where there is none, or one that something damaged."""
+    if not (path.exists() and path.with_suffix(".json").exists()):
+        return None
+    try:
+        tiles = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError):
+        tiles = None
+    if tiles is None or tiles.shape != shape or tiles.dtype != np.uint8:
+        log.warning("tile store %s is damaged; cutting it again", path)
+        return None
+    return tiles
 
 
 def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
@@ -121,7 +139,7 @@ def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
     need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:
         raise InputError(
-            f"tiles of section {section.name} need {need / 1e9:.2f} GB in {path.parent}, {free / 1e9:.2f} GB are free"
+            f"tiles of section {section.name} need {need / 1e6:.0f} MB in {path.parent}, {free / 1e6:.0f} MB are free"
         )
     part = path.with_suffix(".part")
     try:

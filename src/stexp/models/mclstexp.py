@@ -101,6 +101,8 @@ class MclSTExp(pl.LightningModule):
             raise InputError(f"model.distance={distance}: choose {', '.join(DISTANCES)}")
         if weighting not in WEIGHTINGS:
             raise InputError(f"model.weighting={weighting}: choose {', '.join(WEIGHTINGS)}")
+        if not (k == "auto" or (isinstance(k, int) and k >= 1)):
+            raise InputError(f"model.k={k}: auto or a whole number of at least 1 would fit")
         if temperature <= 0:
             raise InputError(f"model.temperature={temperature}: must be > 0")
         if optimizer not in ("adam", "adamw"):
@@ -252,7 +254,7 @@ class MclSTExp(pl.LightningModule):
             found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting, spread=False)
             predicted = found["predicted"].cpu().numpy()
             score[k] = mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
-        self.k = max(score, key=score.get)
+        self.k = max(score, key=lambda k: (round(score[k], 4), k))  # ties: the larger, the steadier
         return {"k": self.k, "k_validation_pearson": {str(k): round(value, 4) for k, value in score.items()}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

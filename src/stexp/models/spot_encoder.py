@@ -12,6 +12,8 @@ from stexp.models.blocks import TransformerBlock
 
 POSITIONS = ("none", "sinusoid", "naive", "learnable")
 
+LARGEST_TABLE = 1 << 16  # rows, as in the published code
+
 
 class SpotEncoder(nn.Module):
     """Expression and array position of spots to features of the same width.
@@ -44,6 +46,11 @@ class SpotEncoder(nn.Module):
         super().__init__()
         if position not in POSITIONS:
             raise InputError(f"model.position={position}: choose {', '.join(POSITIONS)}")
+        if position == "learnable" and n_positions > LARGEST_TABLE:
+            raise InputError(
+                f"array coordinates go up to {n_positions - 1}; a learned table for each would be too large. Are they "
+                f"pixels? Take array coordinates, or model.position=sinusoid"
+            )
         self.position, self.n_positions = position, n_positions
         if position == "learnable":
             self.x_embed, self.y_embed = nn.Embedding(n_positions, n_genes), nn.Embedding(n_positions, n_genes)

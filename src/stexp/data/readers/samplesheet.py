@@ -109,6 +109,10 @@ def read_counts(path: str | Path) -> ad.AnnData:
     if path.suffix == ".h5ad":
         return _h5ad_counts(path)
     table = _table(path, "counts", index_col=0, converters={0: str}, keep_default_na=False, na_values=[""])
+    if table.shape[1] == 0:
+        raise InputError(f"counts {path} has no gene column; rows spots, columns genes, the spot id first")
+    # pandas makes numbers of ids such as 007, whatever it is told about an index
+    table.index = pd.Index(_table(path, "counts", header=None, skiprows=1, usecols=[0], **TEXT).iloc[:, 0])
     # pandas renames the second column of a gene; Section shall see, and refuse, it
     genes = _table(path, "counts", header=None, nrows=1, **TEXT).iloc[0, -table.shape[1] :].str.strip()
     text = genes[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
@@ -135,7 +139,8 @@ def _counts(values: sp.csr_matrix, spots: pd.Index, genes: pd.Index) -> ad.AnnDa
 
 def read_positions(path: str | Path) -> pd.DataFrame:
     """Index spot id; columns array_x, array_y, pixel_x, pixel_y, float64."""
-    table = _table(Path(path), "spots", index_col=0, **TEXT)
+    table = _table(Path(path), "spots", index_col=False, **TEXT)
+    table = table.set_index(table.columns[0])
     missing = [name for name in POSITIONS if name not in table.columns]
     if missing:
         raise InputError(
