@@ -123,8 +123,14 @@ def command() -> Iterator[None]:
     )
     for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # of Lightning: worker processes that index batches do not need, frozen encoders, a method it calls itself
-    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*isinstance.treespec.*"):
+    # of Lightning: worker processes that index batches do not need, frozen encoders, resumed runs, no validation
+    for message in (
+        ".*does not have many workers.*",
+        ".*in eval mode at the start.*",
+        ".*isinstance.treespec.*",
+        ".*exists and is not empty.*",
+        ".*across ranks is zero.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     try:
         yield
