@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -344,3 +346,37 @@ def test_a_protocol_in_a_prediction_file_is_never_called(strict: Path, tmp_path:
         config.build(
             {"_target_": "pytorch_lightning.cli.instantiate_class", "args": [], "init": {"class_path": "os.system"}}
         )
+
+
+def test_a_method_needs_no_more_than_the_recipe_says(demo: Path, tmp_path: Path, monkeypatch) -> None:
+    class Mean(pl.LightningModule):
+        """One number a gene, learned: CONTRIBUTING.md's recipe and nothing else."""
+
+        def __init__(self, n_genes: int, n_positions: int) -> None:
+            super().__init__()
+            self.mean = torch.nn.Parameter(torch.zeros(n_genes))
+
+        def training_step(self, batch, batch_idx):
+            return (self.mean - batch.target).square().mean()
+
+        def predict_step(self, batch, batch_idx=0):
+            return {"predicted": self.mean.detach().expand_as(batch.target)}
+
+        validation_step = predict_step
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.3)
+
+    module = ModuleType("stexp.models.mean")
+    module.Mean, Mean.__module__ = Mean, module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    cfg = configure(demo, tmp_path / "mean", "trainer.max_epochs=6", "protocol.validation=false")
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = {"_target_": "stexp.models.mean.Mean", "name": "mean"}
+    sections = config.load_sections(cfg, config.build(cfg.protocol))
+    metrics = train(cfg, sections, "A", tmp_path / "mean")
+    assert metrics["scores"]["pearson_acg"] == 0, "a constant has no skill"
+    assert metrics["scores"]["mse"] < 1.5 * metrics["floors"]["mean"]["mse"]
+    assert not (tmp_path / "mean" / "embeddings.h5ad").exists()
+    with pytest.raises(InputError, match="does not retrieve"):
+        predict_again(tmp_path / "mean", {"k": 5}, "panel", None)
