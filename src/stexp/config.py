@@ -110,6 +110,11 @@ def protocols() -> dict[str, DictConfig]:
     return {path.stem: OmegaConf.load(path) for path in sorted((CONF / "protocol").glob("*.yaml"))}
 
 
+def other_protocols(own: Protocol) -> dict[str, Protocol]:
+    """The protocols that a run is scored under besides its own."""
+    return {name: build(node) for name, node in protocols().items() if name != own.name}
+
+
 @contextmanager
 def command() -> Iterator[None]:
     """Run the body of a command: readable logs, and one line on stderr for what the user can mend (status 2)."""

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stexp import predictions
 from stexp.audit import audit
-from stexp.config import build, protocols, write_atomically
+from stexp.config import other_protocols, write_atomically
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
@@ -181,8 +181,3 @@ def embedding_table(
         adata.obsm[name][rows] = values
     adata.obsm["features"], adata.obsm["colour"] = features, colour
     return adata
-
-
-def other_protocols(own: Protocol) -> dict[str, Protocol]:
-    """The protocols that a run is scored under besides its own."""
-    return {name: build(node) for name, node in protocols().items() if name != own.name}

@@ -13,7 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, predictions
-from stexp.config import CONF, build, command, load_run, protocols, to_plain, write_atomically
+from stexp.config import CONF, command, load_run, other_protocols, to_plain, write_atomically
 from stexp.data.genes import normalise
 from stexp.floors import NO_SCALE, ORACLES
 from stexp.metrics import (
@@ -59,8 +59,7 @@ def score_run(run: Path) -> dict:
     scored, genes = {}, None
     if list(observed.obs_names) != list(floors.obs_names):
         raise InputError(f"{run}: predictions.h5ad and floors.h5ad hold different spots; predict again")
-    others = {name: build(node) for name, node in protocols().items() if name != own.name}
-    for protocol in (own, *others.values()):
+    for protocol in (own, *other_protocols(own).values()):
         if f"{protocol.name}:mean" not in floors.layers:
             continue  # a protocol that came after the run
         scored[protocol.name], table = _score_under(protocol, own, observed, floors)
