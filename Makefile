@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: help setup demo test test-all lint bench results clean
 
 help:  ## this list
-	@grep -E '^[a-z][a-zA-Z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv and install stexp with the versions of constraints.txt
 
@@ -20,6 +20,9 @@ demo: $(READY)  ## train mclSTExp on generated sections, predict a held-out pati
 	$(BIN)/stexp-train data=demo data.root=data/demo output_dir=runs/demo trainer.max_epochs=20 trainer.accelerator=cpu
 	@echo "open runs/demo/report.html in a browser"
 
+data-%: $(READY)  ## download, verify, check and tile: data-her2st, data-cscc, data-alex10x
+	$(BIN)/stexp-prepare data=$*
+
 test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a folder
 	$(BIN)/pytest -n 2 -m "not slow"
 
@@ -32,6 +35,7 @@ lint: $(READY)  ## ruff: rules and format
 
 bench: $(READY)  ## speed and memory as ratios against plain alternatives, in one run
 	$(BIN)/python experiments/bench.py
+	$(BIN)/python experiments/bench_prepare.py
 
 results: $(READY)  ## the README's results table from experiments/results
 	$(BIN)/python experiments/results.py

@@ -17,7 +17,7 @@ FACTS = {
     "validation": ["D1"],
     "test": ["A1"],
     "reference": ["B1", "C1", "D1"],
-    "panel_sections": ["B1", "C1"],
+    "panel_saw_test": [],
     "checkpoint": "best",
     "k_chosen_on": "validation",
     "published_settings": False,
@@ -35,7 +35,7 @@ def leaks(protocol: Protocol = STRICT, **changed) -> list[str]:
 def test_strict_has_no_leak():
     found = audit(STRICT, FACTS)
     assert found["leaks"] == 0 and found["protocol"] == "strict" and found["facts"] == FACTS
-    assert len({item["name"] for item in found["items"]}) == len(found["items"]) == 9
+    assert len({item["name"] for item in found["items"]}) == len(found["items"]) == 10
     assert json.loads(json.dumps(found)) == found
 
 
@@ -45,7 +45,7 @@ def test_strict_has_no_leak():
         ({"train": ["A2", "B1"]}, "same_patient_in_training"),
         ({"reference": ["B1", "A2"]}, "same_patient_in_reference"),
         ({"validation": ["A2"]}, "same_patient_in_validation"),
-        ({"panel_sections": ["A1", "B1"]}, "panel_saw_test"),
+        ({"panel_saw_test": ["A1"]}, "panel_saw_test"),
         ({"spot_context": "batch"}, "spot_embedding_depends_on_batch"),
         ({"k_chosen_on": "given", "published_settings": True}, "settings_chosen_on_test"),
     ],
@@ -66,7 +66,11 @@ def test_each_switch_of_a_protocol_gives_its_leak_alone(protocol, leak):
 
 
 def test_a_checkpoint_chosen_on_the_test_section_is_two_leaks_and_a_last_one_is_no_choice():
-    assert leaks(validation=["A1"]) == ["same_patient_in_validation", "checkpoint_chosen_on_test"]
+    assert leaks(validation=["A1"]) == [
+        "same_section_in_training",
+        "same_patient_in_validation",
+        "checkpoint_chosen_on_test",
+    ]
     assert "checkpoint_chosen_on_test" not in leaks(validation=["A1"], checkpoint="last")
 
 
@@ -76,7 +80,7 @@ def test_a_checkpoint_chosen_on_the_test_section_is_two_leaks_and_a_last_one_is_
         {"checkpoint": "last", "validation": []},
         {"k_chosen_on": "given"},  # by the user, of whom nothing is known
         {"published_settings": True},  # but k was chosen on validation spots
-        {"panel_sections": []},
+        {"panel_saw_test": []},
         {"spot_context": None},
         {"reference": []},
     ],
@@ -87,12 +91,13 @@ def test_what_is_no_leak_is_not_called_one(changed):
 
 def test_each_detail_names_the_sections_and_says_the_state_it_is_in():
     clean = {item["name"]: item["detail"] for item in audit(STRICT, FACTS)["items"]}
-    found = audit(STRICT, FACTS | {"train": ["B1", "A2"], "reference": ["A2", "A1"], "panel_sections": ["A1"]})
+    found = audit(STRICT, FACTS | {"train": ["B1", "A2"], "reference": ["A2", "A1"], "panel_saw_test": ["A1"]})
     leaky = {item["name"]: item["detail"] for item in found["items"]}
     assert leaky["same_patient_in_training"].endswith("test patient: A2")
     assert leaky["same_patient_in_reference"].endswith("test patient: A1, A2")
     assert leaky["panel_saw_test"].endswith("test section: A1")
     assert {name for name in clean if clean[name] != leaky[name]} == {
+        "same_section_in_training",
         "same_patient_in_training",
         "same_patient_in_reference",
         "panel_saw_test",
@@ -103,8 +108,19 @@ def test_each_detail_names_the_sections_and_says_the_state_it_is_in():
 
 def test_every_section_of_a_held_out_patient_counts():
     assert leaks(test=["A1", "A2"]) == []
-    assert leaks(test=["A1", "B1"], train=["C1"], reference=["C1", "D1"], panel_sections=["C1"]) == []
-    assert leaks(test=["A1", "B1"], panel_sections=["C1", "B1"], train=["C1"], reference=["C1"]) == ["panel_saw_test"]
+    assert leaks(test=["A1", "B1"], train=["C1"], reference=["C1", "D1"], panel_saw_test=[]) == []
+    assert leaks(test=["A1", "B1"], panel_saw_test=["B1"], train=["C1"], reference=["C1"]) == ["panel_saw_test"]
+
+
+def test_a_held_out_block_says_that_its_section_trains():
+    blocks = build(protocols()["blocks"])
+    facts = {"patient_of": {"A1": "A"}} | {role: ["A1"] for role in ("train", "validation", "test", "reference")}
+    assert leaks(blocks, **facts) == [
+        "same_section_in_training",
+        "same_patient_in_training",
+        "same_patient_in_reference",
+        "same_patient_in_validation",
+    ]
 
 
 def test_the_papers_protocol_shows_what_the_paper_did():
@@ -113,7 +129,7 @@ def test_the_papers_protocol_shows_what_the_paper_did():
         "train": ["A2", "B1", "C1", "D1"],
         "reference": ["A2", "B1", "C1", "D1"],
         "validation": [],
-        "panel_sections": list(FACTS["patient_of"]),
+        "panel_saw_test": ["A1"],
         "checkpoint": "last",
         "k_chosen_on": "given",
         "published_settings": True,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stexp import InputError
 from stexp.data import augment as module
-from stexp.data.augment import AUGMENTATIONS, augment, colour_jitter
+from stexp.data.augment import AUGMENTATIONS, augment, colour_jitter, hed_jitter
 
 
 def tiles(n: int = 6, px: int = 12, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,18 @@ def slow_rotation(tile: np.ndarray, angle: float, flip: bool) -> tuple[np.ndarra
                 inside[row, column] = True
                 out[row, column] = tile[y, x]
     return out, inside, close
+
+
+def slow_hed(tile: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """scikit-image's rgb2hed (without its clipping of negative amounts), the change of Tellez et al., its hed2rgb.
+
+    A level I stands for the intensity (I + 1) / 256, so that black has a density.
+    """
+    rgb_from_hed = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    unit = np.log(1e-6)  # six decades of intensity are an amount of 1 there
+    hed = np.log(np.maximum((tile + 1) / 256, 1e-6)) / unit @ np.linalg.inv(rgb_from_hed)
+    hed = alpha * hed + beta / 6
+    return ((256 * np.exp(hed * unit @ rgb_from_hed) - 1) / 255).clip(0, 1)
 
 
 def symmetries(tile: np.ndarray) -> list[np.ndarray]:
@@ -175,7 +187,54 @@ def test_draws_of_paper_have_the_stated_distribution(recorded):
     np.testing.assert_allclose(counts, 4000 / 6, atol=110)
 
 
-@pytest.mark.parametrize("kind", ["dihedral", "paper"])
+@pytest.fixture
+def hed_drawn(monkeypatch) -> dict:
+    """What `augment` draws for the stains."""
+    seen = {}
+
+    def watched(alpha, beta):
+        seen.update(alpha=alpha, beta=beta)
+        return hed_jitter(alpha, beta)
+
+    monkeypatch.setattr(module, "hed_jitter", watched)
+    return seen
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2])
+def test_hed_is_the_dihedral_tile_with_its_stains_changed_as_scikit_image_defines_them(hed_drawn, sigma):
+    images = tiles(8)
+    got = augment(images, "hed", 5, sigma)
+    assert got.dtype == torch.float32 and got.shape == (8, 3, 12, 12)
+    turned = (augment(images, "dihedral", 5) * 255).round().permute(0, 2, 3, 1).numpy()
+    for i, tile in enumerate(turned):
+        expected = slow_hed(tile, hed_drawn["alpha"][i].double().numpy(), hed_drawn["beta"][i].double().numpy())
+        np.testing.assert_allclose(got[i].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    assert got.min() >= 0 and got.max() <= 1
+
+
+def test_draws_of_hed_have_the_stated_distribution(hed_drawn):
+    augment(tiles(1, 2).expand(4000, 2, 2, 3).contiguous(), "hed", 9, 0.1)
+    for values, middle in ((hed_drawn["alpha"], 1), (hed_drawn["beta"], 0)):
+        assert values.min() >= middle - 0.1 and values.max() <= middle + 0.1
+        np.testing.assert_allclose(values.mean(0), middle, atol=0.004)
+        np.testing.assert_allclose(values.std(0), 0.1 / math.sqrt(3), atol=0.002)
+    assert np.abs(np.corrcoef(torch.cat([*hed_drawn.values()], 1).numpy().T) - np.eye(6)).max() < 0.06
+
+
+def test_hed_without_strength_is_dihedral():
+    images = tiles()
+    torch.testing.assert_close(augment(images, "hed", 2, 0.0), augment(images, "dihedral", 2), atol=1e-5, rtol=0)
+
+
+def test_hed_changes_one_stain_alone():
+    # twice the eosin of a pixel that has haematoxylin and eosin, in densities
+    haematoxylin, eosin, dab = module.HED
+    matrix, offset = hed_jitter(torch.tensor([[1.0, 2.0, 1.0]]), torch.tensor([[0.0, 0.0, 0.1]]))
+    expected = 0.4 * haematoxylin + 2 * 0.3 * eosin + 0.1 * math.log(10) * dab
+    torch.testing.assert_close(matrix[0] @ (0.4 * haematoxylin + 0.3 * eosin) + offset[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["dihedral", "paper", "hed"])
 def test_draws_are_per_tile_and_follow_the_seed_alone(kind):
     same = tiles(1).expand(16, 12, 12, 3).contiguous()
     torch.manual_seed(0)
@@ -186,7 +245,7 @@ def test_draws_are_per_tile_and_follow_the_seed_alone(kind):
     torch.manual_seed(0)
     augment(same, kind, 11)
     assert torch.equal(torch.get_rng_state(), state)  # nor does it take from the global stream
-    assert len(first.flatten(1).unique(dim=0)) >= (16 if kind == "paper" else 5)
+    assert len(first.flatten(1).unique(dim=0)) >= (5 if kind == "dihedral" else 16)
     assert not torch.equal(augment(same, kind, 12), first)
 
 
@@ -212,5 +271,5 @@ def test_a_gpu_gives_what_the_cpu_gives(kind):
 
 
 def test_unknown_augmentation():
-    with pytest.raises(InputError, match="augmentation 'papre': choose none, dihedral, paper"):
+    with pytest.raises(InputError, match="augmentation 'papre': choose none, dihedral, paper, hed"):
         augment(tiles(), "papre", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, config
-from stexp.config import CONF, build, load_run, to_plain
+from stexp.config import CONF, build, load_run, misread, to_plain
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.mclstexp import MclSTExp
 from stexp.protocol import Protocol
@@ -31,7 +32,12 @@ def train_config(tmp_path: Path, *overrides: str) -> DictConfig:
 
 
 def build_model(cfg: DictConfig) -> MclSTExp:
-    return build({key: value for key, value in to_plain(cfg.model).items() if key != "name"}, n_genes=8, n_positions=4)
+    return build(
+        {key: value for key, value in to_plain(cfg.model).items() if key != "name"},
+        n_genes=8,
+        n_positions=4,
+        n_features=6,
+    )
 
 
 def encoder_overrides(name: str) -> list[str]:
@@ -99,6 +105,32 @@ def test_a_misspelt_key_gets_the_nearest_one():
         build(protocol | {"_partial_": True})
 
 
+def test_a_package_that_is_not_installed_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    with pytest.raises(InputError, match=r"TensorBoardLogger: Neither `tensorboard` nor `tensorboardX` is available"):
+        build(train_config(tmp_path, "logger=tensorboard").logger)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("protocol.target_sum=0", "protocol.target_sum=0: a number above 0 (say 10000) would fit"),
+        ("protocol.target_sum=nan", "protocol.target_sum=nan: a number above 0 (say 10000) would fit"),
+        ("protocol.panel_size=0", "protocol.panel_size=0: a whole number of at least 1 would fit"),
+        ("protocol.n_hvg=-5", "protocol.n_hvg=-5: a whole number of at least 1 would fit"),
+        ("protocol.n_hvg=null", "protocol.n_hvg=None: a whole number of at least 1 would fit"),
+        ("protocol.min_spots=1.5", "protocol.min_spots=1.5: a fraction of the spots, 0 to 1, would fit"),
+        ("protocol.min_spots=half", "protocol.min_spots=half: a fraction of the spots, 0 to 1, would fit"),
+        ("protocol.name='a:b'", "protocol.name=a:b: a name without slashes and colons would fit"),
+    ],
+)
+def test_a_protocols_numbers_are_checked(tmp_path, override, message):
+    with pytest.raises(InputError) as caught:
+        build(train_config(tmp_path, override).protocol)
+    assert str(caught.value) == message
+
+
 def test_containers_come_as_plain_dict_and_list_and_inner_nodes_are_built_first():
     node = OmegaConf.create(
         {
@@ -147,6 +179,8 @@ def test_a_runs_config_is_read_and_nothing_in_it_is_executed(tmp_path):
         "a: !!python/name:os.system\n",
         "a: [1, 2\n",
         "3\n",
+        "",
+        "- 1\n- 2\n",
     ],
 )
 def test_a_runs_config_that_is_no_plain_yaml_is_refused(tmp_path, text):
@@ -154,6 +188,40 @@ def test_a_runs_config_that_is_no_plain_yaml_is_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"config\.yaml cannot be read") as caught:
         load_run(tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x89HDF\r\n\x1a\n\x00\xff", b"\xff\xfe\x00a"])
+def test_a_runs_config_that_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.yaml cannot be read: .*; train again with overwrite=true") as caught:
+        load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_was_cut_from_a_runs_config_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    with pytest.raises(SystemExit) as caught, config.command():
+        load_run(tmp_path).model.k  # noqa: B018
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "stexp: error: config: Missing key model\n"
+
+
+# what a command line reads as something else
+
+
+@pytest.mark.parametrize(("name", "read_as"), [("10_1", "101"), ("1_000", "1000"), ("1e3", "1000.0"), ("1.10", "1.1")])
+def test_a_name_that_hydra_reads_as_a_number_is_hinted_at(tmp_path, name, read_as):
+    value = train_config(tmp_path, f"fold={name}").fold
+    assert str(value) == read_as
+    hint = misread(str(value), ["A", "9_1", "with space", "[x", name], "fold={}")
+    assert hint == f"; without quotes {name} is read as {read_as}, so give \"fold='{name}'\""
+    assert train_config(tmp_path, f"fold='{name}'").fold == name
+
+
+@pytest.mark.parametrize("given", ["101", "B", "None"])
+def test_a_name_that_is_just_wrong_gets_no_hint(given):
+    assert misread(given, ["A", "A1", "007", "x10_1"], "fold={}") == ""
 
 
 def test_a_folder_without_a_config_is_no_run(tmp_path):
@@ -175,9 +243,9 @@ def test_every_combination_composes(tmp_path, data, protocol, encoder):
     for key in ("k", "spot_context"):
         assert plain["model"][key] == plain["protocol"][key]
     assert plain["model"]["n_neighbours"] == plain["data"]["n_neighbours"]
-    taken = set(plain["data"]) - set(config._NOT_OF_THE_MODULE) - {"_target_"}
-    assert taken <= set(inspect.signature(SpotDataModule).parameters)
     reader = plain["data"]["reader"]
+    taken = set(plain["data"]) - config._OF_THE_FRAME - set(reader)
+    assert taken <= set(inspect.signature(SpotDataModule).parameters)
     known = inspect.signature(config.get_object(reader["_target_"])).parameters
     assert {key for key in reader if key != "_target_"} <= set(known)
 
@@ -202,18 +270,28 @@ def test_every_image_encoder_builds_a_model_that_embeds(tmp_path, encoder):
 def test_every_model_builds_under_every_protocol(tmp_path, model, protocol):
     cfg = train_config(tmp_path, f"model={model}", f"protocol={protocol}", "image_encoder=tiny")
     made = build_model(cfg)
-    assert made.spot_context == cfg.protocol.spot_context and made.k == cfg.protocol.k
+    for key in {"spot_context", "k"} & set(cfg.model):
+        if "${" in str(OmegaConf.to_container(cfg.model)[key]):  # left to the protocol
+            assert getattr(made, key) == cfg.protocol[key]
     # every argument of the method stands in its yaml, so that config.yaml of a run names them all
-    arguments = set(inspect.signature(type(made)).parameters) - {"n_genes", "n_positions"}
+    arguments = set(inspect.signature(type(made)).parameters) - {"n_genes", "n_positions", "n_features"}
     assert arguments == set(cfg.model) - {"_target_", "name"}
 
 
 def test_protocols_by_name_are_complete():
-    assert set(config.protocols()) == set(NAMES["protocol"]) == {"paper", "strict"}
+    assert set(config.protocols()) == set(NAMES["protocol"]) == {"blocks", "paper", "strict"}
     for name, node in config.protocols().items():
         assert set(node) - {"_target_"} == set(inspect.signature(Protocol).parameters)
         assert build(node).name == name
-    assert build(config.protocols()["strict"]) == Protocol("strict")  # the defaults of the class are the strict ones
+    strict = build(config.protocols()["strict"])
+    assert strict == Protocol("strict")  # the defaults of the class are the strict ones
+    assert build(config.protocols()["blocks"]) == replace(strict, name="blocks", hold_out="block")
+
+
+def test_a_run_is_scored_under_other_truths_not_other_splits():
+    blocks, paper, strict = (config.build(node) for _, node in sorted(config.protocols().items()))
+    assert list(config.other_protocols(strict)) == list(config.other_protocols(blocks)) == ["paper"]
+    assert list(config.other_protocols(paper)) == ["strict"]
 
 
 @pytest.mark.parametrize("name", NAMES["trainer"])

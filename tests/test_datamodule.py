@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import scipy.sparse as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,7 +87,7 @@ def test_the_strict_panel_does_not_see_the_test_patient(sections, tmp_path):
     panel = module(sections, tmp_path).panel
     changed = [scrambled(s) if s.patient == "A" else s for s in sections]
     assert module(changed, tmp_path).panel == panel
-    assert set(module(sections, tmp_path).panel_sections).isdisjoint({"A1", "A2"})
+    assert module(sections, tmp_path).panel_saw == []
     changed = [scrambled(s) if s.patient in "BCD" else s for s in sections]
     assert module(changed, tmp_path).panel != panel
     assert module(sections[::-1], tmp_path).panel == panel
@@ -96,7 +97,26 @@ def test_the_papers_panel_sees_it(sections, tmp_path):
     data = module(sections, tmp_path, PAPER, "A1")
     changed = [scrambled(s) if s.name == "A1" else s for s in sections]
     assert module(changed, tmp_path, PAPER, "A1").panel != data.panel
-    assert "A1" in data.panel_sections
+    assert "A1" in data.panel_saw
+
+
+def test_a_held_out_block_neither_trains_nor_chooses(sections, tmp_path):
+    blocks = replace(STRICT, name="blocks", hold_out="block")
+    one = module(sections, tmp_path, blocks, "block2")
+    changed = []
+    for section in sections:
+        role = one.spots["role"].to_numpy()[one.spots["section"] == section.name]
+        unused = np.isin(role, ("test", "gap"))
+        spots = section.spots.copy()
+        spots.X = sp.csr_matrix(np.where(unused[:, None], spots.X.toarray()[:, ::-1], spots.X.toarray()))
+        changed.append(replace(section, spots=spots))
+    other = module(changed, tmp_path, blocks, "block2")
+    assert other.panel == one.panel and one.panel_saw == []
+    keep = one.rows("train", "validation", "reference")
+    np.testing.assert_array_equal(other.target[keep], one.target[keep])
+    assert not np.array_equal(other.target[one.rows("test")], one.target[one.rows("test")])
+    around = one.neighbours[one.rows("train")]
+    assert set(one.spots["role"].to_numpy()[around[around >= 0]]) == {"train"}
 
 
 def test_nothing_of_training_depends_on_the_test_patient(sections, tmp_path):
@@ -258,7 +278,8 @@ def test_context_is_the_spot_and_its_nearest_of_the_same_section_and_role(tmp_pa
     data = module(sections, tmp_path, n_neighbours=n_neighbours)
     batch = data.batch(SpotIndex(torch.arange(len(data.spots)), image=False))
     assert batch.image is None
-    assert batch.context_expression.shape == (48, 1 + n_neighbours, 10)
+    width = 1 + min(n_neighbours, 26)  # the largest group has 27 spots
+    assert batch.context_expression.shape == (48, width, 10)
     role, name = data.spots["role"].to_numpy(), data.spots["section"].to_numpy()
     assert set(role) == {"test", "train", "validation"}
     xy = np.concatenate([section.xy_px for section in sections])
@@ -267,7 +288,7 @@ def test_context_is_the_spot_and_its_nearest_of_the_same_section_and_role(tmp_pa
         others.sort(key=lambda r: (round(float(np.hypot(*(xy[r] - xy[row]))), 6), *xy[r]))
         expected = [row, *others[:n_neighbours]]
         n = len(expected)
-        assert batch.context_mask[row].tolist() == [True] * n + [False] * (1 + n_neighbours - n)
+        assert batch.context_mask[row].tolist() == [True] * n + [False] * (width - n)
         np.testing.assert_array_equal(batch.context_expression[row, :n], data.expression[expected])
         np.testing.assert_array_equal(
             batch.context_array_xy[row, :n], data.spots.iloc[expected][["array_x", "array_y"]]

@@ -233,8 +233,9 @@ def test_a_section_too_small_to_vary_leaves_the_choice_to_the_others(three, tmp_
 
 
 def test_no_panel_is_said_with_what_to_change(three, tmp_path):
-    with pytest.raises(InputError, match=r"101\.0% of the spots; lower protocol\.min_spots"):
-        choose_panel(three, Protocol("x", min_spots=1.01))
+    sparse = make_section(tmp_path, "S1", "S", 6, counts=np.eye(6, 30) * 5, image=False)
+    with pytest.raises(InputError, match=r"100\.0% of the spots; lower protocol\.min_spots"):
+        choose_panel([sparse], Protocol("x", min_spots=1.0))
     other = make_section(tmp_path, "Z1", "Z", genes=["ENSG01", "ENSG02"], image=False)
     with pytest.raises(InputError, match="no gene in common"):
         choose_panel([*three, other], STRICT)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from stexp import InputError
-from stexp.data.readers.her2st import _parse_digits, _parse_slowly, read, read_counts
+from stexp.data.readers.her2st import read
+from stexp.data.tables import _parse_digits, _parse_slowly, read_counts
 
 GENES = ["FO538757.1", "ERBB2", "CD74", "COL1A1"]
 PIXELS = 30.0
@@ -119,7 +120,7 @@ def test_unknown_section_or_folder(tmp_path):
     write_section(tmp_path, "B1")
     with pytest.raises(InputError, match=r"no section Z9 in .*; there are B1"):
         read(tmp_path, ["B1", "Z9"])
-    with pytest.raises(InputError, match="need the folders ST-cnts and ST-spotfiles"):
+    with pytest.raises(InputError, match=r"need the folders ST-cnts and ST-spotfiles.*data.root=, or set STEXP_DATA"):
         read(tmp_path / "elsewhere")
     (tmp_path / "ST-spotfiles" / "B1_selection.tsv").unlink()
     with pytest.raises(InputError, match=r"B1_selection.tsv does not exist"):

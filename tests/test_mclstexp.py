@@ -15,7 +15,8 @@ from stexp.data.batches import SpotBatch, SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.metrics import mean_pearson
 from stexp.models.image_encoders import ImageEncoder
-from stexp.models.mclstexp import K_CANDIDATES, MclSTExp
+from stexp.models.mclstexp import MclSTExp
+from stexp.models.retrieval_method import K_CANDIDATES
 from stexp.models.spot_encoder import POSITIONS, SpotEncoder, sinusoid
 from stexp.protocol import Protocol
 
@@ -122,6 +123,17 @@ def test_a_section_with_fewer_spots_than_neighbours_is_padded_without_effect(tmp
 
 
 @torch.no_grad()
+def test_more_neighbours_than_there_are_spots_are_the_whole_section(data, tmp_path):
+    model = make_model(len(data.panel), data.array_size, n_neighbours=10**9)
+    wide = make_data(tmp_path, n_neighbours=10**9, panel=data.panel)
+    assert wide.neighbours.shape[1] == 24
+    batch = wide.batch(SpotIndex(torch.from_numpy(wide.rows("test")[:25]), image=False))
+    (section,) = (section for section in wide.sections if section.name == "C1")
+    expected = model.embed_spots(batch.expression, batch.array_xy, torch.from_numpy(section.xy_px))
+    torch.testing.assert_close(model.embed_batch_spots(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_in_batch_context_an_embedding_depends_on_its_company(data):
     model = make_model(len(data.panel), data.array_size, spot_context="batch")
     alone, among, others = (
@@ -171,11 +183,22 @@ def test_a_learned_table_adds_its_rows_and_refuses_larger_arrays():
     [
         ({"position": "learned"}, "model.position=learned: choose none, sinusoid, naive, learnable"),
         ({"spot_context": "section"}, "model.spot_context=section: choose neighbours, batch"),
-        ({"temperature": 0.0}, "model.temperature=0.0: must be > 0"),
         ({"optimizer": "sgd"}, "model.optimizer=sgd: choose adam or adamw"),
+        ({"k": 0}, "model.k=0: auto or a whole number of at least 1 would fit"),
+        ({"depth": -1}, "model.depth=-1: a whole number of at least 0 would fit"),
+        ({"heads": 0}, "model.heads=0: a whole number of at least 1 would fit"),
+        ({"head_dim": 0.5}, "model.head_dim=0.5: a whole number of at least 1 would fit"),
+        ({"embedding_dim": 0}, "model.embedding_dim=0: a whole number of at least 1 would fit"),
+        ({"n_neighbours": -1}, "model.n_neighbours=-1: a whole number of at least 0 would fit"),
+        ({"temperature": 0.0}, "model.temperature=0.0: a number above 0 would fit"),
+        ({"lr": 0.0}, "model.lr=0.0: a number above 0 would fit"),
+        ({"lr": math.nan}, "model.lr=nan: a number above 0 would fit"),
+        ({"weight_decay": -0.1}, "model.weight_decay=-0.1: a number of at least 0 would fit"),
+        ({"dropout": 1.5}, "model.dropout=1.5: a number from 0 to 1 would fit"),
+        ({"image_weight": -0.5}, "model.image_weight=-0.5: a number from 0 to 1 would fit"),
     ],
 )
-def test_options_that_do_not_exist_are_refused(arguments, message):
+def test_options_that_do_not_exist_and_numbers_that_mean_nothing_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         make_model(**arguments)
 

@@ -158,6 +158,40 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, made, damage):
     path = tmp_path / "predictions.h5ad"
     predictions.write(made[0], path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"predictions.h5ad cannot be read") as caught:
+    with pytest.raises(InputError, match=r"predictions.h5ad cannot be read: .*; delete it and give the comm") as caught:
         predictions.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_lacks_is_named(tmp_path, made):
+    path = tmp_path / "predictions.h5ad"
+    predictions.write(made[0], path)
+    needs = ("layers/counts", "obs/section", "obsm/spatial", "uns/stexp/protocol", "uns/spatial/A1/images")
+    assert predictions.read(path, *needs).shape == made[0].shape
+    lacks = ("layers/count", "obs/sections", "obsm/pca", "uns/stexp/fold", "uns/spatial/A1/images/lowres", "uns/x/y")
+    with pytest.raises(InputError, match=f"predictions.h5ad has no {', '.join(lacks)}; delete it and give the command"):
+        predictions.read(path, *needs, *lacks)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "x.json does not exist: the run has not got that far; give the command that made the run again"),
+        (b"", "x.json cannot be read: Expecting value"),
+        (b'{"a": [1, 2', "x.json cannot be read: "),
+        (b"\x80\x00", "x.json cannot be read: "),
+        (b"[1, 2]", "x.json is no JSON object; delete it"),
+        (b'{"a": 1}', "x.json has no b; delete it and give the command that made the run again"),
+    ],
+)
+def test_a_damaged_json_file_is_refused_in_one_line(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=says) as caught:
+        predictions.read_json(tmp_path / "x.json", "a", "b")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_comes_back_with_none_for_nan(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": float("nan"), "b": {"c": 0.5}}))
+    assert predictions.read_json(tmp_path / "x.json", "a") == {"a": None, "b": {"c": 0.5}}

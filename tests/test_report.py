@@ -355,6 +355,62 @@ def test_a_run_scored_in_one_section_without_image_or_neighbours(tmp_path: Path)
     assert 80 < section["spot_px"] < 130  # half of the 240 px pitch
 
 
+def rewrite(folder: Path, **changed) -> Path:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | changed))
+    return write_report(folder)
+
+
+@pytest.mark.parametrize("genes", [12, 50, 51])
+def test_few_genes_have_no_50_highest_of_their_own(tmp_path: Path, genes: int) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=genes)
+    text = write_report(folder).read_text()
+    few = genes <= 50
+    assert (f"Pearson HEG50 (all {genes})" in text) == few
+    assert text.count("<svg") == (1 if few else 2)
+    statement = verdict(json.loads((folder / "metrics.json").read_text()))[1]
+    assert ("50 highest" in statement) == (not few) and "on all genes" in statement
+
+
+def test_how_k_was_chosen_is_shown_where_it_was(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    assert "chosen on validation spots" not in rewrite(folder, chosen={"k": 7}).read_text()
+    text = rewrite(folder, chosen={"k": 50, "k_validation_pearson": {"5": 0.1011, "50": 0.1212}}).read_text()
+    assert "k = 50 neighbours, as chosen on validation spots. Pearson there: 0.101 at k = 5, 0.121 at 50." in text
+
+
+def test_a_run_retrieved_from_again_says_what_changed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    assert "retrieved again" not in write_report(folder).read_text()
+    changed = {"k": 50, "genes": ["FASN", "<b>", "GNAS", "CD3E", "CD4"]}
+    text = rewrite(folder, chosen={"k": 50, "rescored_from": "x", "changed": changed}).read_text()
+    said = "k=50, genes=FASN+&lt;b&gt;+GNAS and 2 more"
+    assert f"<title>mclstexp on her2st, fold B, {said} · stexp</title>" in text
+    assert f"retrieved again with <b>{said}</b> from run <b>x</b>" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "per_gene.csv names no gene; score the run again"),
+        (b"gene,pearson\n", "per_gene.csv names no gene"),
+        (b"\x89HDF\r\n\x00\xff", "per_gene.csv is not a table of numbers"),
+        (b"gene,pearson\nFASN,high\n", "per_gene.csv is not a table of numbers"),
+        (b"gene,pearson\nFASN\n", "per_gene.csv is not a table of numbers"),
+        (
+            b"gene,spearman\nFASN,0.1\n",
+            "per_gene.csv has no column pearson, mse, mean_observed, heg50, n_sections; score",
+        ),
+    ],
+)
+def test_a_damaged_table_of_genes_is_one_line(tmp_path: Path, content: bytes, says: str, capsys) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    (folder / "per_gene.csv").write_bytes(content)
+    assert main([f"run={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["predictions.h5ad", "metrics.json", "per_gene.csv", "audit.json", "provenance.json"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "x", spots=20, genes=5)

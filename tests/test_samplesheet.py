@@ -1,11 +1,16 @@
 """The sample-sheet reader: what it reads, and what it says when something does not fit."""
 
+from __future__ import annotations
+
 import gzip
+import logging
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
+import scipy.sparse as sp
 from PIL import Image
 
 from stexp import InputError
@@ -71,11 +76,18 @@ def test_counts_of_every_kind_are_the_same(folder, kind):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("um_per_px", "mpp", "lacks um_per_px; it needs the columns section, patient"),
+        ("patient", "donor", "lacks patient; it needs the columns section, patient, .*, and has section, donor, image"),
+        ("patient", "section", "has more than one column section"),
+        ("0.5\n", "0.5,frozen\n", "cannot be read as a table: .*line 2"),
+        ("um_per_px\n", "um_per_px,\n", None),
         ("S1,P1", "S1,", "sheet.csv line 2: column patient is empty; only image and um_per_px may be"),
         ("s1.png", "gone.png", r"sheet.csv line 2: column image: .*gone.png does not exist; paths are relative to /"),
         ("s1.tsv", "s1.xlsx", "line 2: column counts: .*s1.xlsx does not exist"),
-        ("s1.tsv", "s1.png", "line 2: counts .*s1.png ends in .png; .csv, .tsv, .csv.gz, .tsv.gz, .h5ad would fit"),
+        (
+            "s1.tsv",
+            "s1.png",
+            "line 2: column counts: counts .*s1.png ends in .png; .csv, .tsv, .csv.gz, .tsv.gz, .h5ad, .h5, a folder",
+        ),
         (",0.5", ",half", "line 2: column um_per_px: 'half' is not a size; a number above 0"),
         (",0.5", ",-1", "line 2: column um_per_px: '-1' is not a size"),
         ("S1,P1,s1.png,s1.tsv,s1.csv,0.5\n", "", "lists no section"),
@@ -85,7 +97,10 @@ def test_counts_of_every_kind_are_the_same(folder, kind):
 )
 def test_a_sheet_that_does_not_fit_is_refused(folder, old, new, message):
     (folder / "sheet.csv").write_text(SHEET.replace(old, new))
-    refused(folder, message)
+    if message is None:
+        assert samplesheet.read(folder / "sheet.csv")[0].spots.uns["metadata"] == {}
+    else:
+        refused(folder, message)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +108,28 @@ def test_a_sheet_that_does_not_fit_is_refused(folder, old, new, message):
     [
         ("CD3E", "ACTB", "line 2: section S1: 1 duplicate genes .ACTB."),
         ("1x2", "007", "line 2: section S1: 1 spot ids occur twice in the counts .007."),
-        ("\t5", "\tfive", "line 2: counts .*s1.tsv: 1 gene columns hold text .first: CD3E."),
+        (
+            "\t5",
+            "\tfive",
+            "line 2: column counts: counts .*s1.tsv are not a table of numbers: 1 columns hold text "
+            ".first: 'five' in the row NA, column 3.",
+        ),
         ("\t5", "\t", "line 2: section S1: 1 counts are NaN"),
         ("\t5", "\t0.5", "line 2: section S1: 1 counts are fractional"),
         ("\t5", "\t-5", "line 2: section S1: 1 counts are negative"),
-        ("\t5", "\t5\t5\t5", "line 2: counts .*s1.tsv cannot be read as a table: .*line 3"),
-        (COUNTS, "\t007\tNA\nACTB\t1\t2\n", "line 2: column counts: .*s1.tsv has spots as columns; transpose it"),
-        (COUNTS, "\tACTB\nAAAC-1\t1\n", "no spot id in common: 1 ids like AAAC-1"),
+        (
+            "\t5",
+            "\t5\t5\t5",
+            "line 2: column counts: counts .*s1.tsv are not a table of numbers: .*line 2.*not counting",
+        ),
+        (
+            COUNTS,
+            "\tACTB\nAAAC-1\t1\n",
+            r"s1.tsv: 0 of 1 rows \(first: AAAC-1\) and 0 of 1 columns \(first: ACTB\) are named like one of the 3 "
+            r"spots that have a position \(first: 1x2\); either the rows or the columns must be spots",
+        ),
+        (COUNTS, "\t007\tCD3E\nNA\t3\t0\n1x2\t1\t2\n", r"2 of 2 rows .* and 1 of 2 columns \(first: 007\)"),
+        (COUNTS, "", "column counts: counts .*s1.tsv are empty"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(folder, old, new, message):
@@ -110,8 +140,16 @@ def test_counts_that_do_not_fit_are_refused(folder, old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("array_y,pixel_x", "row,x", "line 2: spots .*s1.csv lacks array_y, pixel_x; it needs the spot id first"),
-        ("30.5", "right", "1 rows hold a position that is not a number .first: 1x2."),
+        (
+            "array_y,pixel_x",
+            "row,left",
+            "line 2: column spots: spots .*s1.csv lacks array_y, pixel_x; it needs the spot id first, then array_x, "
+            "array_y, pixel_x, pixel_y; x, y, pixel_x, pixel_y; or the columns of SpaceRanger",
+        ),
+        ("array_x,array_y", "x,row", "column spots: spots .*s1.csv lacks y; "),
+        ("30.5", "right", "1 rows hold a position that is not a number .first: spot 1x2, pixel_x 'right'."),
+        ("spot,array_x", "array_x,spot", "starts with the column array_x; the spot id must come first"),
+        ("pixel_x,pixel_y", "pixel_x,pixel_x", "more than one column pixel_x"),
         ("30.5,10", "10,30.5", "line 2: section S1: 1 of 3 spots lie outside the image"),
         ("1x2,1,", "1x2,0.5,", "array coordinates must be whole numbers"),
     ],
@@ -127,13 +165,13 @@ def test_damaged_files_are_refused(folder):
     whole = (folder / "cut.tsv.gz").read_bytes()
     (folder / "cut.tsv.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", "cut.tsv.gz"))
-    refused(folder, "cut.tsv.gz cannot be read as a table")
+    refused(folder, "column counts: counts .*cut.tsv.gz cannot be read .*; fetch the file again")
     (folder / "broken.h5ad").write_bytes(b"not hdf5")
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", "broken.h5ad"))
     refused(folder, "broken.h5ad cannot be read as h5ad")
     (folder / "s1.png").write_text("not an image")
     (folder / "sheet.csv").write_text(SHEET)
-    refused(folder, "not an image")
+    refused(folder, "line 2: column image: image .*not an image")
 
 
 def test_a_sheet_that_is_missing_is_refused(folder):
@@ -160,3 +198,101 @@ def test_what_is_transparent_is_glass(folder):
     Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(folder / "s1.png")
     (section,) = samplesheet.read(folder / "sheet.csv")
     assert (section.slide.read() == 255).all()
+
+
+def test_columns_that_may_be_left_out_and_columns_that_are_kept(folder, caplog):
+    (folder / "sheet.csv").write_text(
+        "stage,section,patient,counts,spots,age\nII,S1,P1,s1.tsv,s1.csv,047\n,S2,P1,s1.tsv,s1.csv,\n"
+    )
+    one, two = samplesheet.read(folder / "sheet.csv")
+    assert (one.slide, one.um_per_px, two.slide) == (None, None, None)
+    assert one.spots.uns["metadata"] == {"stage": "II", "age": "047"}
+    assert two.spots.uns["metadata"] == {"stage": "", "age": ""}
+    assert "has no column image, um_per_px; none of its sections has one" in caplog.text
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_genes_in_rows_are_found_and_said(folder, caplog, separator, quoted):
+    caplog.set_level(logging.INFO)
+    (plain,) = samplesheet.read(folder / "sheet.csv")
+    assert "s1.tsv: spots are rows, 3 x 2; 3 of them have a position" in caplog.text
+    table = pd.DataFrame(plain.counts(["ACTB", "CD3E"]), plain.spots.obs_names, ["ACTB", "CD3E"]).astype(int).T
+    name = "turned.csv" if separator == "," else "turned.tsv"
+    table.to_csv(folder / name, sep=separator, quoting=2 if quoted else 0)
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", name))
+    (turned,) = samplesheet.read(folder / "sheet.csv")
+    assert "spots are columns, 2 x 3; 3 of them have a position" in caplog.text
+    assert (turned.spots.X != plain.spots.X).nnz == 0 and turned.spots.X.format == "csr"
+    assert list(turned.spots.obs_names) == list(plain.spots.obs_names) and list(turned.genes) == list(plain.genes)
+
+
+def test_counts_of_10x(folder):
+    matrix = folder / "filtered_feature_bc_matrix"
+    matrix.mkdir()
+    scipy.io.mmwrite(matrix / "matrix.mtx", sp.coo_matrix([[3, 0, 1], [0, 5, 1]]))
+    (matrix / "features.tsv").write_text("ENSG1\tACTB\tGene Expression\nENSG2\tCD3E\tGene Expression\n")
+    (matrix / "barcodes.tsv").write_text("007\nNA\n1x2\n")
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", matrix.name))
+    (section,) = samplesheet.read(folder / "sheet.csv")
+    np.testing.assert_array_equal(section.counts(["ACTB", "CD3E"]), [[3, 0], [0, 5], [1, 1]])
+    assert [file.name for file in section.files[1:4]] == ["matrix.mtx", "features.tsv", "barcodes.tsv"]
+    (matrix / "barcodes.tsv").unlink()
+    refused(folder, "line 2: column counts: .*has no barcodes.tsv")
+
+
+def test_normalised_values_in_h5ad_name_the_raw_counts_beside_them(folder):
+    counts = pd.DataFrame([[3, 0], [0, 5], [1, 1]], ["007", "NA", "1x2"], ["ACTB", "CD3E"])
+    ad.AnnData(np.log1p(counts), layers={"counts": counts.to_numpy()}).write_h5ad(folder / "c.h5ad")
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", "c.h5ad"))
+    refused(
+        folder, r"fractional .normalised.*; raw counts are needed in X; if layers\['counts'\] holds them, save it as X"
+    )
+
+
+SELECTION = "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected\n"
+ROWS = "1\t2\t1.02\t2.01\t30.5\t10\t1\n0\t0\t0.01\t0\t10\t12\t1\n1\t0\t1\t0\t30\t12\t0\n"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_spot_files_of_spatial_transcriptomics(folder, caplog, named):
+    caplog.set_level(logging.INFO)
+    text = SELECTION + ROWS
+    ids = ["spot", "A", "B", "C"] if named else []
+    if named:
+        text = "\n".join(f"{name}\t{line}" for name, line in zip(ids, text.splitlines(), strict=True))
+    (folder / "s1.tsv").write_text(
+        COUNTS.replace("007", "B" if named else "0x0").replace("1x2", "A" if named else "1x2")
+    )
+    (folder / "selection.tsv").write_text(text)
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.csv", "selection.tsv"))
+    (section,) = samplesheet.read(folder / "sheet.csv")
+    assert list(section.spots.obs_names) == (["B", "A"] if named else ["0x0", "1x2"])
+    np.testing.assert_array_equal(section.array_xy, [[0, 0], [1, 2]])
+    np.testing.assert_array_equal(section.xy_px, [[10, 12], [30.5, 10]])
+    assert "selection.tsv: 1 of 3 are not on tissue and left out" in caplog.text
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_positions_of_spaceranger(folder, header):
+    lines = "007,1,0,4,12,10\nNA,1,0,6,12,30\n1x2,0,1,5,10,31\n"  # row before column, y before x
+    text = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres\n" + lines if header else lines
+    (folder / "tissue_positions.csv").write_text(text)
+    (folder / "sheet.csv").write_text(SHEET.replace("s1.csv", "tissue_positions.csv"))
+    (section,) = samplesheet.read(folder / "sheet.csv")
+    assert list(section.spots.obs_names) == ["007", "NA"]
+    np.testing.assert_array_equal(section.array_xy, [[4, 0], [6, 0]])
+    np.testing.assert_array_equal(section.xy_px, [[10, 12], [30, 12]])
+
+
+def test_ids_become_symbols_by_a_table(folder):
+    (folder / "s1.tsv").write_text(COUNTS.replace("ACTB", "ENSG00000075624.17").replace("CD3E", "ENSG00000198851"))
+    (folder / "genes.tsv").write_text("symbol\tid\nACTB\tENSG00000075624\nCD3E\tENSG00000198851\n")
+    (section,) = samplesheet.read(folder / "sheet.csv", gene_table=folder / "genes.tsv")
+    assert list(section.genes) == ["ACTB", "CD3E"] and section.spots.uns["gene_names"]["matched"] == 2
+    assert list(samplesheet.read(folder / "sheet.csv")[0].genes) == ["ENSG00000075624", "ENSG00000198851"]
+
+
+def test_two_species_in_a_section_are_refused_with_line_and_column(folder):
+    (folder / "s1.tsv").write_text(COUNTS.replace("ACTB", "ENSG00000075624").replace("CD3E", "ENSMUSG00000032093"))
+    refused(folder, "line 2: column counts: section S1: gene ids of 2 species")

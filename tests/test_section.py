@@ -66,6 +66,20 @@ def test_another_scale_is_recognised_and_the_named_factor_fits(tmp_path):
     make_section(tmp_path, n=20, xy_px=xy * 4 * factor * 0.99, image=np.zeros((96, 120, 3), np.uint8))
 
 
+def test_a_few_spots_outside_are_named_instead_of_a_scale(tmp_path):
+    xy = np.random.default_rng(1).uniform(5, 90, (24, 2))
+    xy[7], xy[9] = (130, 20), (4000, 20)
+    message = fitted(tmp_path, xy)
+    assert "2 of 24 spots lie outside" in message and "times" not in message
+    assert message.endswith("the other 22 lie inside; farthest out is spot 4x1 at (4000, 20)")
+    xy[11] = -7000, 8
+    assert "times" not in fitted(tmp_path, xy)  # three of 24 may be another resolution, but no factor mends a sign
+    xy[7] = xy[9] = 50, 50
+    assert fitted(tmp_path, xy).endswith(
+        "the other 23 lie inside; farthest out is spot 1x2 at (-7000, 8), a negative position"
+    )
+
+
 def test_negative_positions_are_named_for_what_they_are(tmp_path):
     message = fitted(tmp_path, [[-1.0, 5], [3, 4], [7, 8]])
     assert "1 of 3 spots" in message and "negative" in message

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sections import make_section, make_sections
 
 from stexp import InputError
-from stexp.data.splits import ROLES, assign_roles, folds
+from stexp.data.splits import ROLES, assign_roles, folds, spatial_blocks
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")
@@ -80,6 +80,22 @@ def test_folds_are_units_with_an_image_in_their_order():
     sections = [stub("B1"), stub("A1", slide=False), stub("C1", slide=False), stub("C2"), stub("B2")]
     assert folds(sections, STRICT) == ["B", "C"]
     assert folds(sections, PAPER) == ["B1", "C2", "B2"]
+
+
+@pytest.mark.parametrize("name", ["all", "null", "None"])
+def test_a_patient_that_fold_cannot_name_is_refused(name):
+    patients = [stub("A1"), stub("B1"), stub("C1")]
+    patients[1].patient = name
+    with pytest.raises(InputError, match=rf"a patient is called {name}, which fold= takes for something else"):
+        folds(patients, STRICT)
+    assert folds(patients, PAPER) == ["A1", "B1", "C1"]
+
+
+def test_a_fold_that_was_read_as_a_number_is_hinted_at():
+    patients = [stub("A1"), stub("B1")]
+    patients[1].patient = "10_1"
+    with pytest.raises(InputError, match=r"fold=101 is no patient .* 10_1 is read as 101, so give \"fold='10_1'\"$"):
+        assign_roles(patients, STRICT, "101")
 
 
 # validation
@@ -185,3 +201,59 @@ def test_two_sections_of_one_name_are_refused(tmp_path):
     sections = [*make_sections(tmp_path), make_section(tmp_path, "A1", "D", n=9)]
     with pytest.raises(InputError, match="2 sections are called A1"):
         assign_roles(sections, STRICT, "B")
+
+
+BLOCKS = Protocol("blocks", hold_out="block")
+
+
+@given(n=st.integers(3, 9), n_spots=st.integers(60, 200), seed=st.integers(0, 99))
+def test_blocks_are_of_one_size_and_compact(n, n_spots, seed):
+    xy = np.random.default_rng(seed).uniform(0, (300, 100), (n_spots, 2))
+    block = spatial_blocks(xy, n)
+    size = np.bincount(block, minlength=n)
+    assert len(size) == n and size.max() - size.min() <= n  # each cut rounds
+    for i in range(n):
+        low, high = xy[block == i].min(axis=0), xy[block == i].max(axis=0)
+        inside = ((xy > low) & (xy < high)).all(axis=1)
+        assert (block[inside] == i).all()  # a rectangle of its own
+    shuffled = np.random.default_rng(seed + 1).permutation(n_spots)
+    assert np.array_equal(spatial_blocks(xy[shuffled], n), block[shuffled])
+
+
+@pytest.mark.parametrize("side", [1, 24, 25])
+@pytest.mark.parametrize("validation", [True, False])
+def test_tiles_of_different_roles_share_no_pixel_where_blocks_are_held_out(side, validation):
+    protocol = Protocol("blocks", hold_out="block", validation=validation)
+    xy = np.random.default_rng(0).uniform(0, 300, (400, 2))
+    sections = [stub("A1", xy=xy), stub("A2", xy=xy[:200] + 7.5), stub("B1", slide=False)]
+    tested = np.zeros(400, int)
+    for fold in folds(sections, protocol):
+        roles = assign_roles(sections, protocol, fold, lambda section: side)
+        assert (roles["B1"] == "reference").all()
+        tested += roles["A1"] == "test"
+        painted = {}
+        for role in ("train", "validation", "test"):
+            canvas = np.zeros((400, 400), bool)
+            for x, y in np.floor(xy[roles["A1"] == role]).astype(int) + 50:
+                canvas[y - side // 2 : y - side // 2 + side, x - side // 2 : x - side // 2 + side] = True
+            painted[role] = canvas
+        assert painted["train"].any() and painted["test"].any() and painted["validation"].any() == validation
+        if side > 1:  # two points may share a pixel
+            assert (roles["A1"] == "gap").any()
+        assert not (painted["test"] & (painted["train"] | painted["validation"])).any()
+        assert not (painted["validation"] & painted["train"]).any()
+    assert (tested == 1).all()
+
+
+def test_block_folds_are_named_and_refused_by_name():
+    sections = [stub("A1", 40)]
+    assert folds(sections, BLOCKS) == ["block1", "block2", "block3", "block4"]
+    assert folds([stub("A1", 40, slide=False)], BLOCKS) == []
+    with pytest.raises(InputError, match="fold=A1 is no block.*choose one of block1, block2"):
+        assign_roles(sections, BLOCKS, "A1")
+    with pytest.raises(InputError, match="7 spots cannot be cut into 4 blocks of two or more"):
+        assign_roles([stub("A1", 7)], BLOCKS, "block1")
+    with pytest.raises(InputError, match="no section with an image is left to train on; protocol=blocks"):
+        assign_roles(sections, STRICT, "A")
+    with pytest.raises(InputError, match=r"protocol\.blocks=2: give 3 or more"):
+        Protocol("blocks", hold_out="block", blocks=2)

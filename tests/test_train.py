@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, callbacks, config
 from stexp.data.splits import folds
+from stexp.provenance import Stages
+from stexp.report import write_report
 from stexp.rescore import predict_again
+from stexp.score import main as score_main
 from stexp.score import score_run
-from stexp.train import train
+from stexp.train import main, train
 
 RUN_FOLDER = {
     "config.yaml",
@@ -165,6 +170,152 @@ def test_finished_run_is_not_run_again_and_another_config_is_refused(strict: Pat
         run(demo, strict, "trainer.max_epochs=4", "model.lr=0.01")
 
 
+def test_a_finished_run_whose_data_changed_is_said_to_be_old(strict: Path, demo: Path, tmp_path, monkeypatch) -> None:
+    cfg = configure(demo, strict, "trainer.max_epochs=4")
+    a, b, c = config.load_sections(cfg, config.build(cfg.protocol))
+    other = tmp_path / b.files[1].name
+    other.write_text("another content under the same name")
+    for sections, changed in (
+        ([a, replace(b, files=(b.files[0], other, *b.files[2:])), c], "B1"),
+        ([a, b, replace(c, patient="D")], "C1"),
+        ([a, c], "B1"),
+        ([a, b, c, replace(b, name="B2")], "B2"),
+    ):
+        with pytest.raises(InputError, match=rf"is finished, and its data changed since \({changed}\); choose another"):
+            train(cfg, sections, "A", strict)
+        monkeypatch.setattr("stexp.rescore.load_sections", lambda *_, sections=sections: sections)
+        with pytest.raises(InputError, match=rf"changed since .* \({changed}\); train again"):
+            predict_again(strict, {"k": 5}, "panel", str(tmp_path / "again"))
+    train(cfg, [a, b, c, replace(b, name="B2", slide=None)], "A", strict)  # which the split may have left out
+
+
+def copy_of(strict: Path, folder: Path) -> Path:
+    """A run folder elsewhere, with a config that says so."""
+    shutil.copytree(strict, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(str(strict), str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "commands", "says"),
+    [
+        ("config.yaml", b"", "retrieve train", "cannot be read: it holds no keys; train again with overwrite=true"),
+        ("config.yaml", b"- 1\n", "retrieve train", "cannot be read"),
+        ("config.yaml", b"\x89HDF\xff\x00", "retrieve train", "cannot be read"),
+        ("audit.json", b'{"protocol": ', "retrieve report train", "audit.json cannot be read"),
+        ("audit.json", b"{}", "retrieve train", "audit.json has no facts"),
+        ("metrics.json", b'{"scores"', "report", "metrics.json cannot be read"),
+        ("provenance.json", b"[1]", "retrieve report train", "provenance.json is no JSON object"),
+        ("provenance.json", b"{}", "retrieve report train", "lack|has no"),
+        ("per_gene.csv", b"", "report", "per_gene.csv names no gene"),
+        ("per_gene.csv", b"\x00\xff\xfe", "report", "per_gene.csv is not a table of numbers"),
+        ("predictions.h5ad", b"\x89HDF\r\n", "score retrieve report train", "predictions.h5ad cannot be read"),
+        ("floors.h5ad", b"", "score train", "floors.h5ad cannot be read"),
+        ("embeddings.h5ad", b"x", "retrieve", "embeddings.h5ad cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(strict, demo, tmp_path, name, content, commands, says) -> None:
+    folder = copy_of(strict, tmp_path / "run")
+    (folder / name).write_bytes(content)
+    run_command = {
+        "score": score_run,
+        "retrieve": lambda folder: predict_again(folder, {"k": 5}, "panel", None),
+        "report": write_report,
+        "train": lambda folder: run(demo, folder, "trainer.max_epochs=4"),
+    }
+    for command_ in commands.split():
+        with pytest.raises(InputError, match=says) as caught:
+            run_command[command_](folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("predictions.h5ad", lambda a: a.layers.pop("counts"), "has no layers/counts; delete it and give the command"),
+        ("predictions.h5ad", lambda a: a.uns["stexp"].pop("fold"), "has no uns/stexp/fold"),
+        ("predictions.h5ad", lambda a: a.uns.pop("stexp"), "has no uns/stexp/protocol, uns/stexp/fold"),
+        ("floors.h5ad", lambda a: a[:-1].copy(), "is of other spots than predictions.h5ad"),
+        ("floors.h5ad", lambda a: a[:, 1:].copy(), "is of other genes than predictions.h5ad"),
+        ("floors.h5ad", lambda a: a.layers.pop("strict:mean"), "has no floors under protocol strict"),
+        ("floors.h5ad", lambda a: a.uns["ceiling"]["paper"].pop("A1"), "has no ceiling of section A1 under protocol p"),
+        ("floors.h5ad", lambda a: a.uns.pop("ceiling"), "has no uns/ceiling"),
+    ],
+)
+def test_a_prediction_file_that_lacks_something_says_what(strict: Path, tmp_path: Path, name, damage, says) -> None:
+    for file in ("predictions.h5ad", "floors.h5ad"):
+        adata = ad.read_h5ad(strict / file)
+        if file == name:
+            left = damage(adata)
+            adata = left if isinstance(left, ad.AnnData) else adata
+        adata.write_h5ad(tmp_path / file)
+    with pytest.raises(InputError, match=rf"{name} {says}"):
+        score_run(tmp_path)
+
+
+def test_what_is_deleted_from_a_finished_run_is_made_again(strict: Path, demo: Path, tmp_path: Path) -> None:
+    folder = copy_of(strict, tmp_path / "run")
+    for name in ("predictions.h5ad", "provenance.json", "audit.json"):
+        (folder / name).unlink()
+    assert run(demo, folder, "trainer.max_epochs=4") == json.loads((strict / "metrics.json").read_text())
+    assert (folder / "audit.json").read_bytes() == (strict / "audit.json").read_bytes()
+    ours, theirs = (ad.read_h5ad(path / "predictions.h5ad") for path in (folder, strict))
+    assert np.array_equal(ours.layers["predicted"], theirs.layers["predicted"])
+    (folder / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"holds checkpoints or predictions, but no config\.yaml"):
+        run(demo, folder, "trainer.max_epochs=4", "overwrite=true")
+    (folder / "stages.json").write_text("{")
+    with pytest.raises(InputError, match=r"stages\.json cannot be read: .*; delete it and give the command that made"):
+        Stages(folder)
+
+
+def test_choosing_genes_leaves_the_number_of_threads(demo: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def stop(*_) -> None:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("stexp.data.features.frozen_features", stop)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="far enough"):
+        run(demo, tmp_path / "run")
+    assert seen == [before]
+
+
+def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def scored(acg: float | None, floor: float) -> dict:
+        def scores(value):
+            return {"pearson_acg": value, "pearson_heg50": value and value + 0.1}
+
+        floors = {"mean": scores(0.0), "colour_ridge": scores(floor), "depth_oracle": scores(0.9)}
+        return {"data": "demo", "model": "m", "protocol": "strict", "scores": scores(acg), "floors": floors}
+
+    made = {"A": scored(0.2, 0.1), "B": scored(0.4, -0.1), "C": scored(None, 0.2)}
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
+    monkeypatch.setattr("stexp.train.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
+    main.__wrapped__(configure(demo, tmp_path, "fold=all"))
+    head, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert " ".join(head) == "demo, m, protocol strict: 3 folds"
+    assert rows == [
+        ["A", "0.2000", "0.3000", "colour_ridge", "0.1000", "0.2000"],
+        ["B", "0.4000", "0.5000", "mean", "0.0000", "0.0000"],
+        ["C", "-", "-", "colour_ridge", "0.2000", "0.3000"],
+        ["mean", "0.3000", "0.4000", "0.1000", "0.1667"],
+    ]
+
+
+def test_an_output_folder_for_no_new_prediction_is_refused(strict: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("score", [f"run={strict}", f"output_dir={tmp_path / 'y'}"])
+    with pytest.raises(SystemExit):
+        score_main.__wrapped__(cfg)
+    assert "output_dir is for new predictions; change something" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+
+
 def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:
     metrics = run(demo, tmp_path / "paper", "protocol=paper", "protocol.k=50", "trainer.max_epochs=1", fold="B1")
     assert metrics["protocol"] == "paper" and set(metrics["scored_as"]) == {"strict"}
@@ -237,6 +388,14 @@ def command(name: str, *overrides: str, **environment: str) -> subprocess.Comple
         (["data.sections=[A1,X9]"], "X9 not in demo"),
         (["model.k=100000"], "reference spots; choose 1 to"),
         (["model.distance=l3"], "choose cosine, l1, l2"),
+        (["fold=2_0"], "fold=20 is no patient with an image"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: a whole number of at least 1 would fit"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a whole number of at least 1 would fit"),
+        (["hardware.threads=-1"], "hardware.threads=-1: a whole number of at least 1 would fit"),
+        (["seed=-1"], "seed=-1: a whole number of at least 0 would fit"),
+        (["data.tile_um=-5"], "data.tile_um=-5: a length above 0 in micrometres, or null, would fit"),
+        (["data.tile_um=wide"], "data.tile_um=wide: a length above 0 in micrometres, or null, would fit"),
+        (["data.tile_um=1e6"], "a tile of 500000 px is larger than the image (1750 x"),
         (["trainer.accelerator=gpu"], "no GPU here; take cpu or auto"),
         (["trainer.accelerator=tpu"], "choose auto, cpu or gpu"),
         (["data.augmentation=all"], "choose none, dihedral, paper"),
@@ -250,7 +409,7 @@ def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list
     cfg = configure(demo, tmp_path / "run", *overrides)
     with pytest.raises(InputError) as error:
         sections = config.load_sections(cfg, config.build(cfg.protocol))
-        train(cfg, sections, cfg.fold or "A", tmp_path / "run")
+        train(cfg, sections, str(cfg.fold or "A"), tmp_path / "run")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -283,7 +442,9 @@ def test_help_teaches_without_importing_torch(name: str) -> None:
 
 def test_prepare_and_floors_print_what_they_found(demo: Path, tmp_path: Path) -> None:
     common = [f"data.root={demo / 'data'}", "data.reader.patients=3", "data.reader.sections_per_patient=1"]
-    prepared = command("prepare", *common, f"data.cache_dir={demo / 'cache'}")
+    folder = tmp_path / "prepared"
+    prepared = command("prepare", *common, f"data.cache_dir={demo / 'cache'}", f"output_dir={folder}")
+    assert {path.name for path in folder.iterdir()} == {"qc.csv", "spots.csv.gz", "overlay", "overlay.png"}
     assert prepared.returncode == 0 and "demo: 3 sections of 3 patients" in prepared.stdout
     floors = command("floors", *common)
     assert floors.returncode == 0 and "depth_oracle (oracle)" in floors.stdout

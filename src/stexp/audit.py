@@ -12,7 +12,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     ----------
     facts
         ``patient_of``: section -> patient; ``train``, ``validation``, ``test``, ``reference``: sections in
-        each role (reference: those retrieved from); ``panel_sections``: those that chose the panel;
+        each role (reference: those retrieved from); ``panel_saw_test``: test sections that chose the panel;
         ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
         ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
@@ -34,8 +34,18 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         return {"name": name, "leak": bool(leak), "detail": if_leak if leak else if_clean}
 
     training, reference, validation = (same_patient(role) for role in ("train", "reference", "validation"))
-    saw, watched = sorted(test & set(facts["panel_sections"])), sorted(test & set(facts["validation"]))
+    saw, watched = sorted(facts["panel_saw_test"]), sorted(test & set(facts["validation"]))
+    shared = sorted(test & {*facts["train"], *facts["reference"], *facts["validation"]})
+    if protocol.hold_out == "block":
+        watched = []  # another block of the same section
     items = [
+        item(
+            "same_section_in_training",
+            shared,
+            f"other parts of the test section train, validate or are retrieved from: {', '.join(shared)}; scores say "
+            "how well a section is filled in, not how well another one is predicted",
+            "the test section is in no other role",
+        ),
         item(
             "same_patient_in_training",
             training,

@@ -9,12 +9,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,7 +45,7 @@ def build(node: Any, **extra: Any) -> Any:
     node
         Config node; containers without ``_target_`` come back as plain dict and list.
     extra
-        Further arguments of the outermost call, as they are.
+        What the outermost call gets besides, as it is: those of them that it names.
 
     Raises
     ------
@@ -79,10 +81,10 @@ def build(node: Any, **extra: Any) -> Any:
                 near = difflib.get_close_matches(key, known, n=1)
                 raise InputError(f"{target} takes no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     try:
-        return found(**arguments, **extra)
+        return found(**arguments, **{key: value for key, value in extra.items() if key in known})
     except InputError:
         raise
-    except (TypeError, ValueError) as error:  # of a value that no one checked
+    except (TypeError, ValueError, ImportError) as error:  # a value that no one checked, a package not installed
         raise InputError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -100,9 +102,13 @@ def load_run(folder: str | Path) -> DictConfig:
     if not path.is_file():
         raise InputError(f"{folder} is no run folder: it has no config.yaml")
     try:
-        return OmegaConf.create(OmegaConf.to_container(OmegaConf.load(path)))
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.load(path)))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
+    if not OmegaConf.is_dict(cfg) or not cfg:
+        raise InputError(f"{path} cannot be read: it holds no keys; train again with overwrite=true")
+    return cfg
 
 
 def protocols() -> dict[str, DictConfig]:
@@ -111,8 +117,9 @@ def protocols() -> dict[str, DictConfig]:
 
 
 def other_protocols(own: Protocol) -> dict[str, Protocol]:
-    """The protocols that a run is scored under besides its own."""
-    return {name: build(node) for name, node in protocols().items() if name != own.name}
+    """The protocols that a run is scored under besides its own: those with another truth or other highest genes."""
+    built = {name: build(node) for name, node in protocols().items() if name != own.name}
+    return {name: p for name, p in built.items() if p.hold_out != "block" and p.scoring != own.scoring}
 
 
 @contextmanager
@@ -126,7 +133,7 @@ def command() -> Iterator[None]:
         stream=sys.stderr,
         force=True,
     )
-    for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "timm"):
+    for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "tifffile", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # of Lightning: worker processes that index batches do not need, frozen encoders, resumed runs, no validation
     for message in (
@@ -147,6 +154,9 @@ def command() -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         after = "; what was finished is whole, the same command goes on from there" if full else ""
         print(f"stexp: error: {where}{error.strerror or error}{after}", file=sys.stderr)
+        sys.exit(2)
+    except OmegaConfBaseException as error:  # of a run's config that was cut
+        print(f"stexp: error: config: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stexp: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -177,13 +187,50 @@ def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
         if unknown:
             raise InputError(
                 f"data.sections: {', '.join(unknown)} not in {cfg.data.name}; there are {', '.join(there)}"
+                + "".join(misread(name, there, "data.sections=[{}]") for name in unknown)
             )
         sections = [section for section in sections if section.name in names]
     if cfg.data.um_per_px is not None:
         if not isinstance(cfg.data.um_per_px, int | float) or not 0 < cfg.data.um_per_px < float("inf"):
             raise InputError(f"data.um_per_px={cfg.data.um_per_px}: a number above 0 (say 0.5) would fit")
         sections = [replace(section, um_per_px=float(cfg.data.um_per_px)) for section in sections]
-    return sections
+    return _leave_out(cfg, sections) if cfg.data.leave_out else sections
+
+
+def _leave_out(cfg: DictConfig, sections: list[Section]) -> list[Section]:
+    from stexp.data.quality import leave_out
+    from stexp.data.tiles import TileSpec, open_tiles
+
+    flags = [cfg.data.leave_out] if isinstance(cfg.data.leave_out, str) else [str(name) for name in cfg.data.leave_out]
+    spec = TileSpec(cfg.data.tile_px, cfg.data.tile_um)
+    thresholds = build(cfg.data.quality)
+    kept = (cfg.data.cache_dir, cfg.data.tile_store)
+    return leave_out(sections, flags, thresholds, spec, lambda section: open_tiles(section, spec, *kept))
+
+
+def misread(given: str, names: Iterable[str], typed: str) -> str:
+    """Where `given` is how a command line reads one of `names` (10_1 is the number 101): what to type instead.
+
+    Parameters
+    ----------
+    typed
+        The argument, with ``{}`` where the name goes.
+
+    Returns
+    -------
+    str
+        The end of a sentence, or nothing.
+    """
+    parse = OverridesParser.create().parse_override
+    for name in names:
+        try:
+            value = parse(f"name={name}").value()
+        except HydraException:  # not a value without quotes
+            continue
+        if not isinstance(value, str) and str(value) == given:
+            quoted = typed.format(f"'{name}'")
+            return f'; without quotes {name} is read as {given}, so give "{quoted}"'
+    return ""
 
 
 def panel_of(cfg: DictConfig, protocol: Protocol) -> list[str] | None:
@@ -198,19 +245,19 @@ def build_data(
     cfg: DictConfig, sections: list[Section], protocol: Protocol, fold: str, panel: list[str] | None = None
 ) -> SpotDataModule:
     """The data module of a config; `panel` takes the place of the genes it would choose."""
+    from stexp.data.datamodule import SpotDataModule
+
     panel = panel or panel_of(cfg, protocol)
-    taken = {key: value for key, value in to_plain(cfg.data).items() if key not in _NOT_OF_THE_MODULE}
+    data = to_plain(cfg.data)
+    # a reader's own options stand in the data set's config under the names that the reader gives them
+    of_reader = set(data["reader"]) - set(inspect.signature(SpotDataModule).parameters) - {"_target_"}
+    taken = {key: value for key, value in data.items() if key not in _OF_THE_FRAME | of_reader}
     return build(taken, sections=sections, protocol=protocol, fold=fold, panel=panel, seed=cfg.seed)
 
 
-_NOT_OF_THE_MODULE = (
-    "name",
-    "root",
-    "sheet",
-    "reader",
-    "sections",
-    "published_sections",
-    "panel_file",
-    "published_panel_file",
-    "um_per_px",
-)
+# keys of a data set that are for what comes before the data module
+_OF_THE_FRAME = {
+    *("name", "root", "source", "download", "mirror", "keep_archives", "reader"),
+    *("sections", "published_sections", "panel_file", "published_panel_file"),
+    *("um_per_px", "quality", "leave_out"),
+}

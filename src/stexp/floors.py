@@ -8,15 +8,16 @@ import hydra
 import numpy as np
 import scipy.sparse as sp
 from omegaconf import DictConfig
-from sklearn.decomposition import PCA
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler, normalize
 
 from stexp import InputError
 from stexp.config import CONF, build, command, load_sections, panel_of
 from stexp.data.genes import choose_panel, normalise
 from stexp.data.section import Section
+from stexp.data.splits import units
 from stexp.metrics import mean_or_none, mean_over_sections, pearson_per_gene, score_section, top_genes
 from stexp.protocol import Protocol
+from stexp.ridge import RidgeProbe, ridge_slope
 
 ORACLES = frozenset({"depth_oracle"})
 """Floors that look at the test spots' counts; no method could."""
@@ -111,7 +112,8 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
     if train.features is not None and test.features is not None:
         x_train, x_test = _standardise(train.features, test.features)
         floors["knn_features"] = _knn(x_train, x_test, expression)
-        floors["ridge_features"] = _ridge(*_principal_components(x_train, x_test), expression)
+        probe = RidgeProbe.fit(train.features, expression)
+        floors["ridge_features"] = probe.predict(test.features)
     return {name: np.array(values, dtype=np.float32) for name, values in floors.items()}
 
 
@@ -221,29 +223,8 @@ def _standardise(x_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, n
     return scaler.transform(x_train), scaler.transform(x_test)
 
 
-def _principal_components(x_train: np.ndarray, x_test: np.ndarray, n: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    pca = PCA(min(n, *x_train.shape), svd_solver="covariance_eigh").fit(x_train)
-    return pca.transform(x_train), pca.transform(x_test)
-
-
 def _ridge(x_train: np.ndarray, x_test: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    """Ridge with an intercept on centred columns, penalty by generalised cross-validation (Golub et al. 1979)."""
-    n, mean = len(x_train), expression.mean(axis=0)
-    centred = expression - mean
-    eigenvalues, vectors = np.linalg.eigh(x_train.T @ x_train)
-    keep = eigenvalues > 1e-10 * max(eigenvalues.max(), 1e-300)
-    eigenvalues, vectors = eigenvalues[keep], vectors[:, keep]
-    projected = vectors.T @ (x_train.T @ centred)  # (kept, G); over the roots of the eigenvalues: U^T Y
-    explained = (projected**2).sum(axis=1) / eigenvalues
-    total = (centred**2).sum()
-
-    def gcv(penalty: float) -> float:
-        shrink = eigenvalues / (eigenvalues + penalty)
-        residual = total - ((2 * shrink - shrink**2) * explained).sum()
-        return residual / (n - 1 - shrink.sum()) ** 2 if shrink.sum() < n - 1 else np.inf  # 1: the intercept
-
-    penalty = min(n * np.logspace(-6, 4, 41), key=gcv)
-    return mean + x_test @ (vectors @ (projected / (eigenvalues + penalty)[:, None]))
+    return expression.mean(axis=0) + x_test @ ridge_slope(x_train, expression)
 
 
 def _nearest_section(
@@ -307,43 +288,50 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
     Returns
     -------
     dict
-        Floor (or ``ceiling``) -> mean scores over sections.
+        Floor (or ``ceiling``) -> mean scores over sections, or over the blocks of sections.
     """
-    unit = {section.name: section.patient if protocol.hold_out == "patient" else section.name for section in sections}
-    if len(set(unit.values())) < 2:
-        raise InputError(f"floors need two {protocol.hold_out}s at least; there is {', '.join(set(unit.values()))}")
+    unit = {section.name: units(section, protocol) for section in sections}
+    names = list(dict.fromkeys(np.concatenate(list(unit.values())).tolist()))
+    if len(names) < 2:
+        hint = "; protocol=blocks holds out parts of sections" if protocol.hold_out != "block" else ""
+        raise InputError(f"floors need two {protocol.hold_out}s at least; there is {', '.join(names)}{hint}")
     scores: dict[str, list[dict]] = {}
-    for held_out in dict.fromkeys(unit.values()):
-        training = [section for section in sections if unit[section.name] != held_out]
-        choosing = sections if protocol.panel == "all" else training
+    for held_out in names:
+        kept = [(section, unit[section.name] != held_out) for section in sections]
+        kept = [(section, spots) for section, spots in kept if spots.any()]
+        choosing = sections if protocol.panel == "all" else [section.take(spots) for section, spots in kept]
         genes = panel or choose_panel(choosing, protocol)
-        train = [_table(section, genes, protocol) for section in training]
+        train = [_table(section, genes, protocol, spots) for section, spots in kept]
         together = SpotTable(
             *(
                 np.concatenate([getattr(table, key) for table in train])
                 for key in ("expression", "log_depth", "section", "patient", "xy")
             )
         )
-        for section in (section for section in sections if unit[section.name] == held_out):
-            test = _table(section, genes, protocol)
+        for section in sections:
+            spots = unit[section.name] == held_out
+            if not spots.any():
+                continue
+            test, tested = _table(section, genes, protocol, spots), section.take(spots)
             ranking = test.expression if protocol.heg == "test" else together.expression
             heg = top_genes(ranking.mean(axis=0))
             for name, predicted in predict_floors(together, test).items():
                 scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
-            ceiling = ceiling_per_gene(section.counts(genes), section.total_counts, protocol)
+            ceiling = ceiling_per_gene(tested.counts(genes), tested.total_counts, protocol)
             scores.setdefault("ceiling", []).append(
                 {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])}
             )
     return {name: mean_over_sections(parts) for name, parts in scores.items()}
 
 
-def _table(section: Section, genes: list[str], protocol: Protocol) -> SpotTable:
+def _table(section: Section, genes: list[str], protocol: Protocol, spots: np.ndarray) -> SpotTable:
+    """Those of a section's spots that a mask (n_spots,) names."""
     return SpotTable(
-        expression=normalise(section.counts(genes), section.total_counts, protocol),
-        log_depth=np.log1p(section.total_counts),
-        section=np.full(len(section), section.name),
-        patient=np.full(len(section), section.patient),
-        xy=unit_square(section.xy_px),
+        expression=normalise(section.counts(genes), section.total_counts, protocol)[spots],
+        log_depth=np.log1p(section.total_counts)[spots],
+        section=np.full(spots.sum(), section.name),
+        patient=np.full(spots.sum(), section.patient),
+        xy=unit_square(section.xy_px)[spots],
     )
 
 

@@ -37,3 +37,38 @@ def info_nce(
     image_loss = F.cross_entropy(logits.T, same)
     spot_loss = F.cross_entropy(logits, same)
     return image_weight * image_loss + (1 - image_weight) * spot_loss
+
+
+def soft_info_nce(
+    image: torch.Tensor, spot: torch.Tensor, temperature: float = 1.0, target_temperature: str = "multiply"
+) -> torch.Tensor:
+    """InfoNCE whose targets are how alike spots and tiles are among themselves, in both directions (BLEEP).
+
+    Parameters
+    ----------
+    image, spot : (B, D)
+        Embeddings I and S of the same B spots.
+    temperature
+        tau, which divides the logits S I^T; > 0.
+    target_temperature
+        Targets are the rows of softmax((I I^T + S S^T) / 2 x tau) (``multiply``: paper, and code until October
+        2024), or of softmax((I I^T + S S^T) / 2 / tau) (``divide``: code since).
+
+    Returns
+    -------
+    Tensor, shape ()
+        Mean of both cross entropies over the spots, in nats.
+
+    Notes
+    -----
+    As published, gradients go through the targets, and the image loss has the transposed targets, whose rows do not
+    sum to 1. Computed in float32, as :func:`info_nce` is.
+    """
+    with torch.autocast(spot.device.type, enabled=False):
+        image, spot = image.float(), spot.float()
+        logits = spot @ image.T / temperature
+        alike = (image @ image.T + spot @ spot.T) / 2
+        target = (alike * temperature if target_temperature == "multiply" else alike / temperature).softmax(dim=1)
+        spot_loss = -(target * logits.log_softmax(dim=1)).sum(dim=1)
+        image_loss = -(target.T * logits.T.log_softmax(dim=1)).sum(dim=1)
+        return ((spot_loss + image_loss) / 2).mean()

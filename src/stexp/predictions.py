@@ -1,4 +1,4 @@
-"""``predictions.h5ad``: observed and predicted expression of the held-out spots, for people and for scoring."""
+"""``predictions.h5ad``: observed and predicted expression of the held-out spots; and reading files of a run folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from stexp import InputError
 from stexp.data.section import Section
 from stexp.metrics import top_genes
 from stexp.protocol import Protocol
+
+AGAIN = "give the command that made the run again"
+"""What makes a missing file of a run folder: the command goes on from what is there."""
 
 
 def make_predictions(
@@ -75,8 +78,8 @@ def add_images(adata: ad.AnnData, sections: list[Section], spot_um: float = 100.
         if section.slide is None:
             continue
         thumbnail, scale = section.slide.thumbnail(max_px)
-        spacing = _spacing(section.xy_px)
-        diameter = min(spot_um / section.um_per_px, spacing) if section.um_per_px else spacing / 2
+        pitch = spacing(section.xy_px)
+        diameter = min(spot_um / section.um_per_px, pitch) if section.um_per_px else pitch / 2
         images[section.name] = {
             "images": {"hires": thumbnail},
             "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": diameter},
@@ -91,14 +94,46 @@ def write(adata: ad.AnnData, path: Path) -> None:
     os.replace(part, path)
 
 
-def read(path: Path) -> ad.AnnData:
-    """Read an h5ad of a run folder."""
+def read(path: Path, *needs: str) -> ad.AnnData:
+    """Read an h5ad of a run folder.
+
+    Parameters
+    ----------
+    needs
+        What it must hold, as ``layers/counts`` or ``uns/stexp/fold``.
+
+    Raises
+    ------
+    InputError
+        The file is missing or damaged, or lacks something.
+    """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: the run has not got that far; start it again to finish it")
+        raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
-        return ad.read_h5ad(path)
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        adata = ad.read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise errors of every kind at damaged bytes
+        raise _damaged(path, error) from error
+    absent = [need for need in needs if not _holds(adata, need)]
+    if absent:
+        raise InputError(f"{path} has no {', '.join(absent)}; delete it and {AGAIN}")
+    return adata
+
+
+def read_json(path: Path, *needs: str) -> dict:
+    """Read a JSON object of a run folder; InputError where it is missing or damaged, or lacks a key of `needs`."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
+    try:
+        # NaN is not JSON, but Python writes it; both mean "no value"
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object; delete it and {AGAIN}")
+    absent = [key for key in needs if key not in content]
+    if absent:
+        raise InputError(f"{path} has no {', '.join(absent)}; delete it and {AGAIN}")
+    return content
 
 
 def protocol_of(adata: ad.AnnData) -> Protocol:
@@ -109,13 +144,29 @@ def protocol_of(adata: ad.AnnData) -> Protocol:
         raise InputError(f"these predictions do not say their protocol ({error}); they are not whole") from None
 
 
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{path} cannot be read: {reason}; delete it and {AGAIN}")
+
+
+def _holds(adata: ad.AnnData, need: str) -> bool:
+    attribute, *keys = need.split("/")
+    held = getattr(adata, attribute)
+    for key in keys:
+        if key not in held:
+            return False
+        held = held[key]
+    return True
+
+
 def _mean_measured(values: np.ndarray) -> np.ndarray:
     """Mean over the spots where a gene was measured; NaN where it never was."""
     measured = ~np.isnan(values)
     return np.where(measured.any(0), np.nansum(values, axis=0) / np.maximum(measured.sum(0), 1), np.nan)
 
 
-def _spacing(xy: np.ndarray) -> float:
+def spacing(xy: np.ndarray) -> float:
+    """Median distance of spots (N, 2) to their nearest neighbour; 100 for a single spot."""
     from scipy.spatial import cKDTree
 
     return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else 100.0

@@ -1,51 +1,124 @@
-"""``stexp-prepare data=her2st``: read a data set, check it, cut its tiles, say what is there."""
+"""``stexp-prepare data=her2st``: bring a data set, check it, cut its tiles, say and show what is there."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import hydra
-import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from stexp.config import CONF, build, command, load_sections
+from stexp.config import CONF, build, command, load_sections, panel_of, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
 def main(cfg: DictConfig) -> None:
     with command():
-        sections = load_sections(cfg, build(cfg.protocol))
-        table = pd.DataFrame([describe(section, cfg) for section in sections])
-        print(table.to_string(index=False))
-        with_image = int((table["image"] != "-").sum())
-        print(
-            f"{cfg.data.name}: {len(table)} sections of {table['patient'].nunique()} patients, "
-            f"{table['spots'].sum()} spots; {with_image} with an image, tiles in {Path(cfg.data.cache_dir) / 'tiles'}"
-        )
+        from stexp.data.download import fetch_configured
+
+        fetch_configured(cfg.data)
+        protocol = build(cfg.protocol)
+        sections = load_sections(cfg, protocol)
+        summary = prepare(cfg, sections, panel_of(cfg, protocol))
+        print("\n".join(lines(summary, cfg)))
 
 
-def describe(section, cfg: DictConfig) -> dict:
-    """One row of the summary: what a person would check. Cuts the section's tiles."""
+def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.DataFrame:
+    """Cut tiles, measure, draw; write ``qc.csv``, ``spots.csv.gz``, ``overlay/`` and ``overlay.png``.
+
+    Returns
+    -------
+    DataFrame
+        A row per section, as in ``qc.csv``.
+    """
+    from stexp import overlay
+    from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.tiles import TileSpec, open_tiles
 
-    totals, padded = section.total_counts, "-"
-    if section.slide is not None:
-        store = open_tiles(section, TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir)
-        padded = json.loads(Path(store.filename).with_suffix(".json").read_text())["padded"]
-    return {
-        "section": section.name,
-        "patient": section.patient,
-        "spots": len(section),
-        "genes": len(section.genes),
-        "median_umi": int(np.median(totals)),
-        "min_umi": int(totals.min()),
-        "no_counts": int((totals == 0).sum()),
-        "um_per_px": "-" if section.um_per_px is None else round(section.um_per_px, 3),
-        "image": "-" if section.slide is None else "{} x {}".format(*section.slide.size),
-        "padded_tiles": padded,
-    }
+    folder, thresholds = Path(cfg.output_dir), build(cfg.data.quality)
+    spec, kept = TileSpec(cfg.data.tile_px, cfg.data.tile_um), (cfg.data.cache_dir, cfg.data.tile_store)
+    (folder / "overlay").mkdir(parents=True, exist_ok=True)
+    rows, spots, pictures = [], [], []
+    for number, section in enumerate(sections, start=1):
+        log.info("section %s (%d of %d)", section.name, number, len(sections))
+        tiles = None if section.slide is None else open_tiles(section, spec, *kept)
+        table = inspect(section, tiles, spec, thresholds)
+        row = summarise(section, table)
+        if tiles is not None:
+            facts = json.loads(Path(tiles.filename).with_suffix(".json").read_text())
+            row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
+        if panel is not None:
+            row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
+        rows.append(row)
+        spots.append(_spot_rows(section, table))
+        pictures.append(folder / "overlay" / f"{section.name}.png")
+        overlay.save(overlay.draw(section, table["flags"], row.get("tile_side_px")), pictures[-1])
+    if len(pictures) > 1:
+        overlay.sheet(pictures, folder / "overlay.png")
+    summary = pd.DataFrame(rows)
+    summary["stands_apart"] = stands_apart(summary, thresholds.stands_apart)
+    write_atomically(folder / "qc.csv", summary.to_csv(index=False, float_format="%.6g"))
+    part = folder / ".spots.csv.gz.part"
+    pd.concat(spots).to_csv(part, index=False, float_format="%.6g", compression="gzip")
+    os.replace(part, folder / "spots.csv.gz")
+    return summary
+
+
+def _spot_rows(section, table: pd.DataFrame) -> pd.DataFrame:
+    """What ``spots.csv.gz`` says of a section's spots."""
+    where = pd.DataFrame(
+        {
+            "section": section.name,
+            "spot": section.spots.obs_names,
+            "array_x": section.array_xy[:, 0],
+            "array_y": section.array_xy[:, 1],
+            "pixel_x": section.xy_px[:, 0],
+            "pixel_y": section.xy_px[:, 1],
+        }
+    )
+    return pd.concat([where, table.reset_index(drop=True)], axis=1)
+
+
+def lines(summary: pd.DataFrame, cfg: DictConfig) -> list[str]:
+    """The summary as a person reads it: a table, what stands apart, what is flagged, where the files are."""
+    from stexp.data.quality import FLAGS
+
+    def cell(value: object, text: str) -> str:
+        return "-" if value is None or value != value else text.format(value)  # NaN is not itself
+
+    shown = summary[["section", "patient", "spots", "genes"]].copy()
+    for name, text in (("median_counts", "{:.0f}"), ("min_counts", "{:.0f}"), ("um_per_px", "{:.3f}")):
+        shown[name] = [cell(value, text) for value in summary[name]]
+    size = zip(summary["image_width"], summary["image_height"], strict=True)
+    shown["image"] = [cell(width, "{:.0f}") + cell(height, " x {:.0f}").replace(" -", "") for width, height in size]
+    for name, title in (("padded_tiles", "padded"), ("off_tissue", "off_tissue"), ("flagged", "flagged")):
+        measured = summary[name] if name in summary else [None] * len(summary)
+        there = summary["image_width"].notna() | (name == "flagged")
+        shown[title] = [cell(value if t else None, "{:.0f}") for value, t in zip(measured, there, strict=True)]
+    if summary["left_out"].any():
+        shown["left_out"] = summary["left_out"]
+    if "panel_size" in summary:
+        shown["panel"] = [f"{n}/{size}" for n, size in zip(summary["panel_genes"], summary["panel_size"], strict=True)]
+    shown["apart"] = ["yes" if text else "" for text in summary["stands_apart"]]
+    out = [shown.to_string(index=False)]
+    apart = summary.loc[summary["stands_apart"] != "", ["section", "stands_apart"]]
+    out += [f"{name} stands apart: {text}" for name, text in apart.itertuples(index=False)]
+    flagged = {flag: int(summary[flag].sum()) for flag in FLAGS if summary[flag].any()}
+    if flagged:
+        counts = ", ".join(f"{n} {flag}" for flag, n in flagged.items())
+        out.append(f"flagged spots: {counts}; they stay, unless data.leave_out names their flag")
+    with_image = int(summary["image_width"].notna().sum())
+    out.append(
+        f"{cfg.data.name}: {len(summary)} sections of {summary['patient'].nunique()} patients, "
+        f"{summary['spots'].sum()} spots; {with_image} with an image, tiles in {Path(cfg.data.cache_dir) / 'tiles'}"
+    )
+    out.append(f"wrote {cfg.output_dir}: qc.csv, spots.csv.gz; look at overlay/ to see that spots lie on their tissue")
+    return out
 
 
 if __name__ == "__main__":

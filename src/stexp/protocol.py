@@ -21,11 +21,15 @@ class Protocol:
     name
         Stands beside every score.
     hold_out
-        What a fold holds out: all sections of a ``"patient"``, or one ``"section"``, with the other
-        sections of its patient left in training and reference.
+        What a fold holds out: all sections of a ``"patient"``; one ``"section"``, with the other sections of
+        its patient left in training and reference; or one of the `blocks` that every section is cut into,
+        for data of one section or patient. Blocks share tissue, stain and depth with what trains, so their
+        scores say how well a section is filled in, not how well another one is predicted.
     validation
         Keep part of the training side apart (a patient where three or more train, else a section, else a
         quarter of the spots), choose the checkpoint and k on it. False: last epoch, k as given.
+    blocks
+        Compact parts of about equal size that ``hold_out="block"`` cuts a section into.
     panel
         Sections that choose the predicted genes: ``"train"`` or ``"all"`` (the test section too).
     n_hvg, min_spots, panel_size
@@ -52,7 +56,8 @@ class Protocol:
     """
 
     name: str
-    hold_out: Literal["patient", "section"] = "patient"
+    hold_out: Literal["patient", "section", "block"] = "patient"
+    blocks: int = 4
     validation: bool = True
     panel: Literal["train", "all"] = "train"
     n_hvg: int = 1000
@@ -67,6 +72,16 @@ class Protocol:
     k: int | Literal["auto"] = "auto"
     published: bool = False
 
+    @property
+    def scoring(self) -> tuple:
+        """What a score depends on besides the split."""
+        return (*self.scale, self.heg)
+
+    @property
+    def scale(self) -> tuple:
+        """What the scale of the truth depends on."""
+        return self.truth, self.library, self.log, self.target_sum
+
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(type(self)).items():
             value = getattr(self, key)
@@ -74,3 +89,14 @@ class Protocol:
                 raise InputError(f"protocol.{key}={value}: choose {' or '.join(get_args(kind))}")
         if self.k != "auto" and not (isinstance(self.k, int) and self.k >= 1):
             raise InputError(f"protocol.k={self.k}: give a whole number of neighbours, or auto")
+        if not isinstance(self.name, str) or not self.name or set(self.name) & set("/\\:"):
+            raise InputError(f"protocol.name={self.name}: a name without slashes and colons would fit")
+        for key, value in (("n_hvg", self.n_hvg), ("panel_size", 1 if self.panel_size is None else self.panel_size)):
+            if not (isinstance(value, int) and value >= 1):
+                raise InputError(f"protocol.{key}={value}: a whole number of at least 1 would fit")
+        if not (isinstance(self.min_spots, int | float) and 0 <= self.min_spots <= 1):
+            raise InputError(f"protocol.min_spots={self.min_spots}: a fraction of the spots, 0 to 1, would fit")
+        if not (isinstance(self.target_sum, int | float) and 0 < self.target_sum < float("inf")):
+            raise InputError(f"protocol.target_sum={self.target_sum}: a number above 0 (say 10000) would fit")
+        if not (isinstance(self.blocks, int) and self.blocks >= 3):
+            raise InputError(f"protocol.blocks={self.blocks}: give 3 or more: one tests, one validates, the rest train")

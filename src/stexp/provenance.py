@@ -17,6 +17,7 @@ from stexp import hardware
 from stexp.config import write_atomically
 from stexp.data.section import Section
 from stexp.data.tiles import file_digest
+from stexp.predictions import read_json
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Stages:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "stages.json"
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -49,10 +50,20 @@ def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
         "seconds": round(sum(stages.seconds.values()), 1),
         "stages": stages.seconds,
         **hardware.peak_memory(),
+        **size(data.trainer),
         "hardware": {"device": device, **hardware.describe()},
         "precision": precision,
         "versions": versions(),
         "data_manifest": manifest(data.sections),
+    }
+
+
+def size(trainer) -> dict:
+    """Epochs trained, and numbers in all parameters and in those that train, of what a Lightning trainer holds."""
+    parameters = [(p.numel(), p.requires_grad) for p in trainer.lightning_module.parameters()]
+    return {
+        "epochs": trainer.current_epoch,
+        "parameters": {"total": sum(n for n, _ in parameters), "trained": sum(n for n, trains in parameters if trains)},
     }
 
 

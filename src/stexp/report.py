@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from stexp import InputError
 from stexp.plots import LEVELS, is_oracle, score_chart, section_maps
+from stexp.predictions import read, read_json
 
 HELP = """\
 usage: stexp-report run=<run folder>
@@ -41,6 +42,24 @@ SCORES = [
     ("ccc", "CCC", False),
     ("rvd", "RVD", True),
 ]
+# columns of the gene table that every run has
+GENE_COLUMNS = [
+    ("gene", "Gene"),
+    ("pearson", "Pearson"),
+    ("spearman", "Spearman"),
+    ("mse", "MSE"),
+    ("mean_observed", "Mean"),
+    ("heg50", "HEG50"),
+    ("n_sections", "Sections"),
+]
+NEEDED = (
+    *(f"layers/{key}" for key in ("observed", "predicted")),
+    *(f"obs/{key}" for key in ("section", "patient", "spot")),
+    *(f"uns/stexp/{key}" for key in ("protocol", "config")),
+    "obsm/spatial",
+)
+"""What the report reads of ``predictions.h5ad``."""
+
 FLOORS = {
     "mean": "mean of the training spots, the same for every spot",
     "nearest_section": "mean of the training section whose colours are nearest",
@@ -73,12 +92,12 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise InputError(f"{run} is not a folder; give a run folder, as in run=runs/x")
-    metrics, audit, provenance = (_read_json(run / f"{name}.json") for name in ("metrics", "audit", "provenance"))
+    metrics, audit, provenance = (read_json(run / f"{name}.json") for name in ("metrics", "audit", "provenance"))
     genes = _read_genes(run / "per_gene.csv")
-    predictions = _read_predictions(run / "predictions.h5ad")
+    predictions = read(run / "predictions.h5ad", *NEEDED)
     try:
         page = _render(metrics, audit, provenance, genes, predictions)
-    except (KeyError, jinja2.UndefinedError) as error:
+    except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise InputError(
             f"{run}: its files lack something ({error}); score the run again (stexp-score run={run})"
         ) from error
@@ -113,8 +132,8 @@ def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
     if best is None or acg is None:
         return numbers, "Without a score and a floor nothing can be said about skill.", False
 
-    lost = {}
-    for score, where in (("pearson_acg", "all genes"), ("pearson_heg50", "the 50 highest")):
+    lost, asked = {}, [("pearson_acg", "all genes"), ("pearson_heg50", "the 50 highest")]
+    for score, where in asked if _highest(metrics) else asked[:1]:
         own = scores.get(score)
         there = {
             name: values[score]
@@ -163,12 +182,26 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def changes(metrics: dict[str, Any]) -> str:
+    """What was changed where a run was retrieved from again, as it is typed: ``k=50, genes=FASN+ERBB2``; else empty."""
+    parts = []
+    for key, value in metrics.get("chosen", {}).get("changed", {}).items():
+        names = value if isinstance(value, list) else [value]
+        parts.append(f"{key}={'+'.join(map(str, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    return ", ".join(parts)
+
+
 def unit(protocol: dict[str, Any]) -> str:
     """The expression scale of a protocol, as a legend says it."""
     share = "gene's counts in the section" if protocol["truth"] == "gene" else f"spot's {protocol['library']} counts"
     return (
         f"{'ln' if protocol['log'] == 'natural' else 'log10'}(1 + {protocol['target_sum']:,.0f} x share of the {share})"
     )
+
+
+def _highest(metrics: dict[str, Any]) -> bool:
+    """Whether the 50 highest genes are others than all genes."""
+    return metrics["n_genes"] > 50
 
 
 def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData) -> str:
@@ -193,6 +226,10 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
         "table": {"columns": _columns(genes, best), "rows": genes},
     }
     numbers, statement, beats = verdict(metrics)
+    heg = "Pearson HEG50" if _highest(metrics) else f"Pearson HEG50 (all {metrics['n_genes']})"
+    charts = [score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)")]
+    if _highest(metrics):
+        charts.append(score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)"))
     return environment.get_template("report.html.j2").render(
         metrics=metrics,
         audit=audit,
@@ -204,11 +241,10 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
         beats=beats,
         best=best,
         is_oracle=is_oracle,
-        charts=[
-            score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)"),
-            score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)"),
-        ],
-        columns=SCORES,
+        charts=charts,
+        columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
+        heg=heg,
+        changes=changes(metrics),
         floor_notes=FLOORS,
         config=str(about["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
@@ -221,15 +257,7 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
 
 def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
     """Columns of the gene table, and the gain over the best floor that its rows get here."""
-    columns = [
-        ("gene", "Gene"),
-        ("pearson", "Pearson"),
-        ("spearman", "Spearman"),
-        ("mse", "MSE"),
-        ("mean_observed", "Mean"),
-        ("heg50", "HEG50"),
-        ("n_sections", "Sections"),
-    ]
+    columns = list(GENE_COLUMNS)
     floor = f"floor_{best}"
     if best and all(floor in row for row in genes):
         for row in genes:
@@ -241,58 +269,29 @@ def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
     return [{"key": key, "label": heading} for key, heading in columns]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        # NaN is not JSON, but Python writes it; to the page both are "no value"
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); score the run again (stexp-score run={path.parent})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object; score the run again (stexp-score run={path.parent})")
-    return content
-
-
 def _read_genes(path: Path) -> list[dict[str, Any]]:
+    again = f"score the run again (stexp-score run={path.parent})"
     if not path.is_file():
-        raise _missing(path)
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        raise InputError(f"{path} does not exist; {again}")
     words = {"true": 1.0, "false": 0.0, "": math.nan}
     try:
-        return [
-            {key: text if key == "gene" else _finite(words.get(text.lower(), text)) for key, text in row.items()}
-            for row in rows
-        ]
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a table of numbers ({error}); score the run again") from None
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                {key: text if key == "gene" else _finite(words.get(text.lower(), text)) for key, text in row.items()}
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, AttributeError, csv.Error) as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
+    if not rows:
+        raise InputError(f"{path} names no gene; {again}")
+    absent = [key for key, _ in GENE_COLUMNS if key not in rows[0]]
+    if absent:
+        raise InputError(f"{path} has no column {', '.join(absent)}; {again}")
+    return rows
 
 
 def _finite(value: float | str) -> float | None:
     return float(value) if math.isfinite(float(value)) else None
-
-
-def _read_predictions(path: Path) -> ad.AnnData:
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        predictions = ad.read_h5ad(path)
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path} is not a whole h5ad file ({error}); predict the run again") from None
-    absent = [f"layers[{key!r}]" for key in ("observed", "predicted") if key not in predictions.layers]
-    absent += [f"obs[{key!r}]" for key in ("section", "patient", "spot") if key not in predictions.obs]
-    absent += ["obsm['spatial']"] * ("spatial" not in predictions.obsm) + ["uns['stexp']"] * (
-        "stexp" not in predictions.uns
-    )
-    if absent:
-        raise InputError(f"{path} has no {', '.join(absent)}: a prediction file of stexp has them")
-    return predictions
-
-
-def _missing(path: Path) -> InputError:
-    maker = "stexp-train" if path.name in ("predictions.h5ad", "provenance.json") else f"stexp-score run={path.parent}"
-    return InputError(f"{path} does not exist; {maker} writes it")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         if not argv[0].startswith("run="):
             raise InputError(f"{argv[0]!r} is not understood; give run=<folder>, as in: stexp-report run=runs/x")
         report = write_report(argv[0].removeprefix("run="))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"stexp-report: {error}", file=sys.stderr)
         return 2
     print(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")

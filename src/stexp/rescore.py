@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
@@ -15,10 +16,17 @@ from stexp import InputError, predictions
 from stexp.audit import audit
 from stexp.config import build_data, load_run, load_sections, write_atomically
 from stexp.provenance import command_line, now
-from stexp.results import write_scored_files
+from stexp.results import changed_data, write_scored_files
 from stexp.retrieval import ReferenceIndex, choose_references, retrieve
 
 log = logging.getLogger(__name__)
+
+NEEDED = (
+    "obs/role",
+    "obs/section",
+    *(f"obsm/{key}" for key in ("spot_embedding", "image_embedding", "features", "colour")),
+)
+"""What retrieval reads of ``embeddings.h5ad``."""
 
 
 def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: str | None) -> Path:
@@ -47,13 +55,18 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     """
     if not (run / "embeddings.h5ad").is_file():
         raise InputError(f"{run} has no embeddings.h5ad: it is unfinished, or its method does not retrieve")
-    cfg, kept = load_run(run), predictions.read(run / "embeddings.h5ad")
-    before = predictions.read(run / "predictions.h5ad")
+    cfg, kept = load_run(run), predictions.read(run / "embeddings.h5ad", *NEEDED)
+    before = predictions.read(run / "predictions.h5ad", "uns/stexp/chosen")
+    facts = predictions.read_json(run / "audit.json", "facts")["facts"]
+    record = predictions.read_json(run / "provenance.json", "command")
     chosen = json.loads(before.uns["stexp"]["chosen"])
     cfg.model = OmegaConf.merge(cfg.model, {"k": chosen["k"]}, changes)
     panel = list(before.var_names)
     protocol = predictions.protocol_of(before)
     sections = load_sections(cfg, protocol)
+    changed = changed_data(run, sections)
+    if changed:
+        raise InputError(f"the data under {cfg.data.root} changed since {run} ({', '.join(changed[:5])}); train again")
     if genes != "panel":
         panel = _panel(genes, [section for section in sections if section.name in set(kept.obs["section"])])
     data = build_data(cfg, sections, protocol, str(cfg.fold), panel=panel)
@@ -77,6 +90,7 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     )
     made = {key: value.numpy() if torch.is_tensor(value) else value for key, value in made.items()}
     made["image_embedding"] = query.numpy()
+    made["obs"] = pd.concat([made.get("obs"), before.obs.filter(like="qc_").reset_index(drop=True)], axis=1)
 
     what = {**changes, **({} if genes == "panel" else {"genes": genes})}
     folder = Path(output_dir) if output_dir else run / "rescored" / _name(what)
@@ -84,16 +98,14 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     log.info(
         "predicted %d spots x %d genes again from %d references (%s)", len(query), len(panel), len(rows), _name(what)
     )
-    chosen = {**({} if "k" in changes else chosen), "k": cfg.model.k, "rescored_from": run.name, "changed": what}
+    chosen = {**({} if changes else chosen), "k": cfg.model.k, "rescored_from": run.resolve().name, "changed": what}
     write_scored_files(folder, cfg, data, made, kept.obsm["features"], kept.obsm["colour"], chosen)
-    facts = json.loads((run / "audit.json").read_text())["facts"]
     facts |= {"reference": list(table["section"].unique())}
     if changes:
         facts["k_chosen_on"] = "after_scoring"
     if genes != "panel":
-        facts["panel_sections"] = []
+        facts["panel_saw_test"] = []
     write_atomically(folder / "audit.json", json.dumps(audit(protocol, facts), indent=1))
-    record = json.loads((run / "provenance.json").read_text())
     record |= {"trained_by": record["command"], "command": command_line(), "date": now()}
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))

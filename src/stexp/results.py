@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from stexp import predictions
 from stexp.audit import audit
-from stexp.config import other_protocols, write_atomically
+from stexp.config import build, other_protocols, write_atomically
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
+from stexp.data.quality import Thresholds, inspect
+from stexp.data.section import Section
 from stexp.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
 from stexp.protocol import Protocol
 from stexp.provenance import git_state, manifest
@@ -40,6 +42,7 @@ def write_results(
     }
     if "obs" in outputs[0]:
         made["obs"] = pd.concat([output["obs"] for output in outputs], ignore_index=True)
+    made["obs"] = pd.concat([made.get("obs"), quality_of_test(data, build(cfg.data.quality))], axis=1)
     colour = colours(data)
     reference: list[str] = []
     if getattr(model, "reference_embedding", None) is not None:
@@ -60,13 +63,27 @@ def write_results(
         "validation": data.names("validation"),
         "test": data.names("test"),
         "reference": reference,
-        "panel_sections": data.panel_sections,
+        "panel_saw_test": data.panel_saw,
         "checkpoint": "best" if best_checkpoint else "last",
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
         "published_settings": data.protocol.published,
         "spot_context": getattr(model, "spot_context", None),
     }
     write_atomically(folder / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
+
+
+def changed_data(folder: Path, sections: list[Section]) -> list[str]:
+    """Sections whose files or patient are no longer what the run in `folder` read, and those with an image it lacks."""
+    recorded = predictions.read_json(folder / "provenance.json", "data_manifest")["data_manifest"]
+    patient_of = predictions.read_json(folder / "audit.json", "facts")["facts"].get("patient_of", {})
+    today = manifest([section for section in sections if section.name in recorded])
+    changed = {name for name in recorded if today.get(name) != recorded[name]}
+    # sections without an image may have been left out, by the split or for genes they do not measure
+    changed |= {section.name for section in sections if section.name not in recorded and section.slide is not None}
+    changed |= {
+        section.name for section in sections if section.patient != patient_of.get(section.name, section.patient)
+    }
+    return sorted(changed)
 
 
 def write_scored_files(
@@ -149,14 +166,27 @@ def floors_under(
 
 
 def colours(data: SpotDataModule) -> np.ndarray:
-    """`colour_statistics` of every spot's tile, (n_spots, 9); NaN for spots without an image."""
-    data.setup()
+    """`colour_statistics` of every spot's tile as a method sees it, (n_spots, 9); NaN for spots without an image."""
     out = np.full((len(data.spots), 9), np.nan)
-    stores = iter(data.bank.stores)
-    for section in data.sections:
-        if section.slide is not None:
-            out[np.flatnonzero(data.spots["section"] == section.name)] = colour_statistics(next(stores))
+    with_image = [section.name for section in data.sections if section.slide is not None]
+    rows = np.flatnonzero(data.spots["section"].isin(with_image))
+    for part in np.array_split(rows, -(-len(rows) // data.eval_batch_size)):
+        out[part] = colour_statistics(data.tiles(part).numpy())
     return out
+
+
+def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFrame:
+    """The ``qc_`` columns of the test spots, in their order."""
+    data.setup()
+    stores = iter(data.bank.stores)
+    tiles = {section.name: next(stores) for section in data.sections if section.slide is not None}
+    test = [section for section in data.sections if section.name in data.names("test")]
+    for section in test:
+        inspect(section, tiles[section.name], data.tile, thresholds)
+    columns = pd.concat(
+        [section.spots.obs.filter(like="qc_").add_prefix(f"{section.name}:", axis=0) for section in test]
+    )
+    return columns.loc[data.spots.index[data.rows("test")]].reset_index(drop=True)
 
 
 def embedding_table(

@@ -25,8 +25,18 @@ from stexp.metrics import (
     top_genes,
 )
 from stexp.protocol import Protocol
+from stexp.report import best_floor, write_report
 
 log = logging.getLogger(__name__)
+
+NEEDED = (
+    "layers/predicted",
+    "layers/counts",
+    "obs/section",
+    "obs/total_counts",
+    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
+)
+"""What scoring reads of ``predictions.h5ad``."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")
@@ -37,13 +47,15 @@ def main(cfg: DictConfig) -> None:
         run = Path(cfg.run)
         load_run(run)
         changes = {key: value for key, value in to_plain(cfg.model).items() if value is not None}
+        if not changes and cfg.genes == "panel" and cfg.output_dir is not None:
+            raise InputError(
+                "output_dir is for new predictions; change something, as in model.k=50 or genes=all, or leave it out"
+            )
         if changes or cfg.genes != "panel":
             from stexp.rescore import predict_again  # imports torch, which scoring alone does not need
 
             run = predict_again(run, changes, to_plain(cfg).get("genes"), cfg.output_dir)
         metrics = score_run(run)
-        from stexp.report import write_report
-
         print(summary(metrics))
         print(f"wrote {run / 'metrics.json'}, {run / 'per_gene.csv'} and {write_report(run)}")
 
@@ -54,14 +66,14 @@ def score_run(run: Path) -> dict:
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
     """
-    observed, floors = predictions.read(run / "predictions.h5ad"), predictions.read(run / "floors.h5ad")
+    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
     facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
-    if list(observed.obs_names) != list(floors.obs_names):
-        raise InputError(f"{run}: predictions.h5ad and floors.h5ad hold different spots; predict again")
     for protocol in (own, *other_protocols(own).values()):
-        if f"{protocol.name}:mean" not in floors.layers:
+        if protocol is not own and f"{protocol.name}:mean" not in floors.layers:
             continue  # a protocol that came after the run
+        _check_floors(floors, observed, protocol, run / "floors.h5ad")
         scored[protocol.name], table = _score_under(protocol, own, observed, floors)
         genes = table if protocol is own else genes
     mine = scored.pop(own.name)
@@ -102,8 +114,7 @@ def summary(metrics: dict) -> str:
     """Scores beside floors and ceiling, for the terminal."""
 
     def row(name: str, scores: dict) -> str:
-        cells = (scores.get(key) for key in ("pearson_acg", "pearson_heg50", "mse", "mae"))
-        return f"  {name:<34}" + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
+        return f"  {name:<34}" + _cells(scores, ("pearson_acg", "pearson_heg50", "mse", "mae"))
 
     head = (
         f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
@@ -119,10 +130,58 @@ def summary(metrics: dict) -> str:
     return "\n".join(blocks)
 
 
+def folds_table(runs: list[dict]) -> str:
+    """Scores of several folds beside the best floor of each (oracles aside), and means over folds, for the terminal.
+
+    Parameters
+    ----------
+    runs
+        The ``metrics.json`` of each fold.
+    """
+
+    def row(name: str, scores: dict, floor: str, beside: dict) -> str:
+        shown = ("pearson_acg", "pearson_heg50")
+        return f"  {name:<16}{_cells(scores, shown)}   {floor:<18}{_cells(beside, shown)}"
+
+    first = runs[0]
+    lines = [
+        f"{first['data']}, {first['model']}, protocol {first['protocol']}: {len(runs)} folds",
+        f"  {'fold':<16}     ACG   HEG50   {'best floor':<18}     ACG   HEG50",
+    ]
+    own, beside = [], []
+    for metrics in runs:
+        best = best_floor(metrics)
+        own.append(metrics["scores"])
+        beside.append(metrics["floors"][best] if best else dict.fromkeys(metrics["scores"]))
+        lines.append(row(metrics["fold"], own[-1], best or "-", beside[-1]))
+    return "\n".join([*lines, row("mean", mean_over_sections(own), "", mean_over_sections(beside))])
+
+
+def _cells(scores: dict, keys: tuple[str, ...]) -> str:
+    return "".join("       -" if scores.get(key) is None else f"{scores[key]:8.4f}" for key in keys)
+
+
+def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, path: Path) -> None:
+    ceiling = floors.uns["ceiling"].get(protocol.name, {})
+    sections = observed.obs["section"].unique()
+    lacking = [name for name in sections if np.shape(ceiling.get(name)) != (observed.n_vars,)]
+    if list(floors.var_names) != list(observed.var_names):
+        problem = "is of other genes than predictions.h5ad"
+    elif list(floors.obs_names) != list(observed.obs_names):
+        problem = "is of other spots than predictions.h5ad"
+    elif f"{protocol.name}:mean" not in floors.layers:
+        problem = f"has no floors under protocol {protocol.name}"
+    elif lacking:
+        problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
+    else:
+        return
+    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")
+
+
 def _score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData) -> tuple[dict, pd.DataFrame]:
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
-    same_scale = all(getattr(protocol, key) == getattr(own, key) for key in ("truth", "library", "log", "target_sum"))
+    same_scale = protocol.scale == own.scale
     floor_of = {
         key.split(":", 1)[1]: np.asarray(floors.layers[key])
         for key in floors.layers

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import hydra
@@ -13,9 +14,12 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError
-from stexp.config import CONF, build, build_data, command, load_sections, to_plain, write_atomically
+from stexp.config import CONF, build, build_data, command, load_run, load_sections, to_plain, write_atomically
 
 log = logging.getLogger(__name__)
+
+FINISHED = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
+"""Without one of these a run is not finished; the same command makes it from the checkpoints."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -31,9 +35,10 @@ def main(cfg: DictConfig) -> None:
                 f"no section of {cfg.data.name} under {cfg.data.root} has an image; nothing can be trained"
             )
         if str(cfg.fold) == "all":
-            base = Path(cfg.output_dir)
-            for fold in names:
-                train(cfg, sections, fold, base / fold)
+            from stexp.score import folds_table
+
+            runs = [train(cfg, sections, fold, Path(cfg.output_dir) / fold) for fold in names]
+            print(folds_table(runs))
             return
         if cfg.fold is None:
             log.info("fold=%s: the first of %s", names[0], ", ".join(names))
@@ -52,8 +57,9 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     Raises
     ------
     InputError
-        Another process is at work in `folder`, or it holds a run with another config.
+        Another process is at work in `folder`, or it holds a run with another config or of other data.
     """
+    _check_numbers(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -76,19 +82,25 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     from stexp.data.features import frozen_features
     from stexp.provenance import Stages, provenance
     from stexp.report import write_report
-    from stexp.results import write_results
+    from stexp.results import changed_data, write_results
     from stexp.score import score_run, summary
 
     cfg = OmegaConf.merge(cfg, {"fold": fold, "output_dir": str(folder)})
     if claim(folder, cfg):
+        changed = changed_data(folder, sections)
+        if changed:
+            raise InputError(
+                f"{folder} is finished, and its data changed since ({', '.join(changed[:5])}); choose another "
+                f"output_dir, or overwrite=true to start anew"
+            )
         log.info("%s is finished; give overwrite=true to run it again", folder)
         return score_run(folder)
 
     # runs are seeded, and what differs between machines is chosen and said
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
     precision = hardware.choose_precision(cfg.hardware.precision, device.type)
-    if cfg.hardware.threads:
-        torch.set_num_threads(cfg.hardware.threads)
+    threads = cfg.hardware.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     pl.seed_everything(cfg.seed, verbose=False)
     log.info(
         "fold %s on %s: %s, %s, %d CPU threads",
@@ -96,9 +108,10 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         device.type,
         precision,
         "channels last" if cfg.hardware.channels_last else "channels first",
-        torch.get_num_threads(),
+        threads,
     )
     stages = Stages(folder)
+    logger = build(cfg.logger)  # before the work: its package may not be installed
 
     with stages("data"):
         data = build_data(cfg, sections, build(cfg.protocol), fold)
@@ -115,7 +128,9 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
             {k: v for k, v in to_plain(cfg.model).items() if k != "name"},
             n_genes=len(data.panel),
             n_positions=data.array_size,
+            n_features=features.shape[1],
         )
+        data.features, data.batching = features, getattr(model, "batching", "spots")
         if cfg.hardware.channels_last:
             model.to(memory_format=torch.channels_last)
 
@@ -128,9 +143,14 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
                 folder / "checkpoints", filename="best", monitor="val/pearson", mode="max", enable_version_counter=False
             ),
         )
-    logger = build(cfg.logger)
+    given = {**to_plain(cfg.trainer), "accelerator": device.type}
+    if getattr(model, "closed_form", False):
+        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer or loss
+        given |= {"max_epochs": 1, "limit_train_batches": 1}
+        for message in (".*configure_optimizers. returned .None.", ".*training_step. returned .None."):
+            warnings.filterwarnings("ignore", message=message)
     trainer = build(
-        {**to_plain(cfg.trainer), "accelerator": device.type},
+        given,
         precision=precision,
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],
@@ -170,40 +190,42 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     return metrics
 
 
+def _check_numbers(cfg: DictConfig) -> None:
+    for key, value, least in (
+        ("trainer.max_epochs", cfg.trainer.max_epochs, 1),
+        ("hardware.threads", 1 if cfg.hardware.threads is None else cfg.hardware.threads, 1),
+        ("seed", cfg.seed, 0),
+    ):
+        if not (isinstance(value, int) and value >= least):
+            raise InputError(f"{key}={value}: a whole number of at least {least} would fit")
+
+
 def claim(folder: Path, cfg: DictConfig) -> bool:
     """Take a folder for a run; True where it already holds this run, finished.
 
     Raises
     ------
     InputError
-        The folder holds a run with another config.
+        The folder holds a run with another config, or its config is gone or damaged.
     """
     text = OmegaConf.to_yaml(OmegaConf.create(_identity(to_plain(cfg))))
     path = folder / "config.yaml"
     started = (folder / "checkpoints").exists() or (folder / "predictions.h5ad").exists()
-    if path.exists() and started and not cfg.overwrite:
-        before = OmegaConf.to_container(OmegaConf.load(path))
+    if started and not path.exists():
+        raise InputError(f"{folder} holds checkpoints or predictions, but no config.yaml; choose another output_dir")
+    if started and not cfg.overwrite:
+        before = OmegaConf.to_container(load_run(folder))
         differing = sorted(_differences(before, OmegaConf.to_container(OmegaConf.create(text))))
         if differing:
             raise InputError(
                 f"{folder} holds a run with another config ({', '.join(differing[:5])}); choose another output_dir, "
                 f"or overwrite=true to start anew"
             )
-        return (folder / "report.html").exists() and (folder / "provenance.json").exists()
+        return all((folder / name).exists() for name in FINISHED)
     if cfg.overwrite and path.exists():
         for name in ("checkpoints", "logs", "rescored"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (
-            "predictions.h5ad",
-            "floors.h5ad",
-            "embeddings.h5ad",
-            "metrics.json",
-            "per_gene.csv",
-            "audit.json",
-            "report.html",
-            "provenance.json",
-            "stages.json",
-        ):
+        for name in (*FINISHED, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
             (folder / name).unlink(missing_ok=True)
     write_atomically(path, text)
     return False

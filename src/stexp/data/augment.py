@@ -7,12 +7,15 @@ import math
 import torch
 
 from stexp import InputError
+from stexp.data.stain import intensity, optical_density
 
 GRAY = torch.tensor([0.299, 0.587, 0.114])
-AUGMENTATIONS = ("none", "dihedral", "paper")
+HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+"""Optical density in R, G, B of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001)."""
+AUGMENTATIONS = ("none", "dihedral", "paper", "hed")
 
 
-def augment(tiles: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
+def augment(tiles: torch.Tensor, kind: str, seed: int, hed_sigma: float = 0.05) -> torch.Tensor:
     """Augment tiles and scale them to 0..1.
 
     Parameters
@@ -21,9 +24,12 @@ def augment(tiles: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
     kind
         ``"none"``; ``"dihedral"``: one of the 8 symmetries of the square; ``"paper"``: brightness,
         contrast and saturation each scaled by U(0.5, 1.5) in random order, horizontal flip, rotation
-        by U(-180, 180) degrees with nearest neighbours and black corners.
+        by U(-180, 180) degrees with nearest neighbours and black corners; ``"hed"``: ``"dihedral"`` and
+        :func:`hed_jitter`.
     seed
         The draws depend on it and on nothing else, on any device.
+    hed_sigma
+        Of ``"hed"``.
 
     Returns
     -------
@@ -39,9 +45,16 @@ def augment(tiles: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
     if kind == "none":
         return _to_unit(tiles)
     draws = torch.Generator().manual_seed(seed)
-    if kind == "dihedral":
-        return _to_unit(_dihedral(tiles, torch.randint(8, (len(tiles),), generator=draws)))
     n = len(tiles)
+    if kind in ("dihedral", "hed"):
+        turned = _dihedral(tiles, torch.randint(8, (n,), generator=draws))
+        if kind == "dihedral":
+            return _to_unit(turned)
+        jitter = torch.empty(2, n, 3).uniform_(-hed_sigma, hed_sigma, generator=draws)
+        matrix, offset = (part.to(tiles.device) for part in hed_jitter(1 + jitter[0], jitter[1]))
+        density = optical_density(turned.view(n, -1, 3).mT.contiguous())
+        pixels = intensity(torch.baddbmm(offset[:, :, None], matrix, density)).div_(255).clamp_(0, 1)
+        return pixels.view(n, 3, *tiles.shape[1:3])
     factors = torch.empty(n, 3).uniform_(0.5, 1.5, generator=draws)
     order = torch.rand(n, 3, generator=draws).argsort(dim=1)
     flip = torch.rand(n, generator=draws) < 0.5
@@ -84,6 +97,30 @@ def colour_jitter(tiles: torch.Tensor, factors: torch.Tensor, order: torch.Tenso
         matrix = blend @ matrix
         offset = torch.einsum("bij,bj->bi", blend, offset) + (1 - f) * contrast * mean_gray[:, None]
     return matrix, offset
+
+
+def hed_jitter(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Amounts of the three stains times `alpha` plus `beta`, as one affine map of optical density per tile.
+
+    Parameters
+    ----------
+    alpha, beta : (B, 3)
+        Of haematoxylin, eosin, DAB; U(1 - sigma, 1 + sigma) and U(-sigma, sigma) in Tellez et al. 2018 (IEEE TMI
+        37(9)). An amount of 1 is a decadic optical density of about 1.
+
+    Returns
+    -------
+    matrix (B, 3, 3), offset (B, 3)
+        Density, as a column of R, G, B in natural units = matrix @ density + offset.
+
+    Notes
+    -----
+    Amounts below 0 are not clipped. scikit-image's ``rgb2hed`` counts in units six times as large, so that the same
+    `beta` there moves colours six times as far.
+    """
+    hed = HED.double()
+    matrix = torch.linalg.inv(hed) @ (alpha.double()[:, :, None] * hed)
+    return matrix.mT.float(), (math.log(10) * beta.double() @ hed).float()
 
 
 def _to_unit(tiles: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ class SpotBatch:
     context_expression: torch.Tensor  # (B, L, G)
     context_array_xy: torch.Tensor  # (B, L, 2)
     context_mask: torch.Tensor  # (B, L), False where a section has too few spots
+    features: torch.Tensor | None = None  # (B, F) of the tile, from the frozen image encoder, unaugmented
 
     def __len__(self) -> int:
         return len(self.spot)
@@ -65,6 +66,25 @@ class ShuffledBatches(Sampler):
         starts = torch.arange(1, len(self)) * self.batch_size
         for part in shuffled.tensor_split(starts):
             yield SpotIndex(part, seed=int(torch.randint(2**62, (), generator=draws)))
+
+
+class SectionBatches(Sampler):
+    """Whole sections, one a batch, in an order that depends on seed and epoch alone."""
+
+    def __init__(self, sections: list[np.ndarray], seed: int) -> None:
+        self.sections, self.seed, self.epoch = [torch.from_numpy(rows) for rows in sections], seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sections)
+
+    def __iter__(self) -> Iterator[SpotIndex]:
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        for i in torch.randperm(len(self), generator=draws).tolist():
+            yield SpotIndex(self.sections[i], seed=int(torch.randint(2**62, (), generator=draws)))
 
 
 class _AsGiven(Dataset):

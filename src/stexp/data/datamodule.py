@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 
 from stexp import InputError, __version__
 from stexp.data.augment import AUGMENTATIONS, augment
-from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest
+from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest
 from stexp.data.genes import choose_panel, normalise
 from stexp.data.section import Section
 from stexp.data.splits import ROLES, assign_roles
+from stexp.data.stain import METHODS, StainNormaliser
+from stexp.data.tile_store import SUFFIXES
 from stexp.data.tiles import TileBank, TileSpec, file_digest, open_tiles
 from stexp.protocol import Protocol
 
@@ -42,7 +44,11 @@ class SpotDataModule(pl.LightningDataModule):
     batch_size, eval_batch_size
         Spots of a training batch, and of a batch without gradients.
     augmentation
-        ``none``, ``dihedral`` or ``paper``; see :func:`~stexp.data.augment.augment`.
+        ``none``, ``dihedral``, ``paper`` or ``hed``; see :func:`~stexp.data.augment.augment`.
+    hed_sigma
+        Strength of ``hed``.
+    stain
+        None, ``reinhard`` or ``macenko``; see :class:`~stexp.data.stain.StainNormaliser`.
     panel
         A published gene list; None: chosen from the sections the protocol names.
     panel_saw_test
@@ -51,6 +57,8 @@ class SpotDataModule(pl.LightningDataModule):
         Nearest spots of the same section and role in the context of a spot.
     cache_dir
         Where tiles are kept.
+    tile_store
+        ``raw`` or ``jpeg``; see :func:`~stexp.data.tiles.open_tiles`.
     placement
         See :class:`~stexp.data.tiles.TileBank`.
     seed
@@ -64,6 +72,10 @@ class SpotDataModule(pl.LightningDataModule):
         Predicted genes.
     array_size : int
         Largest array coordinate + 1: the rows a learned position table needs.
+    batching : str
+        What a batch is: ``"spots"``, drawn from all sections, or one whole ``"section"``, as the method says.
+    features : (n_spots, F) float32 or None
+        Of the tiles, from the frozen image encoder; set by what trains, handed out in batches.
     """
 
     def __init__(
@@ -77,10 +89,13 @@ class SpotDataModule(pl.LightningDataModule):
         batch_size: int = 128,
         eval_batch_size: int = 256,
         augmentation: str = "paper",
+        hed_sigma: float = 0.05,
+        stain: str | None = None,
         panel: list[str] | None = None,
         panel_saw_test: bool = True,
         n_neighbours: int = 6,
         cache_dir: str = "cache",
+        tile_store: str = "raw",
         placement: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -98,19 +113,28 @@ class SpotDataModule(pl.LightningDataModule):
             raise InputError(f"data.batch_size={batch_size}: a contrastive batch needs at least 2 spots")
         if augmentation not in AUGMENTATIONS:
             raise InputError(f"data.augmentation={augmentation}: choose {', '.join(AUGMENTATIONS)}")
+        if not isinstance(hed_sigma, int | float) or not 0 <= hed_sigma < 1:
+            raise InputError(f"data.hed_sigma={hed_sigma}: a number from 0 to below 1 would fit")
+        if tile_store not in SUFFIXES:
+            raise InputError(f"data.tile_store={tile_store}: choose {' or '.join(SUFFIXES)}")
+        if stain not in (None, *METHODS):
+            raise InputError(f"data.stain={stain}: choose null, {', '.join(METHODS)}")
         self.protocol, self.fold, self.seed = protocol, fold, seed
         self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um), cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
-        roles = assign_roles(sections, protocol, fold)
+        self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
+        roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
         self.spots = _spot_table(self.sections, roles)
-        self.panel, self.panel_sections = self._panel(panel, panel_saw_test)
+        self.panel, self.panel_saw = self._panel(panel, panel_saw_test)
         self._drop_unmeasured()
         self.section_names = [section.name for section in self.sections]
         self.spots = _spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
         self._load_expression()
         self.neighbours = self._neighbours(n_neighbours)
+        self.batching = "spots"
+        self.features: np.ndarray | None = None
         self.bank: TileBank | None = None
         self._bank_row = np.full(len(self.spots), -1, dtype=np.int64)
         self._on: dict[torch.device, dict[str, torch.Tensor]] = {}
@@ -141,18 +165,18 @@ class SpotDataModule(pl.LightningDataModule):
         return lines
 
     def _panel(self, panel: list[str] | None, saw_test: bool) -> tuple[list[str], list[str]]:
-        """The panel and the sections that chose it. Validation spots belong to the training side here."""
-        everything = [section.name for section in self.sections]
+        """The panel and the test sections that chose it. Validation spots belong to the training side here."""
         if panel is not None:
-            chosen_on = everything if saw_test else []
-        else:
-            chosen_on = everything if self.protocol.panel == "all" else self.names("train", "validation")
-            panel = choose_panel(
-                [section for section in self.sections if section.name in chosen_on],
-                self.protocol,
-                measured_in=[section for section in self.sections if section.name in self.names("reference")],
-            )
-        return panel, chosen_on
+            return panel, self.names("test") if saw_test else []
+        saw_test, choosing = self.protocol.panel == "all", []
+        for section in self.sections:
+            role = self.spots["role"].to_numpy()[self.spots["section"] == section.name]
+            chooses = np.ones(len(role), bool) if saw_test else np.isin(role, ("train", "validation"))
+            if chooses.any():
+                choosing.append(section.take(chooses))
+        referenced = [section for section in self.sections if section.name in self.names("reference")]
+        panel = choose_panel(choosing, self.protocol, measured_in=referenced)
+        return panel, self.names("test") if saw_test else []
 
     def _drop_unmeasured(self) -> None:
         """Refuse, leave out or warn of sections that do not measure all of the panel, by what they are for."""
@@ -196,8 +220,10 @@ class SpotDataModule(pl.LightningDataModule):
 
     def _neighbours(self, n: int) -> np.ndarray:
         """(N, n) rows of the nearest spots on the array, same section and role; -1 where there are none."""
+        groups = self.spots.reset_index(drop=True).groupby(["section", "role"], sort=False)
+        n = min(n, int(groups.size().max()) - 1)  # no spot has more
         out = np.full((len(self.spots), n), -1, dtype=np.int64)
-        for _, group in self.spots.reset_index(drop=True).groupby(["section", "role"], sort=False):
+        for _, group in groups:
             rows = group.index.to_numpy()
             out[rows, : min(n, len(rows) - 1)] = rows[nearest(self.xy_px[rows], n)]
         return out
@@ -212,23 +238,31 @@ class SpotDataModule(pl.LightningDataModule):
             "tile_px": self.tile.px,
             "tile_um": self.tile.um,
             "array_size": self.array_size,
+            "stain": self.normaliser and self.normaliser.state(),
             "data": self.digest,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Refuse a checkpoint that was trained on other data than this module serves."""
         check_checkpoint(state, self.panel, self.tile, self.array_size)
+        stain = (state.get("stain") or {}).get("method")
+        if stain != self.stain:
+            raise InputError(
+                f"the checkpoint was trained with data.stain={stain or 'null'}, not {self.stain or 'null'}"
+            )
         if state["data"] != self.digest:
             raise InputError("the data changed since this run began; give overwrite=true to start anew")
 
     @cached_property
     def digest(self) -> str:
-        """Hash of what the run learns from: counts, positions, roles and images."""
-        digest = hashlib.blake2b(digest_size=16)
+        """Hash of what the run learns from: counts, positions, roles, images and how their stain is normalised."""
+        digest = hashlib.blake2b((self.stain or "").encode(), digest_size=16)
         for array in (self.counts, self.xy_px, self.spots["role"].to_numpy(str)):
             digest.update(np.ascontiguousarray(array).tobytes())
         for section in self.sections:
             digest.update(b"-" if section.slide is None else file_digest(section.slide.path).encode())
+        if self.tile_store != "raw":
+            digest.update(self.tile_store.encode())
         return digest.hexdigest()
 
     # tiles and loaders
@@ -249,7 +283,7 @@ class SpotDataModule(pl.LightningDataModule):
         for section in self.sections:
             if section.slide is None:
                 continue
-            store = open_tiles(section, self.tile, self.cache_dir)
+            store = open_tiles(section, self.tile, self.cache_dir, self.tile_store)
             rows = np.flatnonzero(self.spots["section"] == section.name)
             self._bank_row[rows] = start + np.arange(len(rows))
             start += len(rows)
@@ -257,17 +291,33 @@ class SpotDataModule(pl.LightningDataModule):
         self.bank = TileBank(stores, self.placement)
 
     def tiles(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Tiles of the spots `rows`, (B, px, px, 3) uint8."""
+        """Tiles of the spots `rows`, (B, px, px, 3) uint8, their stain normalised if `stain` says so."""
         if self.bank is None:
             self.setup()
         where = self._bank_row[rows]
         if (where < 0).any():
             names = self.spots["section"].iloc[np.asarray(rows)[where < 0]].unique()
             raise InputError(f"spots of {', '.join(names)} have no image to cut tiles from")
-        return self.bank.gather(torch.from_numpy(where), torch.device(device))
+        tiles = self.bank.gather(torch.from_numpy(where), torch.device(device))
+        if self.normaliser is None:
+            return tiles
+        return self.normaliser(tiles, torch.from_numpy(np.searchsorted(self.bank.starts, where, side="right") - 1))
+
+    @cached_property
+    def normaliser(self) -> StainNormaliser | None:
+        """What `stain` asks for, of the sections with an image, in their order."""
+        if self.stain is None:
+            return None
+        self.setup()
+        names = [section.name for section in self.sections if section.slide is not None]
+        trained_on = (self.spots["role"] == "train").to_numpy()[self._bank_row >= 0]
+        return StainNormaliser.fit(self.stain, names, self.bank.stores, np.split(trained_on, self.bank.starts[1:-1]))
 
     def train_dataloader(self) -> DataLoader:
-        order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed)
+        if self.batching == "section":
+            order = SectionBatches(self._by_section("train"), self.seed)
+        else:
+            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed)
         return index_loader(order, shuffled=order)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -277,9 +327,17 @@ class SpotDataModule(pl.LightningDataModule):
         return self.loader("test")
 
     def loader(self, *roles: str, image: bool = True, batch_size: int | None = None) -> DataLoader:
-        """Every spot of the roles once, in order, unaugmented."""
-        rows = torch.from_numpy(self.rows(*roles))
-        return index_loader([SpotIndex(part, image=image) for part in rows.split(batch_size or self.eval_batch_size)])
+        """Every spot of the roles once, in order, unaugmented; in batches of `batch_size`, or as `batching` says."""
+        if self.batching == "section" and batch_size is None:
+            parts = [torch.from_numpy(rows) for rows in self._by_section(*roles)]
+        else:
+            parts = torch.from_numpy(self.rows(*roles)).split(batch_size or self.eval_batch_size)
+        return index_loader([SpotIndex(part, image=image) for part in parts])
+
+    def _by_section(self, *roles: str) -> list[np.ndarray]:
+        rows = self.rows(*roles)
+        names = self.spots["section"].to_numpy()[rows]
+        return [rows[names == name] for name in self.names(*roles)]
 
     def transfer_batch_to_device(self, batch: SpotIndex, device: torch.device, dataloader_idx: int) -> SpotIndex:
         self._device = device
@@ -296,11 +354,14 @@ class SpotDataModule(pl.LightningDataModule):
         image = None
         if index.image:
             tiles = self.tiles(index.rows.numpy(), device)
-            image = augment(tiles, "none" if index.seed is None else self.augmentation, index.seed or 0)
+            kind = "none" if index.seed is None else self.augmentation
+            image = augment(tiles, kind, index.seed or 0, self.hed_sigma)
         around = table["neighbours"][rows]
         context = torch.cat([rows[:, None], around.clamp(min=0)], dim=1)
         mask = torch.cat([torch.ones_like(rows[:, None], dtype=torch.bool), around >= 0], dim=1)
         taken = {name: table[name][rows] for name in ("expression", "target", "counts", "xy_um", "array_xy", "section")}
+        if "features" in table:
+            taken["features"] = table["features"][rows]
         return SpotBatch(
             image=image,
             spot=rows,
@@ -322,6 +383,8 @@ class SpotDataModule(pl.LightningDataModule):
                 "section": codes.astype(np.int64),
                 "neighbours": self.neighbours,
             }
+            if self.features is not None:
+                arrays["features"] = self.features
             # pandas hands out read-only arrays, which torch does not take
             self._on[device] = {
                 name: torch.from_numpy(np.require(array, requirements="W")).to(device) for name, array in arrays.items()

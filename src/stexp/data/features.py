@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def frozen_features(
     data: SpotDataModule, encoder: ImageEncoder, device: torch.device, context: AbstractContextManager | None = None
 ) -> np.ndarray:
-    """Pooled features of every spot with a tile, unaugmented.
+    """Pooled features of every spot with a tile, unaugmented, its stain as `data` has it.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ def frozen_features(
 
     Notes
     -----
-    Kept in ``<cache_dir>/features``, one file per section, named by a hash of the tiles' store and the
-    encoder's weights.
+    Kept in ``<cache_dir>/features``, one file per section, named by a hash of the tiles' store, of the
+    encoder's weights and, with stain normalisation, of what it does to the section.
     """
     data.setup()
     weights = _weights_digest(encoder, context)
@@ -49,21 +49,20 @@ def frozen_features(
     out = np.full((len(data.spots), encoder.num_features), np.nan, dtype=np.float32)
     was_training, where = encoder.training, next(encoder.parameters()).device
     encoder.eval().to(device)
-    stores = iter(data.bank.stores)
-    for section in data.sections:
-        if section.slide is None:
-            continue
-        tiles = next(stores)
-        path = folder / f"{Path(tiles.filename).stem}-{weights}.npy"
+    with_image = [section for section in data.sections if section.slide is not None]
+    for i, (section, tiles) in enumerate(zip(with_image, data.bank.stores, strict=True)):
+        rows = np.flatnonzero(data.spots["section"] == section.name)
+        stain = f"-{data.normaliser.key(i)}" if data.normaliser else ""
+        path = folder / f"{Path(tiles.filename).stem}-{weights}{stain}.npy"
         with FileLock(f"{path}.lock"):
-            features = _load_whole(path, (len(tiles), encoder.num_features))
+            features = _load_whole(path, (len(rows), encoder.num_features))
             if features is None:
-                log.info("section %s: frozen features of %d tiles by %s", section.name, len(tiles), encoder.name)
-                features = _encode(tiles, encoder, device, context or nullcontext(), data.eval_batch_size)
+                log.info("section %s: frozen features of %d tiles by %s", section.name, len(rows), encoder.name)
+                features = _encode(data, rows, encoder, device, context or nullcontext())
                 part = path.with_suffix(".part.npy")
                 np.save(part, features)
                 os.replace(part, path)
-        out[np.flatnonzero(data.spots["section"] == section.name)] = features
+        out[rows] = features
     encoder.train(was_training).to(where)
     return out
 
@@ -82,10 +81,10 @@ def _load_whole(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return features
 
 
-def _encode(tiles, encoder, device, context, batch_size: int) -> np.ndarray:
+def _encode(data: SpotDataModule, rows: np.ndarray, encoder, device, context) -> np.ndarray:
     parts = []
-    for start in range(0, len(tiles), batch_size):
-        image = augment(torch.from_numpy(np.array(tiles[start : start + batch_size])).to(device), "none", 0)
+    for start in range(0, len(rows), data.eval_batch_size):
+        image = augment(data.tiles(rows[start : start + data.eval_batch_size], device), "none", 0)
         with context:
             parts.append(encoder(image).float().cpu().numpy())
     return np.concatenate(parts)

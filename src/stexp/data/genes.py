@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -102,6 +105,18 @@ def _seen(section: Section) -> np.ndarray:
     return np.asarray((section.spots.X > 0).sum(axis=0)).ravel()
 
 
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Torch keeps its number of CPU threads: numba, within scanpy, sets the OpenMP runtime of both to all cores."""
+    torch = sys.modules.get("torch")  # scoring goes without it
+    n = torch.get_num_threads() if torch else 0
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(n)
+
+
 @lru_cache(maxsize=256)
 def variable_genes(section: Section, n: int) -> pd.Series:
     """Normalised dispersion of the `n` most variable genes: scanpy, flavour ``seurat``, on ln(1 + 1e4 x share)."""
@@ -110,10 +125,10 @@ def variable_genes(section: Section, n: int) -> pd.Series:
     spots = section.spots[section.total_counts > 0].copy()
     if spots.n_obs < 2 or spots.n_vars < 2 or not (spots.X.max(axis=0) - spots.X.min(axis=0)).nnz:
         return pd.Series(dtype=float, index=spots.var_names[:0])  # nothing varies
-    sc.pp.normalize_total(spots, target_sum=1e4)
-    sc.pp.log1p(spots)
-    with warnings.catch_warnings():
+    with _threads_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bins of mean expression that hold one gene
+        sc.pp.normalize_total(spots, target_sum=1e4)
+        sc.pp.log1p(spots)
         sc.pp.highly_variable_genes(spots, n_top_genes=min(n, spots.n_vars))
     # genes alone in their bin have no normalised dispersion; they come last
     return spots.var.loc[spots.var["highly_variable"], "dispersions_norm"].fillna(0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anndata as ad
@@ -34,7 +34,7 @@ class Section:
     slide
         Opened lazily; None for a section of which only the counts are at hand.
     um_per_px
-        Micrometres per level-0 pixel; None where nobody knows.
+        Micrometres per level-0 pixel; None: what the slide's file says, and None where that says nothing.
     files
         The files the section was read from; their content is the data manifest.
 
@@ -75,6 +75,7 @@ class Section:
             spots.X = sp.csr_matrix(spots.X)
         check_counts(spots.X.data, f"section {name}")
         self._check_positions()
+        self._check_scale()
         empty = int((self.total_counts == 0).sum())
         if empty:
             log.warning(
@@ -101,8 +102,23 @@ class Section:
             if outside:
                 raise InputError(
                     f"section {name}: {outside} of {len(xy)} spots lie outside the image ({width} x {height} px); "
-                    + _what_would_fit(np.asarray(xy, float), width, height)
+                    + _what_would_fit(pd.DataFrame(xy, index=spots.obs_names, dtype=float), width, height)
                 )
+
+    def _check_scale(self) -> None:
+        known = None if self.slide is None else self.slide.um_per_px
+        if known is None:
+            return
+        if self.um_per_px is None:
+            object.__setattr__(self, "um_per_px", known)
+        elif max(known, self.um_per_px) > 1.1 * min(known, self.um_per_px):
+            log.warning(
+                "section %s: um_per_px %.4g was given, the file %s says %.4g; the given one counts",
+                self.name,
+                self.um_per_px,
+                self.slide.path.name,
+                known,
+            )
 
     def __len__(self) -> int:
         return self.spots.n_obs
@@ -125,6 +141,10 @@ class Section:
     def total_counts(self) -> np.ndarray:
         """Counts per spot over the whole transcriptome, (n_spots,)."""
         return np.asarray(self.spots.X.sum(axis=1), dtype=np.float64).ravel()
+
+    def take(self, spots: np.ndarray) -> Section:
+        """The section with the spots of a mask (n_spots,) only."""
+        return self if spots.all() else replace(self, spots=self.spots[spots].copy())
 
     def counts(self, genes: Iterable[str]) -> np.ndarray:
         """Raw counts of `genes`, (n_spots, G) float32; NaN in columns of genes not measured here."""
@@ -204,9 +224,18 @@ def _outside(xy: np.ndarray, width: int, height: int) -> int:
     return int(((xy < 0) | (xy >= (width, height))).any(axis=1).sum())
 
 
-def _what_would_fit(xy: np.ndarray, width: int, height: int) -> str:
+def _what_would_fit(positions: pd.DataFrame, width: int, height: int) -> str:
+    xy = positions.to_numpy()
     if _outside(xy[:, ::-1], width, height) == 0:
         return "with x and y swapped all would fit"
+    outside = _outside(xy, width, height)
+    if outside <= max(1, len(xy) // 10):  # another resolution would put more of them outside
+        worst = np.maximum(-xy, xy - (width, height)).max(axis=1).argmax()
+        x, y = xy[worst]
+        return (
+            f"the other {len(xy) - outside} lie inside; farthest out is spot {positions.index[worst]} at "
+            f"({x:g}, {y:g}){', a negative position' if min(x, y) < 0 else ''}"
+        )
     if (xy < 0).any():
         return "some positions are negative"
     scale = float((np.array([width, height]) / xy.max(axis=0)).min())

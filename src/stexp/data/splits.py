@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from stexp import InputError
+from stexp.config import misread
 from stexp.data.section import Section
 from stexp.protocol import Protocol
 
-ROLES = ("train", "validation", "test", "reference")
+ROLES = ("train", "validation", "test", "reference", "gap")
 
 
 def folds(sections: list[Section], protocol: Protocol) -> list[str]:
-    """Names that ``fold=`` takes: patients or sections, of those with an image."""
-    return list(dict.fromkeys(_unit(s, protocol) for s in sections if s.slide is not None))
+    """Names that ``fold=`` takes: patients or sections, of those with an image; or ``block1``, ``block2``, ..."""
+    if protocol.hold_out == "block":
+        return [f"block{i + 1}" for i in range(protocol.blocks)] if any(s.slide is not None for s in sections) else []
+    names = list(dict.fromkeys(_unit(s, protocol) for s in sections if s.slide is not None))
+    for name in names:
+        if name.lower() in ("all", "null", "none"):
+            raise InputError(f"a {protocol.hold_out} is called {name}, which fold= takes for something else; rename it")
+    return names
 
 
-def assign_roles(sections: list[Section], protocol: Protocol, fold: str) -> dict[str, np.ndarray]:
+def units(section: Section, protocol: Protocol) -> np.ndarray:
+    """The patient, section or block that each spot is held out with, (n_spots,)."""
+    if protocol.hold_out == "block":
+        return np.char.add("block", (spatial_blocks(np.floor(section.xy_px), protocol.blocks) + 1).astype(str))
+    return np.full(len(section), _unit(section, protocol))
+
+
+def assign_roles(
+    sections: list[Section], protocol: Protocol, fold: str, side_px: Callable[[Section], int] = lambda section: 0
+) -> dict[str, np.ndarray]:
     """The role of every spot of every section in one fold.
 
     Parameters
     ----------
     fold
-        The patient or section held out, one of :func:`folds`.
+        The patient, section or block held out, one of :func:`folds`.
+    side_px
+        Side of a section's tiles; where blocks are held out, tiles of different roles share no pixel.
 
     Returns
     -------
     dict
-        Section name -> (n_spots,) array of ``"train"``, ``"validation"``, ``"test"`` or, for training-side
-        sections without an image, ``"reference"``. Sections that share the held-out unit but cannot be
-        predicted (no image) are left out.
+        Section name -> (n_spots,) array of ``"train"``, ``"validation"``, ``"test"``; ``"reference"`` for
+        training-side sections without an image; ``"gap"`` for spots next to a held-out block, which are not
+        used. Sections that share the held-out unit but cannot be predicted (no image) are left out.
 
     Notes
     -----
@@ -46,6 +66,9 @@ def assign_roles(sections: list[Section], protocol: Protocol, fold: str) -> dict
     known = folds(sections, protocol)
     if fold not in known:
         raise InputError(_unknown_fold(sections, protocol, fold, known))
+    if protocol.hold_out == "block":
+        test = known.index(fold)
+        return _check_training({s.name: _block_roles(s, protocol, test, side_px(s)) for s in sections}, fold)
     roles: dict[str, np.ndarray] = {}
     training: list[Section] = []
     for section in sections:
@@ -60,10 +83,58 @@ def assign_roles(sections: list[Section], protocol: Protocol, fold: str) -> dict
         if not held_out:
             training.append(section)
     if not training:
-        raise InputError(f"fold {fold}: no section with an image is left to train on")
+        hint = "; protocol=blocks holds out parts of sections" if protocol.hold_out == "patient" else ""
+        raise InputError(f"fold {fold}: no section with an image is left to train on{hint}")
     if protocol.validation:
         for name, mask in _validation(training).items():
             roles[name][mask] = "validation"
+    return _check_training(roles, fold)
+
+
+def spatial_blocks(xy: np.ndarray, n: int) -> np.ndarray:
+    """Number of the block, 0..n-1, that each of the N points falls into.
+
+    The points are cut across the longer side of their bounding box into two parts of as equal size as `n` allows,
+    then each part is cut again.
+
+    Parameters
+    ----------
+    xy : (N, 2)
+    """
+    out = np.zeros(len(xy), dtype=np.int64)
+    if n == 1 or len(xy) == 0:
+        return out
+    axis = int(np.ptp(xy, axis=0).argmax())
+    order = np.lexsort((xy[:, 1 - axis], xy[:, axis]))
+    left = n // 2
+    cut = round(len(xy) * left / n)
+    out[order[:cut]] = spatial_blocks(xy[order[:cut]], left)
+    out[order[cut:]] = left + spatial_blocks(xy[order[cut:]], n - left)
+    return out
+
+
+def _block_roles(section: Section, protocol: Protocol, test: int, side: int) -> np.ndarray:
+    if section.slide is None:
+        return np.full(len(section), "reference", dtype="<U10")
+    xy = np.floor(section.xy_px)  # where tiles are centred
+    if len(section) < 2 * protocol.blocks:
+        raise InputError(
+            f"section {section.name}: {len(section)} spots cannot be cut into {protocol.blocks} blocks of two or more"
+        )
+    block = spatial_blocks(xy, protocol.blocks)
+    roles = np.where(block == test, "test", "train").astype("<U10")
+    if protocol.validation:
+        roles[block == (test + 1) % protocol.blocks] = "validation"
+    # tiles share pixels where their centres are nearer than their side, both in x and in y
+    for role, others in (("test", ("train", "validation")), ("validation", ("train",))):
+        held = xy[roles == role]
+        if side and len(held):
+            near = cKDTree(held).query(xy, p=np.inf)[0] < side
+            roles[near & np.isin(roles, others)] = "gap"
+    return roles
+
+
+def _check_training(roles: dict[str, np.ndarray], fold: str) -> dict[str, np.ndarray]:
     n_train = sum(int((role == "train").sum()) for role in roles.values())
     if n_train < 2:
         raise InputError(f"fold {fold}: {n_train} spot is left to train on; a contrast needs at least 2")
@@ -107,4 +178,4 @@ def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, known:
             return f"{message} ({fold} is a patient; protocol {protocol.name} holds out sections)"
         if fold in (section.name, section.patient) and section.slide is None:
             return f"{message} ({fold} has counts but no image)"
-    return message
+    return message + misread(fold, known, "fold={}")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import logging
 import os
-import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.section import Section
+from stexp.data.slide_formats import WHITE
+from stexp.data.tile_store import SUFFIXES, JpegTiles, StoreInTheMaking, is_full, open_store
 
 log = logging.getLogger(__name__)
 
-BACKGROUND = 255  # glass: what a tile shows beyond the border of the image
+_AT_ONCE = 256  # tiles held in memory while a store is written
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,28 @@ class TileSpec:
     px: int = 224
     um: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.um is not None and not (isinstance(self.um, int | float) and 0 < self.um < np.inf):
+            raise InputError(f"data.tile_um={self.um}: a length above 0 in micrometres, or null, would fit")
+
     def side_px(self, section: Section) -> int:
         """Side at level 0 of the section's slide, in whole pixels."""
-        if self.um is None:
-            return self.px
-        if section.um_per_px is None:
+        side = self.px
+        if self.um is not None:
+            if section.um_per_px is None:
+                raise InputError(
+                    f"section {section.name}: tiles of {self.um} um need um_per_px, which nobody gave; "
+                    f"give it, or take raw pixels (data.tile_um=null)"
+                )
+            side = round(self.um / section.um_per_px)
+            if side < 1:
+                raise InputError(
+                    f"section {section.name}: a tile of {self.um} um is {side} px at {section.um_per_px} um/px"
+                )
+        if section.slide is not None and side > max(section.slide.size):
+            width, height = section.slide.size
             raise InputError(
-                f"section {section.name}: tiles of {self.um} um need um_per_px, which nobody gave; "
-                f"give it, or take raw pixels (data.tile_um=null)"
-            )
-        side = round(self.um / section.um_per_px)
-        if side < 1:
-            raise InputError(
-                f"section {section.name}: a tile of {self.um} um is {side} px at {section.um_per_px} um/px"
+                f"section {section.name}: a tile of {side} px is larger than the image ({width} x {height} px)"
             )
         return side
 
@@ -74,111 +87,175 @@ def cut_tiles(image: np.ndarray, xy_px: np.ndarray, side_px: int, px: int, out: 
     int
         Tiles that reach beyond the image, filled there with white.
     """
+    corner = _corners(xy_px, side_px)
+    _cut(image, corner, side_px, px, out)
+    return _n_padded(corner, side_px, image.shape[1::-1])
+
+
+def _corners(xy_px: np.ndarray, side_px: int) -> np.ndarray:
+    return np.floor(xy_px).astype(np.int64) - side_px // 2
+
+
+def _n_padded(corner: np.ndarray, side_px: int, size: tuple[int, int]) -> int:
+    return int(((corner < 0) | (corner + side_px > np.array(size))).any(axis=1).sum())
+
+
+def _cut(image: np.ndarray, corner: np.ndarray, side_px: int, px: int, out: np.ndarray) -> None:
     height, width = image.shape[:2]
-    corner = np.floor(xy_px).astype(np.int64) - side_px // 2
-    padded = 0
-    for i in np.lexsort((corner[:, 0], corner[:, 1])):
-        x, y = corner[i]
+    for i, (x, y) in enumerate(corner):
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side_px, width), min(y + side_px, height)
         tile = image[y0:y1, x0:x1]
         if tile.shape[:2] != (side_px, side_px):
-            padded += 1
-            whole = np.full((side_px, side_px, 3), BACKGROUND, dtype=np.uint8)
+            whole = np.full((side_px, side_px, 3), WHITE, dtype=np.uint8)
             whole[y0 - y : y1 - y, x0 - x : x1 - x] = tile
             tile = whole
         if side_px != px:
-            tensor = torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]
+            tensor = torch.from_numpy(np.array(tile)).permute(2, 0, 1)[None]
             tile = F.interpolate(tensor, (px, px), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
         out[i] = tile
-    return padded
 
 
-def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path) -> np.ndarray:
+def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path, store: str = "raw") -> np.ndarray | JpegTiles:
     """The section's tiles, (n_spots, px, px, 3) uint8, memory-mapped; cut first where the store lacks them.
 
-    The file name carries a hash of image content, positions and geometry, so that a changed input is cut
-    anew. It is written beside its place and renamed when whole; a lock lets several runs share a store.
+    Parameters
+    ----------
+    store
+        ``"raw"``, a plain array, or ``"jpeg"``: a sixth of the disk, at the cost that
+        :class:`~stexp.data.tile_store.JpegTiles` states. Two million tiles of 224 px are 301 GB raw.
+
+    Notes
+    -----
+    The file name carries a hash of image content, positions, geometry and kind, so that a changed input is cut
+    anew. It is written beside its place and renamed when whole; a run that was killed is taken up where it was;
+    a lock lets several runs share a store. Slides are read by region, in memory that does not grow with them. Raw
+    pixels come from level 0 as they are; tiles in micrometres from the coarsest level that is fine enough, with
+    their corner rounded to a whole pixel of that level.
     """
     if section.slide is None:
         raise InputError(f"section {section.name} has no image to cut tiles from")
+    if store not in SUFFIXES:
+        raise InputError(f"data.tile_store={store}: choose {' or '.join(SUFFIXES)}")
     side = spec.side_px(section)
     key = hashlib.blake2b(digest_size=12)
     key.update(file_digest(section.slide.path).encode())
     key.update(section.xy_px.tobytes())
-    key.update(f"{side} {spec.px} v1".encode())
+    key.update(f"{side} {spec.px} {store} v2".encode())
     folder = Path(cache_dir) / "tiles"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{section.name}-{key.hexdigest()}.npy"
+    path = folder / f"{section.name}-{key.hexdigest()}{SUFFIXES[store]}"
     shape = (len(section), spec.px, spec.px, 3)
-    tiles = _open_whole(path, shape)
+    tiles = open_store(path, shape)
     if tiles is None:
-        with FileLock(f"{path}.lock"):
-            tiles = _open_whole(path, shape)
+        with _locked(path):
+            tiles = open_store(path, shape)
             if tiles is None:
-                _write_tiles(section, side, spec.px, path)
-                tiles = _open_whole(path, shape)
+                _write_tiles(section, side, path, shape)
+                tiles = open_store(path, shape)
     return tiles
 
 
-def _open_whole(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The store at `path`; None where there is none, or one that something damaged."""
-    if not (path.exists() and path.with_suffix(".json").exists()):
-        return None
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(f"{path}.lock")
     try:
-        tiles = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError):
-        tiles = None
-    if tiles is None or tiles.shape != shape or tiles.dtype != np.uint8:
-        log.warning("tile store %s is damaged; cutting it again", path)
-        return None
-    return tiles
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that is cutting %s", path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _write_tiles(section: Section, side: int, px: int, path: Path) -> None:
-    shape = (len(section), px, px, 3)
-    need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
-    if need > free:
-        raise InputError(
-            f"tiles of section {section.name} need {need / 1e6:.0f} MB in {path.parent}, {free / 1e6:.0f} MB are free"
-        )
-    part = path.with_suffix(".part")
+def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]) -> None:
+    px = shape[1]
+    corner = _corners(section.xy_px, side)
     try:
-        tiles = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        _reserve(part)
-        padded = cut_tiles(section.slide.read(), section.xy_px, side, px, tiles)
-        tiles.flush()
-        del tiles
-        facts = {"section": section.name, "n": len(section), "side_px": side, "px": px, "padded": padded}
-        path.with_suffix(".json").write_text(json.dumps(facts))
-        os.replace(part, path)
+        with StoreInTheMaking(path, shape) as store, section.slide.open() as image:
+            padded = _n_padded(corner, side, image.sizes[0])
+            if store.done.any():
+                log.info("section %s: %d of %d tiles are there already", section.name, store.done.sum(), len(section))
+            level = image.level(side / px)
+            scale = image.downsamples[level]
+            if level:
+                corner, level_side = np.round(corner / scale).astype(np.int64), round(side / scale)
+            else:
+                level_side = side
+            regions = [rows[~store.done[rows]] for rows in _by_region(corner, image.block)]
+            for rows in _shown(regions, f"section {section.name}: tiles"):
+                low = np.maximum(corner[rows].min(axis=0), 0)
+                high = np.minimum(corner[rows].max(axis=0) + level_side, image.sizes[level])
+                region = image.read(*low.tolist(), *(high - low).tolist(), level)
+                for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
+                    tiles = np.empty((len(part), *shape[1:]), dtype=np.uint8)
+                    _cut(region, corner[part] - low, level_side, px, tiles)
+                    store.put(part, tiles)
+                store.commit()
+            facts = {"section": section.name, "n": len(section), "side_px": side, "px": px, "padded": padded}
+            store.finish({**facts, "downsample": scale})
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise InputError(f"disk full while cutting tiles of section {section.name} into {path.parent}") from None
         raise
-    finally:
-        part.unlink(missing_ok=True)
     log.info(
-        "section %s: cut %d tiles of %d px (from %d px)%s",
+        "section %s: cut %d tiles of %d px (from %d px%s)%s",
         section.name,
         len(section),
         px,
         side,
+        f", read at a {scale:.3g}th" if level else "",
         f"; {padded} reach beyond the image and are filled with white" if padded else "",
     )
 
 
-def _reserve(path: Path) -> None:
-    """Claim the blocks of a sparse file: a memory map that meets a full disk kills the process without a word."""
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+def _by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Rows of `corner` by the block of the image they lie in, in reading order."""
+    cell = corner // np.array(block)
+    order = np.lexsort((corner[:, 0], corner[:, 1], cell[:, 0], cell[:, 1]))
+    starts = np.flatnonzero((np.diff(cell[order], axis=0) != 0).any(axis=1)) + 1
+    yield from np.split(order, starts)
+
+
+def _shown(regions: list[np.ndarray], what: str) -> Iterator[np.ndarray]:
+    """Go through the regions that have rows left; work longer than seconds shows how far it is."""
+    total, n, begun = sum(map(len, regions)), 0, time.monotonic()
+    said, bar = begun, None
+    console = Console(stderr=True)
+    try:
+        for rows in regions:
+            if not len(rows):
+                continue
+            yield rows
+            n, now = n + len(rows), time.monotonic()
+            if console.is_terminal:
+                if bar is None and now - begun > 2:
+                    bar = Progress(
+                        *Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True
+                    )
+                    task = bar.add_task(what, total=total)
+                    bar.start()
+                if bar is not None:
+                    bar.update(task, completed=n)
+            elif now - said > 15:
+                log.info("%s: %d of %d", what, n, total)
+                said = now
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def file_digest(path: str | Path) -> str:
-    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it."""
+    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder."""
     path = Path(path)
     stat = path.stat()
-    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    own = _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    if path.suffix.lower() != ".mrxs":
+        return own
+    parts = sorted(part for part in path.with_suffix("").glob("*") if part.is_file())
+    together = " ".join([own, *(f"{part.name} {file_digest(part)}" for part in parts)])
+    return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
 
 
 @lru_cache(maxsize=4096)
@@ -201,14 +278,14 @@ class TileBank:
     Parameters
     ----------
     stores
-        One (n, px, px, 3) uint8 array per section, in the order of the index.
+        One (n, px, px, 3) uint8 array or `JpegTiles` per section, in the order of the index.
     placement
         ``"device"``: all tiles in the memory of the GPU; ``"pinned"``: in page-locked host memory, copied
         by batch; ``"disk"``: memory-mapped files, through the page cache. ``"auto"`` takes the first that
         fits in half of what is free; on a CPU that is always ``"disk"``, which costs one copy.
     """
 
-    def __init__(self, stores: list[np.ndarray], placement: str = "auto") -> None:
+    def __init__(self, stores: list[np.ndarray | JpegTiles], placement: str = "auto") -> None:
         if placement not in ("auto", "device", "pinned", "disk"):
             raise InputError(f"data.placement={placement}: choose auto, device, pinned or disk")
         self.stores = stores

@@ -104,7 +104,8 @@ def _create(name: str, pretrained: bool, checkpoint: str | None, model_args: dic
         if not Path(checkpoint).is_file():
             raise InputError(f"image_encoder.checkpoint={checkpoint} does not exist")
         model_args["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
-    elif not _hub_answers():
+    offline = constants.HF_HUB_OFFLINE
+    if checkpoint is None and not _hub_answers():
         # the hub's client would retry for a minute; offline it looks into its cache and says at once
         constants.HF_HUB_OFFLINE = True
     try:
@@ -120,6 +121,8 @@ def _create(name: str, pretrained: bool, checkpoint: str | None, model_args: dic
             f"weights of {name} could not be fetched ({reason}). Without network, give them as a file "
             f"(image_encoder.checkpoint=FILE) or start from random weights (image_encoder.pretrained=false)"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline  # the network may be back for the next encoder
 
 
 def _check_complete(model: nn.Module, checkpoint: str) -> None:

@@ -5,29 +5,22 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
-from stexp.data.datamodule import SpotDataModule
 from stexp.losses import info_nce
-from stexp.metrics import mean_pearson
 from stexp.models.blocks import ProjectionHead
 from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
+from stexp.models.retrieval_method import RetrievalMethod
 from stexp.models.spot_encoder import SpotEncoder
-from stexp.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
 
 CONTEXTS = ("neighbours", "batch")
-K_CANDIDATES = (5, 10, 25, 50, 100, 200, 400, 800)
-RETRIEVED_FROM = ("train", "validation", "reference")  # roles, when the test spots are predicted
-DEFAULT_K = 50  # while k is "auto" and not yet chosen
 
 
-class MclSTExp(pl.LightningModule):
+class MclSTExp(RetrievalMethod):
     """Image encoder and spot encoder, trained to agree on the same spots.
 
     Parameters
@@ -54,11 +47,8 @@ class MclSTExp(pl.LightningModule):
         L2-normalise embeddings for loss and retrieval (the published code does not).
     image_weight
         lambda, the weight of the image loss; see :func:`~stexp.losses.info_nce`.
-    k, distance, weighting
-        Retrieval; see :meth:`ReferenceIndex.search`. ``k="auto"``: that of a few with the best Pearson
-        correlation on the validation spots. None of them touches the encoders.
-    reference
-        Training-side sections retrieved from: ``image`` (those with an image), ``all``, or names of sections.
+    k, distance, weighting, reference
+        Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
     optimizer, lr, weight_decay
         ``adam`` (published code) or ``adamw`` (paper).
 
@@ -94,17 +84,27 @@ class MclSTExp(pl.LightningModule):
         lr: float = 1e-4,
         weight_decay: float = 1e-3,
     ) -> None:
-        super().__init__()
+        super().__init__(k, distance, weighting, reference)
         if spot_context not in CONTEXTS:
             raise InputError(f"model.spot_context={spot_context}: choose {', '.join(CONTEXTS)}")
-        if distance not in DISTANCES:
-            raise InputError(f"model.distance={distance}: choose {', '.join(DISTANCES)}")
-        if weighting not in WEIGHTINGS:
-            raise InputError(f"model.weighting={weighting}: choose {', '.join(WEIGHTINGS)}")
-        if not (k == "auto" or (isinstance(k, int) and k >= 1)):
-            raise InputError(f"model.k={k}: auto or a whole number of at least 1 would fit")
-        if temperature <= 0:
-            raise InputError(f"model.temperature={temperature}: must be > 0")
+        for name, value, least in (
+            ("embedding_dim", embedding_dim, 1),
+            ("n_neighbours", n_neighbours, 0),
+            ("depth", depth, 0),
+            ("heads", heads, 1),
+            ("head_dim", head_dim, 1),
+        ):
+            if not (isinstance(value, int) and value >= least):
+                raise InputError(f"model.{name}={value}: a whole number of at least {least} would fit")
+        for name, value, fits, what in (
+            ("temperature", temperature, temperature > 0, "above 0"),
+            ("lr", lr, lr > 0, "above 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
+            ("dropout", dropout, 0 <= dropout <= 1, "from 0 to 1"),
+            ("image_weight", image_weight, 0 <= image_weight <= 1, "from 0 to 1"),
+        ):
+            if not fits:
+                raise InputError(f"model.{name}={value}: a number {what} would fit")
         if optimizer not in ("adam", "adamw"):
             raise InputError(f"model.optimizer={optimizer}: choose adam or adamw")
         self.image_encoder = image_encoder
@@ -116,13 +116,9 @@ class MclSTExp(pl.LightningModule):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
         self.spot_context, self.n_neighbours, self.normalise = spot_context, n_neighbours, normalise
         self.image_weight = image_weight
-        self.k, self.distance, self.weighting, self.reference = k, distance, weighting, reference
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
-        self._reference_target: torch.Tensor | None = None  # (N, G), the expression of its spots
-        self.reference_rows: np.ndarray | None = None  # all spots that `reference` may choose from,
-        self.reference_embedding: torch.Tensor | None = None  # and their embeddings, kept for re-scoring
-        self.reference_sections: list[str] = []  # those chosen
+        if spot_context == "batch":
+            self.reference_batch = 32  # as the published code embeds them
 
     # the two encoders
 
@@ -188,74 +184,6 @@ class MclSTExp(pl.LightningModule):
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return kind(trained, lr=self.lr, weight_decay=self.weight_decay)
-
-    # retrieval
-
-    def on_fit_start(self) -> None:
-        """Refuse before training what retrieval could not do after it."""
-        data = self.trainer.datamodule
-        if self.k == "auto" and len(data.rows("validation")) == 0:
-            raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
-        for roles in (self._validation_roles(), RETRIEVED_FROM):
-            n = len(choose_references(data.spots.iloc[data.rows(*roles)], self.reference))
-            if self.k != "auto" and self.k > n:
-                raise InputError(f"k={self.k}, but there are {n} reference spots; choose 1 to {n}")
-
-    def _validation_roles(self) -> tuple[str, ...]:
-        # validation spots must not retrieve themselves; sections without an image only where they are asked for
-        return ("train",) if self.reference == "image" else ("train", "reference")
-
-    def on_validation_start(self) -> None:
-        self.set_reference(self.trainer.datamodule, *self._validation_roles())
-
-    def on_predict_start(self) -> None:
-        self.set_reference(self.trainer.datamodule, *RETRIEVED_FROM)
-
-    @torch.no_grad()
-    def set_reference(self, data: SpotDataModule, *roles: str) -> None:
-        """Embed the training-side spots of the given roles that `reference` admits, and search among them."""
-        loader = data.loader(*roles, image=False, batch_size=32 if self.spot_context == "batch" else 1024)
-        rows = data.rows(*roles)
-        embedding = torch.cat([self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader])
-        self.reference_rows, self.reference_embedding = rows, embedding
-        chosen = choose_references(data.spots.iloc[rows], self.reference)
-        table = data.spots.iloc[rows[chosen]]
-        self._index = ReferenceIndex(
-            embedding[torch.from_numpy(chosen).to(embedding.device)],
-            table["section"].to_numpy(str),
-            table["patient"].to_numpy(str),
-        )
-        self._reference_target = torch.from_numpy(data.target[rows[chosen]]).to(self.device)
-        self.reference_sections = list(table["section"].unique())
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch, batch_idx)
-
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
-        """Expression (B, G), its spread among the neighbours, where it came from, and the tile embedding."""
-        query = self.embed_image(batch.image).float()
-        k = min(DEFAULT_K, len(self._index)) if self.k == "auto" else self.k
-        found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting)
-        return {**found, "image_embedding": query}
-
-    @torch.no_grad()
-    def tune(self, data: SpotDataModule) -> dict:
-        """Choose k on the validation spots where it is ``auto``; returns what was chosen, for the record."""
-        if self.k != "auto":
-            return {"k": self.k}
-        rows = data.rows("validation")
-        self.eval()
-        self.set_reference(data, *self._validation_roles())
-        with self.trainer.precision_plugin.forward_context():
-            batches = (data.batch(index, self.device) for index in data.val_dataloader())
-            query = torch.cat([self.embed_image(batch.image).float() for batch in batches])
-        score = {}
-        for k in [k for k in K_CANDIDATES if k <= len(self._index)] or [len(self._index)]:
-            found = retrieve(self._index, query, self._reference_target, k, self.distance, self.weighting, spread=False)
-            predicted = found["predicted"].cpu().numpy()
-            score[k] = mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
-        self.k = max(score, key=lambda k: (round(score[k], 4), k))  # ties: the larger, the steadier
-        return {"k": self.k, "k_validation_pearson": {str(k): round(value, 4) for k, value in score.items()}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["method"] = {"name": "mclstexp", "image_encoder": self.image_encoder.name}

@@ -2,91 +2,134 @@
 
 from __future__ import annotations
 
-import zlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 from stexp import InputError
+from stexp.data.gene_names import harmonise
+from stexp.data.readers.spaceranger import files_of_counts
 from stexp.data.section import Section, join
 from stexp.data.slide import Slide
+from stexp.data.tables import TEXT, read_counts, read_positions, read_table
 
+log = logging.getLogger(__name__)
+
+NEEDED = ("section", "patient", "counts", "spots")
+OPTIONAL = ("image", "um_per_px")
 COLUMNS = ("section", "patient", "image", "counts", "spots", "um_per_px")
-MAY_BE_EMPTY = ("image", "um_per_px")
-POSITIONS = ("array_x", "array_y", "pixel_x", "pixel_y")
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".csv.gz": ",", ".tsv.gz": "\t"}
-# spot ids may look like numbers ("007") or like missing values ("NA")
-TEXT = {"dtype": str, "keep_default_na": False}
 
 
-def read(sheet: str | Path) -> list[Section]:
+def read(sheet: str | Path, gene_table: str | Path | None = None) -> list[Section]:
     """Read the sections that a sample sheet lists, in its order.
 
     Parameters
     ----------
     sheet
-        CSV (or TSV), one row per section; paths are relative to the sheet's folder. Columns, others are ignored:
+        CSV (or TSV), one row per section; paths are relative to the sheet's folder. Columns, in any order:
 
         - ``section``: unique name; ``patient``: donor
+        - ``counts``: raw counts, a file or folder that `stexp.data.tables.read_counts` reads
+        - ``spots``: positions, a file that `stexp.data.tables.read_positions` reads; pixels are level-0 pixels of
+          the image
         - ``image``: what `Slide` reads; empty for a section of which only the counts are at hand
-        - ``counts``: raw counts, ``.h5ad`` (``X``) or ``.csv``/``.tsv`` (``.gz``); rows spots, columns genes
-        - ``spots``: ``.csv``/``.tsv`` (``.gz``); spot id first, and the columns array_x, array_y, pixel_x, pixel_y;
-          pixels are level-0 pixels of the image
-        - ``um_per_px``: micrometres per level-0 pixel; may be empty
+        - ``um_per_px``: micrometres per level-0 pixel; empty where nobody knows, or the image says it
+
+        ``image`` and ``um_per_px`` may be left out, which is logged. Every further column is kept as text in
+        ``spots.uns["metadata"]``, a dict.
+    gene_table
+        See `stexp.data.gene_names.harmonise`.
 
     Raises
     ------
     InputError
-        A column, cell or file that is missing or does not fit; the message names the line of the sheet.
+        A column, cell or file that is missing or does not fit; the message names the line of the sheet, and the
+        column.
     """
     sheet = Path(sheet)
     if not sheet.is_file():
         raise InputError(f"sample sheet {sheet} does not exist; write one with the columns {', '.join(COLUMNS)}")
-    rows = _table(sheet, "sample sheet", index_col=False, skip_blank_lines=False, **TEXT).fillna("")
-    rows.columns = rows.columns.str.strip()
-    missing = [name for name in COLUMNS if name not in rows.columns]
+    rows = _rows(sheet)
+    sections = []
+    for index, row in rows.iterrows():
+        try:
+            sections.append(_section(row, sheet.parent, gene_table))
+        except InputError as error:
+            raise InputError(f"{sheet.name} line {index + 1}: {error}") from error
+    return sections
+
+
+def _rows(sheet: Path) -> pd.DataFrame:
+    """The cells of the sheet as text, each row indexed by its line, counted from 0; absent columns are empty."""
+    rows = read_table(sheet, "sample sheet", header=None, skip_blank_lines=False, **TEXT).fillna("")
+    rows = rows.apply(lambda column: column.str.strip())
+    header = list(rows.iloc[0])
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise InputError(f"sample sheet {sheet} has more than one column {', '.join(twice)}")
+    missing = [name for name in NEEDED if name not in header]
     if missing:
-        raise InputError(f"sample sheet {sheet} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}")
-    rows = rows[list(COLUMNS)].apply(lambda column: column.str.strip())
+        raise InputError(
+            f"sample sheet {sheet} lacks {', '.join(missing)}; it needs the columns {', '.join(COLUMNS)}, "
+            f"and has {', '.join(header)[:200]}"
+        )
+    absent = [name for name in OPTIONAL if name not in header]
+    if absent:
+        log.warning("sample sheet %s has no column %s; none of its sections has one", sheet, ", ".join(absent))
+    rows = rows.iloc[1:].set_axis(header, axis=1)
+    nameless = rows[""].to_numpy().ravel() if "" in header else np.array([])
+    if (nameless != "").any():
+        raise InputError(f"sample sheet {sheet} has cells in a column without a name (first: {max(nameless)!r})")
+    rows = rows[[name for name in header if name]]
     rows = rows[(rows != "").any(axis=1)]
     if rows.empty:
         raise InputError(f"sample sheet {sheet} lists no section")
     twice = rows["section"][rows["section"].duplicated() & (rows["section"] != "")].unique()
     if len(twice):
         raise InputError(f"sample sheet {sheet} lists {', '.join(twice)} more than once; section names must be unique")
-    sections = []
-    for index, row in rows.iterrows():
-        try:
-            sections.append(_section(row, sheet.parent))
-        except InputError as error:
-            raise InputError(f"{sheet.name} line {index + 2}: {error}") from error
-    return sections
+    return rows.assign(**dict.fromkeys(absent, ""))
 
 
-def _section(row: pd.Series, folder: Path) -> Section:
-    for column in COLUMNS:
-        if not row[column] and column not in MAY_BE_EMPTY:
-            raise InputError(f"column {column} is empty; only {' and '.join(MAY_BE_EMPTY)} may be")
+def _section(row: pd.Series, folder: Path, gene_table: str | Path | None) -> Section:
+    for column in NEEDED:
+        if not row[column]:
+            raise InputError(f"column {column} is empty; only {' and '.join(OPTIONAL)} may be")
+    where = f"section {row['section']}"
     files = {column: folder / row[column] for column in ("image", "counts", "spots") if row[column]}
     for column, file in files.items():
-        if not file.is_file():
+        if not (file.is_file() or (file.is_dir() and column == "counts")):
             raise InputError(f"column {column}: {file} does not exist; paths are relative to {folder.absolute()}")
-    counts, positions = read_counts(files["counts"]), read_positions(files["spots"])
-    if not counts.obs_names.isin(positions.index).any() and counts.var_names.isin(positions.index).any():
-        raise InputError(
-            f"column counts: {files['counts']} has spots as columns; transpose it: rows spots, columns genes"
-        )
+    with _column("spots"):
+        positions = read_positions(files["spots"])
+    with _column("counts"):
+        counts = harmonise(read_counts(files["counts"], positions.index), gene_table, where)
+    with _column("image"):
+        slide = Slide(files["image"]) if "image" in files else None
+        if slide is not None:
+            slide.size  # noqa: B018  opens it, so that a damaged image is refused here
+    spots = join(counts, positions, where)
+    spots.uns["metadata"] = {name: row[name] for name in row.index if name not in COLUMNS}
+    read_from = [*([files["image"]] if slide else []), *files_of_counts(files["counts"]), files["spots"]]
     return Section(
         name=row["section"],
         patient=row["patient"],
-        spots=join(counts, positions, f"section {row['section']}"),
-        slide=Slide(files["image"]) if "image" in files else None,
+        spots=spots,
+        slide=slide,
         um_per_px=_um_per_px(row["um_per_px"]),
-        files=tuple(files.values()),
+        files=tuple(read_from),
     )
+
+
+@contextmanager
+def _column(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"column {name}: {error}") from error
 
 
 def _um_per_px(cell: str) -> float | None:
@@ -101,65 +144,3 @@ def _um_per_px(cell: str) -> float | None:
             f"column um_per_px: {cell!r} is not a size; a number above 0 (say 0.5) or an empty cell would fit"
         )
     return value
-
-
-def read_counts(path: str | Path) -> ad.AnnData:
-    """Raw counts, spots x genes, from ``.h5ad`` (``X``) or a table with the spot id first."""
-    path = Path(path)
-    if path.suffix == ".h5ad":
-        return _h5ad_counts(path)
-    table = _table(path, "counts", index_col=0, converters={0: str}, keep_default_na=False, na_values=[""])
-    if table.shape[1] == 0:
-        raise InputError(f"counts {path} has no gene column; rows spots, columns genes, the spot id first")
-    # pandas makes numbers of ids such as 007, whatever it is told about an index
-    table.index = pd.Index(_table(path, "counts", header=None, skiprows=1, usecols=[0], **TEXT).iloc[:, 0])
-    # pandas renames the second column of a gene; Section shall see, and refuse, it
-    genes = _table(path, "counts", header=None, nrows=1, **TEXT).iloc[0, -table.shape[1] :].str.strip()
-    text = genes[[not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]]
-    if len(text):
-        raise InputError(
-            f"counts {path}: {len(text)} gene columns hold text (first: {text.iloc[0]}); counts are numbers"
-        )
-    return _counts(sp.csr_matrix(table.to_numpy(np.float32)), table.index, pd.Index(genes))
-
-
-def _h5ad_counts(path: Path) -> ad.AnnData:
-    try:
-        found = ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"counts {path} cannot be read as h5ad ({error})") from error
-    if found.X is None:
-        raise InputError(f"counts {path} has no X; raw counts belong there")
-    return _counts(sp.csr_matrix(found.X, dtype=np.float32), found.obs_names, found.var_names)
-
-
-def _counts(values: sp.csr_matrix, spots: pd.Index, genes: pd.Index) -> ad.AnnData:
-    return ad.AnnData(values, obs=pd.DataFrame(index=spots.astype(str)), var=pd.DataFrame(index=genes.astype(str)))
-
-
-def read_positions(path: str | Path) -> pd.DataFrame:
-    """Index spot id; columns array_x, array_y, pixel_x, pixel_y, float64."""
-    table = _table(Path(path), "spots", index_col=False, **TEXT)
-    table = table.set_index(table.columns[0])
-    missing = [name for name in POSITIONS if name not in table.columns]
-    if missing:
-        raise InputError(
-            f"spots {path} lacks {', '.join(missing)}; it needs the spot id first, then {', '.join(POSITIONS)}"
-        )
-    table = table[list(POSITIONS)].apply(pd.to_numeric, errors="coerce")
-    bad = table.index[table.isna().any(axis=1)]
-    if len(bad):
-        raise InputError(f"spots {path}: {len(bad)} rows hold a position that is not a number (first: {bad[0]})")
-    return table.astype(np.float64)
-
-
-def _table(path: Path, what: str, **options) -> pd.DataFrame:
-    ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if ending not in SEPARATORS:
-        fits = [*SEPARATORS, ".h5ad"] if what == "counts" else SEPARATORS
-        raise InputError(f"{what} {path} ends in {ending or 'nothing'}; {', '.join(fits)} would fit")
-    try:
-        # utf-8-sig: spreadsheets put a byte-order mark in front
-        return pd.read_csv(path, sep=SEPARATORS[ending], encoding="utf-8-sig", **options)
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # pandas' own errors and bad encodings are ValueErrors
-        raise InputError(f"{what} {path} cannot be read as a table: {' '.join(str(error).split())}") from error

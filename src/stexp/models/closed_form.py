@@ -1,0 +1,30 @@
+"""What methods share whose training is one calculation."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+
+from stexp.data.batches import SpotBatch
+from stexp.data.datamodule import SpotDataModule
+
+
+class ClosedForm(pl.LightningModule):
+    """A method that is fitted at once: ``stexp-train`` gives it one epoch of one batch, in which it calls `fit_to`.
+
+    What it learns it keeps in buffers, so that checkpoints hold it.
+    """
+
+    closed_form = True
+
+    def fit_to(self, data: SpotDataModule) -> None:
+        """Learn from the training spots. Validation spots stay apart, as for methods that train by gradient."""
+        raise NotImplementedError
+
+    def training_step(self, batch: SpotBatch, batch_idx: int) -> None:
+        self.fit_to(self.trainer.datamodule)
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
+        return self.predict_step(batch, batch_idx)

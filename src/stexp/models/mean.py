@@ -1,0 +1,34 @@
+"""The training mean, as a method: what others have to beat."""
+
+from __future__ import annotations
+
+import torch
+
+from stexp.data.batches import SpotBatch
+from stexp.data.datamodule import SpotDataModule
+from stexp.models.closed_form import ClosedForm
+
+
+class Mean(ClosedForm):
+    """Every spot has the mean expression of the training spots.
+
+    Parameters
+    ----------
+    n_genes
+        G; it comes from the data.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_genes))
+
+    def fit_to(self, data: SpotDataModule) -> None:
+        """Take the mean of the training spots."""
+        self.mean.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+        """Expression (B, G), the same in every row."""
+        return {"predicted": self.mean.repeat(len(batch), 1)}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["method"] = {"name": "mean"}

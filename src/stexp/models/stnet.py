@@ -1,0 +1,122 @@
+"""ST-Net: a DenseNet-121 regresses the expression of a tile (He et al. 2020, Nat Biomed Eng 4, 827-834)."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from stexp import InputError
+from stexp.data.batches import SpotBatch
+from stexp.data.datamodule import SpotDataModule
+from stexp.models.image_encoders import ImageEncoder
+
+SCALES = ("train", "image_encoder")
+
+
+class STNet(pl.LightningModule):
+    """Image encoder and one linear layer, which starts as the training mean.
+
+    Parameters
+    ----------
+    image_encoder
+        Tiles to features; all of it is trained unless it is frozen.
+    n_genes
+        G; it comes from the data.
+    input_scale
+        Mean and standard deviation that each colour is brought to 0 and 1 with: those of the training tiles
+        (``train``, as published), or the encoder's own (``image_encoder``).
+    symmetries
+        Predict the mean over the eight symmetries of the tile, as published; false: the tile as it is.
+    lr, momentum, weight_decay
+        Of stochastic gradient descent.
+
+    Notes
+    -----
+    As in github.com/bryanhe/ST-Net the loss is summed over the spots of a batch, and averaged over genes; so the
+    step does not shrink with the batch. It estimates mean and standard deviation from twelve batches; here they
+    are of all training tiles, or of 2,000 in even steps. Its expression is log((1 + count) / (sum + number of
+    genes)), here that of the protocol. Its number of epochs is chosen by cross-validation among the training
+    patients, here by the validation spots.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        n_genes: int,
+        *,
+        input_scale: str = "train",
+        symmetries: bool = True,
+        lr: float = 1e-6,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if input_scale not in SCALES:
+            raise InputError(f"model.input_scale={input_scale}: choose {' or '.join(SCALES)}")
+        for name, value, fits, what in (
+            ("lr", lr, lr > 0, "above 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
+        ):
+            if not fits:
+                raise InputError(f"model.{name}={value}: a number {what} would fit")
+        self.image_encoder = image_encoder
+        self.head = nn.Linear(image_encoder.num_features, n_genes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        # of the training tiles; buffers, since a reloaded model has no training tiles
+        self.register_buffer("mean", image_encoder.mean.clone())
+        self.register_buffer("std", image_encoder.std.clone())
+        self.input_scale, self.symmetries = input_scale, symmetries
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    def on_fit_start(self) -> None:
+        """Start as the training mean, and look at the colours of the training tiles; a resumed run has done both."""
+        if self.trainer.ckpt_path is None:
+            self.start_from(self.trainer.datamodule)
+
+    @torch.no_grad()
+    def start_from(self, data: SpotDataModule) -> None:
+        """Set the bias to the mean expression of the training spots, and the input scale as `input_scale` says."""
+        rows = data.rows("train")
+        self.head.bias.copy_(torch.from_numpy(data.target[rows].mean(axis=0, dtype="float64")))
+        if self.input_scale == "train":
+            seen = torch.from_numpy(rows[:: max(1, len(rows) // 2000)])
+            moments = []  # (B, 2, 3): means of the colours of each tile, and of their squares
+            for part in seen.split(64):
+                pixels = data.tiles(part.numpy()).view(len(part), -1, 3).float() / 255
+                moments.append(torch.stack([pixels.mean(dim=1), pixels.square().mean(dim=1)], dim=1))
+            mean, square = torch.cat(moments).double().mean(dim=0)
+            self.mean.copy_(mean.view(1, 3, 1, 1))
+            self.std.copy_((square - mean**2).clamp(min=1e-6).sqrt().view(1, 3, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Tiles (B, 3, H, W), RGB in 0..1, to expression (B, G)."""
+        encoder = self.image_encoder
+        # the encoder subtracts and divides by its own
+        scaled = (image - self.mean) / self.std * encoder.std + encoder.mean
+        return self.head(encoder(scaled))
+
+    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
+        loss = (self(batch.image).float() - batch.target).square().mean(dim=1).sum()
+        self.log("train/mse", loss.detach() / len(batch), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+        """Expression (B, G)."""
+        if not self.symmetries:
+            return {"predicted": self(batch.image).float()}
+        seen = [batch.image.rot90(turns, (2, 3)) for turns in range(4)]
+        seen += [image.flip(3) for image in seen]
+        return {"predicted": torch.stack([self(image).float() for image in seen]).mean(dim=0)}
+
+    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
+        return self.predict_step(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["method"] = {"name": "stnet", "image_encoder": self.image_encoder.name}

@@ -1,0 +1,168 @@
+"""What every method of conf/model must do: learn, write a whole run folder, come back from a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from stexp import InputError, config
+from stexp.checkpoints import load_checkpoint
+from stexp.data.features import frozen_features
+from stexp.metrics import mean_pearson
+from stexp.rescore import predict_again
+from stexp.train import train
+
+METHODS = sorted(path.stem for path in (config.CONF / "model").glob("*.yaml"))
+
+SHORT = {
+    "bleep": ["trainer.max_epochs=4"],
+    "hest_ridge": ["model.penalty=3000"],
+    "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
+    "stnet": ["model.lr=0.01"],
+}
+"""What a training of seconds on a few hundred spots needs instead of the published values."""
+
+NO_SKILL = {"mean"}
+"""Methods that predict the same for every spot."""
+
+RUN_FOLDER = {
+    "config.yaml",
+    "predictions.h5ad",
+    "floors.h5ad",
+    "metrics.json",
+    "per_gene.csv",
+    "audit.json",
+    "report.html",
+    "provenance.json",
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """Root of a demo data set: three patients with one section each."""
+    return tmp_path_factory.mktemp("demo")
+
+
+def configure(root: Path, out: Path, method: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return compose(
+            "train",
+            [
+                f"model={method}",
+                "data=demo",
+                f"data.root={root / 'data'}",
+                f"data.cache_dir={root / 'cache'}",
+                "data.reader.patients=3",
+                "data.reader.sections_per_patient=1",
+                f"output_dir={out}",
+                "trainer.max_epochs=3",
+                "trainer.accelerator=cpu",
+                "hardware.keep_memory=false",
+                "hardware.threads=1",
+                *SHORT.get(method, []),
+                *overrides,
+            ],
+        )
+
+
+def run(cfg: DictConfig, fold: str) -> dict:
+    return train(cfg, config.load_sections(cfg, config.build(cfg.protocol)), fold, Path(cfg.output_dir))
+
+
+def reload(cfg: DictConfig, fold: str, checkpoint: str):
+    """A model of another seed with the weights of a checkpoint, and the data it was trained on."""
+    protocol = config.build(cfg.protocol)
+    data = config.build_data(cfg, config.load_sections(cfg, protocol), protocol, fold)
+    data.setup()
+    pl.seed_everything(cfg.seed, verbose=False)  # the frozen encoder of the demo has random weights, of the run's seed
+    features = frozen_features(data, config.build(cfg.image_encoder), torch.device("cpu"))
+    torch.manual_seed(99)
+    arguments = {key: value for key, value in config.to_plain(cfg.model).items() if key != "name"}
+    model = config.build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=features.shape[1])
+    data.features, data.batching = features, getattr(model, "batching", "spots")
+    state = load_checkpoint(Path(cfg.output_dir) / "checkpoints" / checkpoint)
+    data.load_state_dict(state["SpotDataModule"])
+    model.load_state_dict(state["state_dict"])
+    return model, data
+
+
+def predict(model: pl.LightningModule, data, precision: str) -> np.ndarray:
+    trainer = pl.Trainer(
+        accelerator="cpu", precision=precision, logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    outputs = trainer.predict(model, datamodule=data)
+    return torch.cat([output["predicted"].float() for output in outputs]).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_reloads_and_resumes(method: str, demo: Path, tmp_path: Path) -> None:
+    cfg = configure(demo, tmp_path / "run", method, "hardware.precision=32-true")
+    metrics = run(cfg, "A")
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} >= RUN_FOLDER
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert metrics["model"] == method and metrics["protocol"] == "strict"
+    assert json.loads((folder / "audit.json").read_text())["leaks"] == 0
+    mean = metrics["floors"]["mean"]
+    if method in NO_SKILL:
+        assert metrics["scores"]["pearson_acg"] == 0
+    else:
+        assert metrics["scores"]["pearson_acg"] > mean["pearson_acg"] + 0.1, "morphology explains a third of the genes"
+        assert metrics["scores"]["mse"] < mean["mse"]
+
+    written = ad.read_h5ad(folder / "predictions.h5ad")
+    model, data = reload(cfg, "A", "best.ckpt")
+    model.k = metrics["chosen"].get("k")  # of a method that retrieves; others have no such attribute to read
+    predicted = predict(model, data, "32-true")
+    np.testing.assert_allclose(predicted, written.layers["predicted"], rtol=1e-5, atol=1e-5)
+    section = written.obs["section"].to_numpy(str)
+    rounded = predict(model, data, "bf16-mixed")
+    assert np.isfinite(rounded).all()
+    if method not in NO_SKILL:
+        assert mean_pearson(predicted, rounded, section) > 0.9
+    assert np.abs(rounded - predicted).mean() < 0.1 * written.layers["observed"].std()
+
+    if (folder / "embeddings.h5ad").exists():
+        again = predict_again(folder, {}, "panel", str(tmp_path / "again"))
+        found = ad.read_h5ad(again / "predictions.h5ad").layers["predicted"]
+        np.testing.assert_allclose(found, written.layers["predicted"], rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(InputError, match="does not retrieve"):
+            predict_again(folder, {}, "panel", None)
+
+    (folder / "predictions.h5ad").unlink()  # as if killed before; the same command goes on from the last epoch
+    run(cfg, "A")
+    resumed = ad.read_h5ad(folder / "predictions.h5ad")
+    np.testing.assert_array_equal(resumed.layers["predicted"], written.layers["predicted"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_under_the_paper_protocol_in_bf16(method: str, demo: Path, tmp_path: Path) -> None:
+    short = ["trainer.max_epochs=1", "protocol=paper", "hardware.precision=bf16-mixed"]
+    metrics = run(configure(demo, tmp_path / "run", method, *short), "A1")
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= RUN_FOLDER
+    assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists(), "no validation, no best"
+    assert metrics["protocol"] == "paper" and np.isfinite(metrics["scores"]["mse"])
+    assert np.isfinite(ad.read_h5ad(tmp_path / "run" / "predictions.h5ad").layers["predicted"]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_names_every_argument(method: str) -> None:
+    """A yaml is where a method's published values are read: no argument is left to its default in the code."""
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        node = compose("train", [f"model={method}"]).model
+    assert node.name == method
+    taken = set(inspect.signature(get_object(node._target_)).parameters)
+    assert set(node) - {"_target_", "name"} == taken - {"n_genes", "n_positions", "n_features"}

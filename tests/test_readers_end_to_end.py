@@ -1,0 +1,63 @@
+"""Every data set's layout, faked on a small scale: read, trained on, predicted, scored, and scored again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from stexp import config
+from stexp.data.splits import folds
+from stexp.rescore import predict_again
+from stexp.score import score_run
+from stexp.train import train
+
+LAYOUTS = sorted(path.stem for path in (Path(__file__).parent / "fakes").glob("*.py"))
+SMALL = ["image_encoder=tiny", "data.tile_px=32", "data.tile_um=null", "data.batch_size=16", "model.k=5"]
+ON_CPU = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "hardware.keep_memory=false"]
+OPTIONS = {"hest": ["data.species=Homo sapiens"]}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_data_set_goes_from_files_to_scores(name, tmp_path, caplog):
+    root = tmp_path / "data"
+    importlib.import_module(f"fakes.{name}").write(root)
+    places = [f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("train", [f"data={name}", *places, *SMALL, *ON_CPU, *OPTIONS.get(name, [])])
+    protocol = config.build(cfg.protocol)
+    with caplog.at_level(logging.INFO):
+        sections = config.load_sections(cfg, protocol)
+        fold = folds(sections, protocol)[0]
+        metrics = train(cfg, sections, fold, tmp_path / "run")
+
+    held_out = {section.name: section for section in sections if section.patient == fold}
+    assert set(metrics["sections"]) == {name for name, section in held_out.items() if section.slide is not None}
+    adata = ad.read_h5ad(tmp_path / "run" / "predictions.h5ad")
+    assert np.isfinite(adata.layers["predicted"]).all() and set(adata.obs["patient"]) == {fold}
+    # what was scored are the counts that the reader gave, spot by spot
+    for section_name in metrics["sections"]:
+        rows = adata[adata.obs["section"] == section_name]
+        section = held_out[section_name]
+        np.testing.assert_array_equal(rows.obs["spot"], section.spots.obs_names)
+        np.testing.assert_array_equal(rows.layers["counts"], section.counts(adata.var_names))
+        np.testing.assert_array_equal(rows.obsm["spatial"], section.xy_px)
+    assert json.loads((tmp_path / "run" / "audit.json").read_text())["leaks"] == 0
+
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    score_run(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    again = score_run(predict_again(tmp_path / "run", {"k": 3}, "panel", None))
+    assert again["chosen"]["k"] == 3 and again["scores"] != metrics["scores"]
+
+
+def test_every_reader_has_a_fake_or_is_the_demo():
+    readers = {path.stem for path in (Path(config.__file__).parent / "data" / "readers").glob("*.py")}
+    with_yaml = {path.stem for path in (config.CONF / "data").glob("*.yaml")} & readers
+    assert with_yaml - {"demo", "her2st", "samplesheet"} == set(LAYOUTS)  # the demo is a sample sheet

@@ -1,0 +1,386 @@
+"""Tables of runs: what is averaged, what is refused, what is said."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from stexp import InputError
+from stexp.provenance import size
+from stexp.runs import find_runs, label_methods, read_run
+from stexp.tables import FILES, Table, latex, markdown, tabulate_all
+
+STRICT = {"_target_": "stexp.protocol.Protocol", "name": "strict", "hold_out": "patient", "truth": "spot", "k": "auto"}
+ACG = {"A1": 0.10, "A2": 0.20, "B1": 0.30, "C1": 0.40}
+FLOORS = {"mean": 0.0, "colour_ridge": 0.15, "knn_features": 0.12, "depth_oracle": 0.5}
+
+
+def scores(acg: float | None) -> dict[str, float | None]:
+    mse = None if acg is None else 1 - acg
+    return {"pearson_acg": acg, "pearson_heg50": acg, "spearman_acg": acg, "mse": mse, "mae": mse, "rmse": mse}
+
+
+def write_run(
+    folder: Path,
+    sections: dict[str, float],
+    *,
+    seed: int = 0,
+    model: str = "mclstexp",
+    encoder: str = "densenet121",
+    frozen: bool = False,
+    knn: float = 0.12,
+    genes: tuple[str, ...] = ("FASN", "GNAS"),
+    other: dict[str, float] | None = None,
+    chosen: dict | None = None,
+    **changes,
+) -> Path:
+    """A run folder as stexp-train leaves it, as far as tables read it; a section's patient is its first letter."""
+    fold = next(iter(sections))[0]
+    image = {"_target_": "x", "name": encoder, "pretrained": True, "checkpoint": f"{folder}/w.pt", "frozen": frozen}
+    config = {
+        "image_encoder": image,
+        "protocol": STRICT,
+        "model": {"_target_": "x", "name": model, "image_encoder": image, "k": "auto"},
+        "trainer": {"_target_": "x", "accelerator": "cpu", "max_epochs": 9},
+        "logger": {"save_dir": str(folder)},
+        "data": {"name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "seed": seed,
+        "fold": fold,
+        "output_dir": str(folder),
+    }
+    for key, value in changes.items():
+        OmegaConf.update(config := OmegaConf.create(config), key, value)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+
+    def part(acg: float) -> dict:
+        floors = {name: scores(value) for name, value in {**FLOORS, "knn_features": knn}.items()}
+        return {
+            "scores": scores(acg),
+            "floors": floors,
+            "ceiling": {"pearson_acg": 0.8, "pearson_heg50": 0.9},
+            "n_spots": 9,
+        }
+
+    metrics = {
+        "protocol": "strict",
+        "fold": fold,
+        "model": model,
+        "data": "demo",
+        "oracle_floors": ["depth_oracle"],
+        "chosen": chosen or {"k": 5, "k_validation_pearson": {"5": 0.1}},
+        "sections": {name: part(acg) for name, acg in sections.items()},
+        "scored_as": {} if other is None else {"paper": {"sections": {name: part(acg) for name, acg in other.items()}}},
+    }
+    leak = {"name": "same_patient_in_training", "leak": seed > 0, "detail": ""}
+    audit = {"leaks": int(seed > 0), "items": [leak], "facts": {"patient_of": {name: name[0] for name in ACG}}}
+    provenance = {
+        "command": f"stexp-train data=demo model={model} fold={fold} output_dir={folder} seed={seed}",
+        "seconds": 60.0 + 60 * seed,
+        "peak_memory_gb": 2.5,
+        "epochs": 7,
+        "parameters": {"total": 8_000_000, "trained": 1_000_000},
+        "hardware": {"device": "cpu", "cpu": "EPYC"},
+        "data_manifest": {name: {f"{name}.tsv": f"hash of {name}"} for name in ACG},
+    }
+    for name, content in (("metrics", metrics), ("audit", audit), ("provenance", provenance)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "per_gene.csv").write_text("gene,pearson\n" + "".join(f"{gene},0.1\n" for gene in genes))
+    return folder
+
+
+def write_folds(folder: Path, add: float = 0.0, **options) -> list[Path]:
+    """One method on the three patients, one fold each."""
+    return [
+        write_run(folder / fold, {name: acg + add for name, acg in ACG.items() if name[0] == fold}, **options)
+        for fold in "ABC"
+    ]
+
+
+def one(folders: list[Path], scored_as: str | None = None, **options) -> Table:
+    (table,) = tabulate_all([read_run(folder, scored_as) for folder in folders], **options)
+    return table
+
+
+def row(table: Table, label: str) -> pd.Series:
+    return table.rows.set_index("label").loc[label]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """`ours` is 0.1 above `theirs` in every section."""
+    return write_folds(tmp_path / "ours", 0.1, model="ours") + write_folds(tmp_path / "theirs", model="theirs")
+
+
+def test_means_are_over_sections_and_floors_are_rows(runs: list[Path]) -> None:
+    table = one(runs)
+    assert table.rows["label"].tolist() == [
+        *("ours", "theirs", "floor: colour ridge", "floor: knn features", "floor: mean"),
+        *("oracle: depth oracle", "ceiling: counting noise"),
+    ]
+    ours = row(table, "ours")
+    assert ours["pearson_acg"] == pytest.approx(np.mean([0.2, 0.3, 0.4, 0.5]))
+    assert ours["pearson_acg_sd_sections"] == pytest.approx(np.std([0.2, 0.3, 0.4, 0.5], ddof=1))
+    assert ours["pearson_acg_sd_patients"] == pytest.approx(np.std([0.25, 0.4, 0.5], ddof=1))
+    assert (ours["n_sections"], ours["n_patients"], ours["n_seeds"], ours["floors_beaten"]) == (4, 3, 1, 3)
+    assert (ours["epochs"], ours["parameters"], ours["trained_parameters"]) == (7, 8_000_000, 1_000_000)
+    assert row(table, "floor: colour ridge")["pearson_acg"] == pytest.approx(0.15)
+
+
+def test_paired_difference_from_the_best_floor_or_the_row_that_is_named(runs: list[Path]) -> None:
+    table = one(runs)
+    found = table.comparisons.set_index("method")
+    assert table.baseline == "floor: colour ridge"
+    assert found.loc["ours", "difference"] == pytest.approx(0.35 - 0.15)
+    assert found.loc["ours", "p"] == 2 / 2**4 and found.loc["ours", "p_holm"] == 4 / 2**4
+    named = one(runs, baseline="theirs").comparisons.set_index("method").loc["ours"]
+    np.testing.assert_allclose(named[["difference", "low", "high"]].astype(float), 0.1)
+    assert one(runs, baseline="knn_features").baseline == "floor: knn features"
+    errors = one(runs, metric="mse")
+    assert errors.rows["label"].tolist()[:2] == ["ours", "theirs"]
+    assert errors.comparisons.set_index("method").loc["ours", "difference"] == pytest.approx(-0.2)
+
+
+def test_equal_runs_do_not_differ(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path / "x", model="x") + write_folds(tmp_path / "y", model="y")
+    found = one(folders, baseline="x").comparisons.iloc[0]
+    assert found[["difference", "low", "high", "p", "p_holm"]].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_order_of_the_runs_changes_nothing(runs: list[Path]) -> None:
+    again = one(runs[::-1])
+    for part in ("rows", "comparisons", "sections"):
+        pd.testing.assert_frame_equal(getattr(one(runs), part), getattr(again, part))
+
+
+def test_seeds_are_averaged_by_section_and_spread_on_their_own(tmp_path: Path) -> None:
+    folders = [f for seed in (0, 1) for f in write_folds(tmp_path / str(seed), 0.1 * seed, seed=seed)]
+    found = row(one(folders), "mclstexp")
+    assert found["pearson_acg"] == pytest.approx(0.25 + 0.05) and found["n_seeds"] == 2
+    assert found["pearson_acg_sd_seeds"] == pytest.approx(np.std([0.25, 0.35], ddof=1))
+    assert found["pearson_acg_sd_sections"] == pytest.approx(np.std(list(ACG.values()), ddof=1))
+    assert (found["leaks"], found["seconds"]) == ("0–1", 90)
+
+
+def test_a_gap_is_refused_with_the_command_that_fills_it(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ours, seed 0, lacks fold C") as error:
+        one([runs[0], runs[1], *runs[3:]])
+    assert str(error.value).endswith(f"stexp-train data=demo model=ours fold=C output_dir={tmp_path}/ours/C")
+    assert "\n" not in str(error.value)
+
+
+def test_a_gap_is_printed_as_a_gap_and_never_averaged(runs: list[Path]) -> None:
+    table = one([runs[0], runs[1], *runs[3:]], allow_missing=True)
+    assert np.isnan(row(table, "ours")["pearson_acg"]) and row(table, "ours")["n_sections"] == 3
+    assert table.comparisons["method"].tolist() == ["theirs"]
+    text = markdown(table)
+    assert "Gap: ours, seed 0, lacks fold C." in text
+    by_section = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| C1")]
+    assert [cell.strip() for cell in by_section[0]] == ["C1", "C", "0.400", "–", "0.150"]
+
+
+def test_a_section_that_others_were_tested_on_is_missed(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "x", {"A1": 0.1, "A2": 0.2}, model="x"),
+        write_run(tmp_path / "y", {"A1": 0.1}, model="y"),
+    ]
+    with pytest.raises(InputError, match=r"y, seed 0, lacks section A2 of fold A .*data\.sections"):
+        one(folders)
+
+
+def test_floors_of_other_features_are_rows_of_their_own(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path / "x", encoder="resnet18", knn=0.2) + write_folds(
+        tmp_path / "y", encoder="vit", knn=0.3
+    )
+    folders += write_folds(tmp_path / "z", encoder="vit", frozen=True, knn=0.3004)
+    labels = one(folders).rows["label"].tolist()
+    assert labels[:3] == ["mclstexp resnet18 fine-tuned", "mclstexp vit fine-tuned", "mclstexp vit frozen"]
+    assert [label for label in labels if "knn" in label] == [
+        "floor: knn features (vit)",
+        "floor: knn features (resnet18)",
+    ]
+    assert labels.count("floor: colour ridge") == 1
+
+
+def test_labels_are_the_shortest_that_tell_methods_apart() -> None:
+    common = {
+        "model.name": "m",
+        "image_encoder.name": "vit",
+        "image_encoder.frozen": True,
+        "image_encoder.pretrained": True,
+    }
+    assert label_methods([common, common]) == (["m", "m"], [])
+    changed = {**common, "model.k": 50, "trainer.max_epochs": 9}
+    assert label_methods([{**common, "model.k": 5, "trainer.max_epochs": 3}, changed]) == (
+        ["m k=5", "m k=50"],
+        ["trainer.max_epochs"],
+    )
+    crossed = [{**common, "model.k": k, "data.stain": stain} for k in (1, 2) for stain in (None, "reinhard")]
+    assert label_methods(crossed)[0] == ["m k=1", "m k=1 stain=reinhard", "m k=2", "m k=2 stain=reinhard"]
+    # a key that only a later version writes does not make another method
+    assert label_methods([common, {**common, "data.later": 0.1}])[0] == ["m", "m"]
+
+
+def test_where_a_run_ran_is_no_other_method(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path / "x") + write_folds(tmp_path / "y", seed=1, **{"trainer.accelerator": "gpu"})
+    assert one(folders).rows["label"].tolist()[0] == "mclstexp"
+
+
+def test_rescored_folds_are_one_method_though_each_chose_its_k(tmp_path: Path) -> None:
+    folders = [
+        write_run(
+            tmp_path / fold,
+            {f"{fold}1": 0.1},
+            chosen={"k": k, "k_validation_pearson": {}, "rescored_from": "x", "changed": {"distance": "l2"}},
+            **{"model.k": k},
+        )
+        for fold, k in (("A", 5), ("B", 10))
+    ]
+    assert row(one(folders), "mclstexp")["n_sections"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "are the same method, seed 0 and fold A; name one"),
+        ({"seed": 1, "genes": ("FASN",)}, r"they predict other genes \(fold A, section A1\)"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path, options: dict, says: str) -> None:
+    folders = [write_run(tmp_path / "x", {"A1": 0.1}), write_run(tmp_path / "y", {"A1": 0.2}, **options)]
+    with pytest.raises(InputError, match=says):
+        one(folders)
+
+
+def test_another_file_behind_a_section_is_refused(runs: list[Path]) -> None:
+    record = json.loads((runs[3] / "provenance.json").read_text())
+    record["data_manifest"]["A2"]["A2.tsv"] = "changed"
+    (runs[3] / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"section A2 was read from another A2\.tsv"):
+        one(runs)
+
+
+def test_protocols_and_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path / "x") + write_folds(tmp_path / "y", **{"protocol.truth": "gene"})
+    folders += write_folds(tmp_path / "z", **{"protocol.spot_context": "batch"}, seed=1)  # of the method, as k is
+    tables = tabulate_all([read_run(folder) for folder in folders])
+    assert [table.title for table in tables] == [
+        "demo, protocol strict, truth=spot",
+        "demo, protocol strict, truth=gene",
+    ]
+    assert [row(table, "mclstexp")["n_seeds"] for table in tables] == [2, 1]
+
+
+def test_the_scoring_of_another_protocol(tmp_path: Path) -> None:
+    other = {"A1": 0.7, "A2": 0.9}
+    folder = write_run(tmp_path / "x", {"A1": 0.1, "A2": 0.2}, other=other)
+    table = one([folder], scored_as="paper")
+    assert table.title == "demo, protocol strict, scored as paper" and row(table, "mclstexp")["pearson_acg"] == 0.8
+    with pytest.raises(InputError, match="not scored as blocks, only as strict, paper"):
+        read_run(folder, "blocks")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["scored_as"]["paper"] = {"scores": scores(0.8), "floors": {}, "ceiling": {}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=f"not kept by section; do that with stexp-score run={folder}"):
+        read_run(folder, "paper")
+
+
+def test_too_few_units_are_said(runs: list[Path], tmp_path: Path) -> None:
+    text = markdown(one(runs))
+    assert "4 sections: smallest possible p 0.12, 0.25 after Holm, so none can be below 0.05." in text
+    assert "bootstrap of 3 patients, then of their sections, too narrow" in text
+    pair = [write_run(tmp_path / name, {"A1": 0.1, "A2": 0.3}, model=name) for name in ("x", "y")]
+    assert "within 1 patient, kept as they are; it does not cover what differs between patients" in markdown(one(pair))
+    single = [write_run(tmp_path / name, {"B1": 0.1}, model=name) for name in ("v", "w")]
+    assert "No interval: no patient has two sections" in markdown(one(single))
+
+
+def test_golden_table(runs: list[Path]) -> None:
+    table = one(runs)
+    lines = markdown(table).splitlines()
+    assert lines[0] == "## demo, protocol strict"
+    assert lines[2] == "4 sections of 3 patients (A, B, C), 3 folds (A, B, C), 2 genes."
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if "|" in line
+    }
+    assert "**0.350 ± 0.129 (0.126)**" in "\n".join(lines)
+    assert next(line for line in lines if line.startswith("| **ours**")).count("**") == 4
+    assert cells["ceiling: counting noise"][:2] == ["0.800 ± 0.000 (0.000)", "0.900 ± 0.000 (0.000)"]
+    assert cells["oracle: depth oracle"][-1] == ""
+    tex = latex(table)
+    assert r"\textbf{ours} & \textbf{0.350 $\pm$ 0.129 (0.126)} & 0.350" in tex
+    for name in ("table", "tabular"):
+        assert tex.count(rf"\begin{{{name}}}") == tex.count(rf"\end{{{name}}}") == 2
+    assert all(line.count(" & ") == 6 for line in tex.splitlines() if line.startswith("floor: "))
+
+
+def test_size_counts_what_trains_apart() -> None:
+    frozen, trained = (
+        SimpleNamespace(numel=lambda: 100, requires_grad=False),
+        SimpleNamespace(numel=lambda: 7, requires_grad=True),
+    )
+    model = SimpleNamespace(parameters=lambda: iter([frozen, trained, trained]))
+    found = size(SimpleNamespace(lightning_module=model, current_epoch=3))
+    assert found == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
+
+
+def test_latex_escapes_what_it_must(tmp_path: Path) -> None:
+    tex = latex(one(write_folds(tmp_path, model="50%_a&b#{c}~^\\")))
+    assert r"50\%\_a\&b\#\{c\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in tex
+
+
+def test_folders_patterns_and_what_is_not_finished(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "ours" / "A" / "rescored" / "k=3").mkdir(parents=True)
+    (tmp_path / "ours" / "A" / "rescored" / "k=3" / "config.yaml").write_text("{}")
+    (tmp_path / "notes.txt").write_text("")
+    assert find_runs([str(tmp_path)]) == (runs, [])
+    assert find_runs([f"{tmp_path}/*", str(runs[0])]) == (runs, [])
+    assert find_runs([f"{tmp_path}/th*/[AB]"])[0] == runs[3:5]
+    (runs[0] / "metrics.json").unlink()
+    assert find_runs([str(tmp_path)]) == (runs[1:], runs[:1])
+    for pattern, says in (
+        (str(tmp_path / "none*"), "nothing is called"),
+        (str(runs[0] / "rescored" / "none"), "nothing"),
+    ):
+        with pytest.raises(InputError, match=says):
+            find_runs([pattern])
+    (tmp_path / "kept.json").write_text("{}")
+    with pytest.raises(InputError, match="name the run's folder"):
+        find_runs([str(tmp_path / "kept.json")])
+    with pytest.raises(InputError, match="holds no run"):
+        find_runs([str(tmp_path / "notes.txt")])
+
+
+def test_a_baseline_that_is_no_row_is_refused_with_those_there(runs: list[Path]) -> None:
+    with pytest.raises(InputError, match="baseline=nearest is no row here; choose ours, theirs, floor: colour ridge"):
+        one(runs, baseline="nearest")
+
+
+def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path) -> None:
+    code = "import sys; from stexp.tables import main; main(); assert 'torch' not in sys.modules, 'torch'"
+    arguments = [f"runs={tmp_path}", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    assert (tmp_path / "out" / "table.md").read_text().split("\n", 2)[2].strip() in done.stdout
+    with open(tmp_path / "out" / "comparison.csv") as file:
+        first = next(csv.DictReader(file))
+    assert (first["table"], first["method"], float(first["difference"])) == ("demo, protocol strict", "ours", 0.2)
+    by_section = pd.read_csv(tmp_path / "out" / "sections.csv")
+    assert by_section.loc[by_section["label"] == "ours", "pearson_acg"].mean() == pytest.approx(0.35)
+
+    (runs[0] / "metrics.json").unlink()
+    refused = subprocess.run(
+        [sys.executable, "-m", "stexp.tables", *arguments], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config" in refused.stderr

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from fakes import visium as fake
+from PIL import Image
+
+from stexp import InputError
+from stexp.data.readers.visium import read
+
+
+def expected(folder, counts, positions):
+    """Counts and positions of every spot in tissue, joined one barcode at a time."""
+    for row in positions[positions["in_tissue"] == 1].itertuples():
+        yield (
+            row.barcode,
+            counts.loc[row.barcode].to_numpy(),
+            (row.array_col, row.array_row),
+            (row.pxl_col_in_fullres, row.pxl_row_in_fullres),
+        )
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_every_version_gives_each_barcode_its_counts_and_place(tmp_path, version):
+    counts, positions = fake.write_section(tmp_path / "S1" / "outs", version)
+    (section,) = read(tmp_path / "S1" / "outs")
+    assert (section.name, section.patient, section.slide.path.name) == ("S1", "S1", "image.png")
+    assert len(section) == len(counts) == 34
+    for barcode, of, array_xy, xy_px in expected(tmp_path, counts, positions):
+        i = section.spots.obs_names.get_loc(barcode)
+        np.testing.assert_array_equal(section.counts(counts.columns)[i], of)
+        assert tuple(section.array_xy[i]) == array_xy and tuple(section.xy_px[i]) == xy_px
+    assert section.um_per_px == pytest.approx(100 / fake.PITCH_PX, rel=1e-3)
+    assert list(section.spots.var["gene_ids"]) == fake.gene_ids(counts.columns)
+    assert section.spots.X.format == "csr" and section.spots.X.dtype == np.float32
+    names = [path.name for path in section.files]
+    assert len(names) == (6 if version == 1 else 4) and "scalefactors_json.json" in names and "image.png" in names
+
+
+def test_several_sections_with_patients(tmp_path, caplog):
+    fake.write(tmp_path)
+    sections = read(tmp_path)
+    assert [(s.name, s.patient) for s in sections] == [("a", "P1"), ("b", "P1"), ("c", "P2"), ("d", "P3")]
+    images = [s.slide.path.relative_to(tmp_path).as_posix() for s in sections]
+    assert images == ["a/a_HE.png", "b/image.png", "c/outs/image.png", "d/spatial/tissue_hires_image.png"]
+    assert [s.name for s in read(tmp_path, ["c", "a"])] == ["a", "c"]
+    with pytest.raises(InputError, match=r"no section x in .*; there are a, b, c, d"):
+        read(tmp_path, ["x"])
+    (tmp_path / "patients.csv").write_text("section,patient\na,P1\n")
+    with pytest.raises(InputError, match="names no patient for section b, c, d"):
+        read(tmp_path)
+    (tmp_path / "patients.csv").unlink()
+    caplog.clear()
+    assert [s.patient for s in read(tmp_path, ["a", "b"])] == ["a", "b"]
+    assert "each of 2 sections counts as a patient of its own" in caplog.text
+
+
+def test_sections_not_asked_for_are_not_opened(tmp_path):
+    fake.write(tmp_path)
+    (tmp_path / "b" / "filtered_feature_bc_matrix.h5").write_bytes(b"")
+    assert len(read(tmp_path, ["c"])) == 1
+
+
+def test_hires_image_stands_in_at_its_own_scale(tmp_path, caplog):
+    fake.write(tmp_path)
+    full, hires = read(tmp_path, ["c", "d"])
+    assert hires.slide.size == (82, 62)
+    by_place = {tuple(a): xy for a, xy in zip(full.array_xy, full.xy_px, strict=True)}
+    for array_xy, xy in zip(hires.array_xy, hires.xy_px, strict=True):
+        np.testing.assert_allclose(xy, by_place[tuple(array_xy)] * fake.HIRES)
+    assert hires.um_per_px == pytest.approx(full.um_per_px / fake.HIRES)
+    said = [record.message for record in caplog.records if "tissue_hires_image" in record.message]
+    assert len(said) == 1 and "10 um/px instead of 2.5" in said[0] and said[0].startswith("section d")
+
+
+def test_where_the_image_is_looked_for(tmp_path):
+    fake.write_section(tmp_path / "x" / "S1" / "outs", 2)
+    folder = tmp_path / "x" / "S1" / "outs"
+    places = [folder / "HE.TIF", folder / "spatial" / "HE.jpg", folder.parent / "HE.tiff", tmp_path / "x" / "S1.png"]
+    (folder / "image.png").unlink()
+    for place in places:
+        fake.picture().save(place, format="PNG")
+        assert read(tmp_path / "x")[0].slide.path == place
+        given = tmp_path / "S1_image.png"
+        fake.picture().save(given)
+        assert read(tmp_path / "x", image=given)[0].slide.path == given
+        assert read(tmp_path / "x", image=tmp_path)[0].slide.path == given
+        place.unlink()
+    fake.picture().save(folder / "one.png")
+    fake.picture().save(folder / "two.jpg")
+    with pytest.raises(InputError, match=r"2 images \(one.png, two.jpg\).*data.image="):
+        read(tmp_path / "x")
+
+
+def test_one_image_for_several_sections_is_refused(tmp_path):
+    fake.write(tmp_path)
+    with pytest.raises(InputError, match=r"one file for 2 sections; a folder of <section>.tif would fit"):
+        read(tmp_path, ["b", "c"], image=tmp_path / "b" / "image.png")
+
+
+def test_hires_given_as_full_resolution_is_told_apart_from_swapped_axes(tmp_path):
+    _, positions = fake.write_section(tmp_path, 2)
+    with pytest.raises(InputError, match="no full-resolution image"):
+        read(tmp_path, image=tmp_path / "spatial" / "tissue_hires_image.png")
+    columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+    positions[columns] = positions[columns[::-1]].to_numpy()
+    positions.to_csv(tmp_path / "spatial" / "tissue_positions.csv", index=False)
+    with pytest.raises(InputError, match="with x and y swapped all would fit"):
+        read(tmp_path)
+
+
+def test_swapped_pixels_inside_a_square_image_are_said(tmp_path, caplog):
+    _, positions = fake.write_section(tmp_path, 2)
+    Image.new("RGB", (400, 400), "pink").save(tmp_path / "image.png")
+    read(tmp_path)
+    assert "mirror" not in caplog.text
+    columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+    positions[columns] = positions[columns[::-1]].to_numpy()
+    positions.to_csv(tmp_path / "spatial" / "tissue_positions.csv", index=False)
+    read(tmp_path)
+    assert "pixel row and column are swapped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.rename(columns={"array_row": "array_col", "array_col": "array_row"}), "array_col swapped"),
+        (lambda t: t.assign(pxl_row_in_fullres=t["pxl_row_in_fullres"].sample(frac=1, random_state=1).to_numpy()), "do "
+         "not follow the array"),
+        (lambda t: t[t["array_row"] == 3], "spots in one line"),
+        (lambda t: t.assign(in_tissue=0), "none of 36 spots is in tissue"),
+        (lambda t: t.assign(in_tissue=2), "in_tissue other than"),
+        (lambda t: t.assign(barcode=t["barcode"].str[:-2]), "no spot id in common: 34 ids like"),
+        (lambda t: t.rename(columns={"array_col": "column"}), "lack array_col"),
+        (lambda t: t.astype({"array_row": object}).replace({"array_row": {2: "two"}}), "6 rows hold no number"),
+        (lambda t: pd.concat([t, t[:3]]), "3 spot ids occur twice in the positions"),
+    ],
+)  # fmt: skip
+def test_positions_that_do_not_fit_are_refused(tmp_path, change, says):
+    _, positions = fake.write_section(tmp_path, 2)
+    change(positions).to_csv(tmp_path / "spatial" / "tissue_positions.csv", index=False)
+    with pytest.raises(InputError, match=says):
+        read(tmp_path)
+
+
+def test_scale_is_checked_against_the_scale_factors(tmp_path, caplog):
+    fake.write_section(tmp_path, 2)
+    file = tmp_path / "spatial" / "scalefactors_json.json"
+    factors = json.loads(file.read_text())
+    read(tmp_path)
+    assert "spot_diameter_fullres" not in caplog.text
+    file.write_text(json.dumps(factors | {"spot_diameter_fullres": 55 * fake.PITCH_PX / 100}))
+    assert read(tmp_path)[0].um_per_px == pytest.approx(2.5, rel=1e-3)
+    assert "the pitch of the spots gives 2.5 um/px, spot_diameter_fullres 2.95" in caplog.text
+    file.unlink()
+    caplog.clear()
+    assert read(tmp_path)[0].um_per_px == pytest.approx(2.5, rel=1e-3)
+    assert "nothing to compare the pitch" in caplog.text
+    (tmp_path / "image.png").unlink()
+    with pytest.raises(InputError, match="without tissue_hires_scalef"):
+        read(tmp_path)
+    file.write_text("[1, 2")
+    with pytest.raises(InputError, match="no JSON object"):
+        read(tmp_path)
+
+
+def test_a_turned_and_skewed_picture_keeps_its_scale(tmp_path):
+    """The pitch of a rotated array is the distance to the nearest spot, whatever way it lies."""
+    _, positions = fake.write_section(tmp_path, 3)
+    columns = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
+    angle = np.deg2rad(65)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    positions[columns] = positions[columns].to_numpy() @ turn * 1.7 + (400, 20)
+    positions.to_parquet(tmp_path / "spatial" / "tissue_positions.parquet", index=False)
+    Image.new("RGB", (1000, 1000), "pink").save(tmp_path / "image.png")
+    section = read(tmp_path)[0]
+    xy = section.xy_px
+    nearest = np.sqrt(np.square(xy[:, None] - xy).sum(-1) + np.eye(len(xy)) * 1e9).min(1)
+    assert section.um_per_px == pytest.approx(100 / np.median(nearest), rel=1e-3)
+
+
+def test_raw_matrix_gives_the_same_spots_in_tissue(tmp_path, caplog):
+    counts, positions = fake.write_section(tmp_path, 3)
+    (tmp_path / "filtered_feature_bc_matrix.h5").unlink()
+    outside = positions.loc[positions["in_tissue"] == 0, "barcode"]
+    raw = pd.concat([pd.DataFrame(1, index=list(outside), columns=counts.columns), counts])
+    fake.write_h5(tmp_path / "raw_feature_bc_matrix.h5", raw)
+    caplog.set_level(logging.INFO)
+    (section,) = read(tmp_path)
+    assert set(section.spots.obs_names) == set(counts.index)
+    assert "2 spots with counts are outside the tissue" in caplog.text
+
+
+def test_spots_without_counts_are_counted(tmp_path, caplog):
+    counts, _ = fake.write_section(tmp_path, 3)
+    fake.write_h5(tmp_path / "filtered_feature_bc_matrix.h5", counts.iloc[3:])
+    caplog.set_level(logging.INFO)
+    assert len(read(tmp_path)[0]) == 31
+    assert "31 spots joined; left over: 0 counts without a position, 3 positions without counts" in caplog.text
+
+
+def test_visium_hd_is_read_one_bin_size_at_a_time(tmp_path):
+    folder = tmp_path / "HD1" / "outs" / "binned_outputs" / "square_008um"
+    counts, positions = fake.write_section(folder, 3)
+    with pytest.raises(InputError, match=r"Visium HD; choose one size of bins: .*square_008um"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="Visium HD"):
+        read(folder.parent)
+    positions["array_col"] = positions["array_col"] // 2
+    positions["pxl_row_in_fullres"], positions["pxl_col_in_fullres"] = (
+        20 + 30 * positions["array_row"],
+        20 + 30 * positions["array_col"],
+    )
+    positions.to_parquet(folder / "spatial" / "tissue_positions.parquet", index=False)
+    factors = {"bin_size_um": 8.0, "spot_diameter_fullres": 30.0, "tissue_hires_scalef": 0.1}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+    (section,) = read(folder)
+    assert section.name == "HD1" and len(section) == len(counts)
+    assert section.um_per_px == pytest.approx(8 / 30)
+
+
+def test_one_symbol_of_two_genes_is_summed(tmp_path):
+    counts, _ = fake.write_section(tmp_path, 3)
+    doubled = counts.set_axis(["TBCE", "TBCE", *counts.columns[2:]], axis=1)
+    fake.write_h5(tmp_path / "filtered_feature_bc_matrix.h5", doubled)
+    (section,) = read(tmp_path)
+    assert list(section.genes) == ["TBCE", *counts.columns[2:]]
+    of = counts.loc[section.spots.obs_names]
+    np.testing.assert_array_equal(section.counts(["TBCE"])[:, 0], of["G000"] + of["G001"])
+
+
+def test_a_gene_table_names_the_genes(tmp_path):
+    counts, _ = fake.write_section(tmp_path, 3)
+    table = tmp_path / "genes.csv"
+    pd.DataFrame({"id": fake.gene_ids(counts.columns), "symbol": [f"S{g}" for g in counts.columns]}).to_csv(
+        table, index=False
+    )
+    assert list(read(tmp_path, gene_table=table)[0].genes[:2]) == ["SG000", "SG001"]
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="has no folder spatial"):
+        read(tmp_path)
+    fake.write_section(tmp_path, 2)
+    (tmp_path / "spatial" / "tissue_positions.csv").unlink()
+    with pytest.raises(InputError, match=r"has none of tissue_positions.parquet"):
+        read(tmp_path)
+    (tmp_path / "filtered_feature_bc_matrix.h5").unlink()
+    with pytest.raises(InputError, match=r"has no filtered_feature_bc_matrix.h5"):
+        read(tmp_path)
+
+
+@pytest.mark.data
+def test_the_mouse_colon(real_data):
+    (section,) = read(real_data / "visium_mouse_colon")
+    assert (section.name, len(section), len(section.genes)) == ("visium_mouse_colon", 2604, 4338)
+    assert section.slide.path.name == "image.tif" and section.slide.size == (7936, 8192)
+    assert section.um_per_px == pytest.approx(0.97, abs=0.005)
+    # rows of the matrix and of the positions are in other orders: values by barcode, straight from the files
+    with h5py.File(real_data / "visium_mouse_colon" / "filtered_feature_bc_matrix.h5") as file:
+        matrix = {key: file["matrix"][key][:] for key in ("data", "indices", "indptr", "barcodes")}
+        symbols = [name.decode() for name in file["matrix/features/name"][:]]
+    with open(real_data / "visium_mouse_colon" / "spatial" / "tissue_positions.csv") as file:
+        place = {line.split(",")[0]: line.strip().split(",")[2:] for line in file}
+    genes = ["Myh11", "Cd74"]
+    found = section.counts(genes)
+    assert (found.sum(axis=0) > 1000).all()
+    for i in range(0, 2604, 100):
+        barcode = matrix["barcodes"][i].decode()
+        entries = slice(matrix["indptr"][i], matrix["indptr"][i + 1])
+        of = dict(zip(matrix["indices"][entries], matrix["data"][entries], strict=True))
+        at = section.spots.obs_names.get_loc(barcode)
+        assert list(found[at]) == [of.get(symbols.index(gene), 0) for gene in genes]
+        row, column, y, x = (float(value) for value in place[barcode])
+        assert tuple(section.array_xy[at]) == (column, row) and tuple(section.xy_px[at]) == (x, y)
