@@ -249,7 +249,7 @@ def test_block_folds_are_named_and_refused_by_name():
     sections = [stub("A1", 40)]
     assert folds(sections, BLOCKS) == ["block1", "block2", "block3", "block4"]
     assert folds([stub("A1", 40, slide=False)], BLOCKS) == []
-    with pytest.raises(InputError, match="fold=A1 is no block.*choose one of block1, block2"):
+    with pytest.raises(InputError, match=r"fold=A1 is no block.*choose one of block1, block2"):
         assign_roles(sections, BLOCKS, "A1")
     with pytest.raises(InputError, match="7 spots cannot be cut into 4 blocks of two or more"):
         assign_roles([stub("A1", 7)], BLOCKS, "block1")

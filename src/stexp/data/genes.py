@@ -126,9 +126,9 @@ def variable_genes(section: Section, n: int) -> pd.Series:
     if spots.n_obs < 2 or spots.n_vars < 2 or not (spots.X.max(axis=0) - spots.X.min(axis=0)).nnz:
         return pd.Series(dtype=float, index=spots.var_names[:0])  # nothing varies
     with _threads_kept(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bins of mean expression that hold one gene
+        warnings.simplefilter("ignore")  # bins that hold one gene
         sc.pp.normalize_total(spots, target_sum=1e4)
         sc.pp.log1p(spots)
-        sc.pp.highly_variable_genes(spots, n_top_genes=min(n, spots.n_vars))
-    # genes alone in their bin have no normalised dispersion; they come last
-    return spots.var.loc[spots.var["highly_variable"], "dispersions_norm"].fillna(0.0)
+        sc.pp.highly_variable_genes(spots)
+    dispersion = spots.var["dispersions_norm"].dropna()  # genes alone in their bin of mean expression have none
+    return dispersion[dispersion >= dispersion.nlargest(n).min()]
