@@ -38,7 +38,7 @@ from stexp.data.readers import samplesheet
 from stexp.losses import info_nce
 from stexp.models.blocks import ProjectionHead
 from stexp.models.mclstexp import SpotEncoder
-from stexp.provenance import git_state, versions
+from stexp.provenance import git_state, now, versions
 from stexp.retrieval import ReferenceIndex, retrieve
 
 N_GENES, IMAGE_PX, TILE_PX, FOLD_K = 785, 4000, 224, 100  # small folds have no 200 references
@@ -377,7 +377,13 @@ def main() -> None:
     start, device, gpu = time.perf_counter(), hardware.accelerator_of("auto"), torch.cuda.is_available()
     # whole batches; on a GPU an epoch that is long beside the writing of its checkpoint
     n_sections, n_spots = (16, 346) if gpu else (5, 32) if args.quick else (9, 64)
-    facts = {"device": device, "precision": hardware.choose_precision("auto", device), **hardware.describe()}
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": now(),
+        "device": device,
+        "precision": hardware.choose_precision("auto", device),
+        **hardware.describe(),
+    }
     facts |= {"threads": torch.get_num_threads(), "batch": args.batch or (128 if gpu else 32), "quick": args.quick}
     facts |= {"fold": f"{n_sections} sections of {n_spots} spots", "versions": versions(), **git_state()}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
-FLOORS = ("mean", "colour_ridge", "knn_features", "ridge_features", "depth_oracle")
+FLOORS = ("colour_ridge", "knn_features", "ridge_features", "depth_oracle")
 
 
 def add(run: Path) -> Path:
@@ -56,10 +56,10 @@ def add(run: Path) -> Path:
 def table() -> str:
     """Markdown of every kept result, ACG / HEG50, floors beside it."""
     rows = [
-        "| run | protocol, fold | mclSTExp | "
+        "| run | data, protocol, fold | method | score | "
         + " | ".join(name.replace("_", " ") for name in FLOORS)
         + " | ceiling | leaks |",
-        "|---|---|---|" + "---|" * (len(FLOORS) + 2),
+        "|---|---|---|---|" + "---|" * (len(FLOORS) + 2),
     ]
     for path in sorted((HERE / "results").glob("*.json")):
         kept = json.loads(path.read_text())
@@ -74,7 +74,8 @@ def table() -> str:
             str(len(kept["leaks"])),
         ]
         rows.append(
-            f"| [{path.stem}](experiments/results/{path.name}) | {kept['protocol']}, {kept['fold']} | "
+            f"| [{path.stem}](experiments/results/{path.name}) | {kept['data']}, {kept['protocol']}, {kept['fold']} | "
+            f"{kept['model']} | "
             + " | ".join(cells)
             + " |"
         )
