@@ -1,4 +1,4 @@
-"""Real data where STEXP_DATA names it; one thread per worker, so that workers do not stall each other."""
+"""Real data where STEXP_DATA names it, a small run; one thread per worker, so that workers do not stall each other."""
 
 from __future__ import annotations
 
@@ -23,3 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def real_data() -> Path:
     """The folder with real data sets."""
     return Path(os.environ["STEXP_DATA"])
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """Root of a demo data set: three patients with one section each."""
+    from demo_run import config, configure  # once the environment is set
+
+    root = tmp_path_factory.mktemp("demo")
+    cfg = configure(root, root / "unused")
+    config.load_sections(cfg, config.build(cfg.protocol))
+    return root
+
+
+@pytest.fixture(scope="session")
+def strict(demo: Path, tmp_path_factory) -> Path:
+    """A finished run on them, patient A held out."""
+    from demo_run import run
+
+    out = tmp_path_factory.mktemp("runs") / "strict"
+    run(demo, out, "trainer.max_epochs=4")
+    return out

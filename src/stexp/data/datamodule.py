@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from stexp import InputError, __version__
 from stexp.data.augment import AUGMENTATIONS, augment
 from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest
-from stexp.data.genes import choose_panel, normalise
+from stexp.data.genes import choose_panel, drop_unmeasured, normalise
 from stexp.data.section import Section
-from stexp.data.splits import ROLES, assign_roles
+from stexp.data.splits import ROLES, assign_roles, spot_table
 from stexp.data.stain import METHODS, StainNormaliser
 from stexp.data.tile_store import SUFFIXES
 from stexp.data.tiles import TileBank, TileSpec, file_digest, open_tiles
@@ -125,11 +125,13 @@ class SpotDataModule(pl.LightningDataModule):
         self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
-        self.spots = _spot_table(self.sections, roles)
+        self.spots = spot_table(self.sections, roles)
         self.panel, self.panel_saw = self._panel(panel, panel_saw_test)
-        self._drop_unmeasured()
+        self.sections = drop_unmeasured(
+            self.sections, self.panel, self.names("test"), self.names("train", "validation")
+        )
         self.section_names = [section.name for section in self.sections]
-        self.spots = _spot_table(self.sections, roles)
+        self.spots = spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
         self._load_expression()
         self.neighbours = self._neighbours(n_neighbours)
@@ -177,34 +179,6 @@ class SpotDataModule(pl.LightningDataModule):
         referenced = [section for section in self.sections if section.name in self.names("reference")]
         panel = choose_panel(choosing, self.protocol, measured_in=referenced)
         return panel, self.names("test") if saw_test else []
-
-    def _drop_unmeasured(self) -> None:
-        """Refuse, leave out or warn of sections that do not measure all of the panel, by what they are for."""
-        test, training = self.names("test"), self.names("train", "validation")
-        left_out = []
-        for section in self.sections:
-            missing = [gene for gene in self.panel if gene not in section.genes]
-            if not missing:
-                continue
-            text = (
-                f"section {section.name} does not measure {len(missing)} of the {len(self.panel)} panel genes "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
-            )
-            if section.name in training:
-                raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
-            if section.name in test and len(missing) == len(self.panel):
-                raise InputError(f"test section {section.name} measures none of the {len(missing)} panel genes")
-            if section.name in test:
-                log.warning("%s; they are not scored there", text)
-            else:
-                left_out.append(section.name)
-        if left_out:
-            log.warning(
-                "%d sections without an image do not measure the whole panel and are not retrieved from: %s",
-                len(left_out),
-                ", ".join(left_out),
-            )
-            self.sections = [section for section in self.sections if section.name not in left_out]
 
     def _load_expression(self) -> None:
         counts, expression, target, xy_um = [], [], [], []
@@ -414,24 +388,3 @@ def check_checkpoint(state: dict, panel: list[str], tile: TileSpec, array_size: 
         raise InputError(
             f"the checkpoint knows array coordinates below {state['array_size']}, this data goes up to {array_size - 1}"
         )
-
-
-def _spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.DataFrame:
-    parts = []
-    for section in sections:
-        parts.append(
-            pd.DataFrame(
-                {
-                    "section": section.name,
-                    "patient": section.patient,
-                    "spot": section.spots.obs_names.to_numpy(str),
-                    "role": roles[section.name],
-                    "array_x": section.array_xy[:, 0],
-                    "array_y": section.array_xy[:, 1],
-                    "total_counts": section.total_counts,
-                }
-            )
-        )
-    table = pd.concat(parts, ignore_index=True)
-    table.index = table["section"] + ":" + table["spot"]
-    return table

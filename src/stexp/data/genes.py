@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pandas as pd
 from stexp import InputError
 from stexp.data.section import Section
 from stexp.protocol import Protocol
+
+log = logging.getLogger(__name__)
 
 
 def normalise(
@@ -98,6 +101,40 @@ def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[
             f"or raise protocol.n_hvg"
         )
     return sorted(panel)
+
+
+def drop_unmeasured(sections: list[Section], panel: list[str], test: list[str], training: list[str]) -> list[Section]:
+    """Refuse, leave out or warn of sections that do not measure all of the panel, by what they are for.
+
+    Parameters
+    ----------
+    test, training
+        Names of sections with such spots; the others are only retrieved from, and are left out.
+    """
+    left_out = []
+    for section in sections:
+        missing = [gene for gene in panel if gene not in section.genes]
+        if not missing:
+            continue
+        text = (
+            f"section {section.name} does not measure {len(missing)} of the {len(panel)} panel genes "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        )
+        if section.name in training:
+            raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
+        if section.name in test and len(missing) == len(panel):
+            raise InputError(f"test section {section.name} measures none of the {len(missing)} panel genes")
+        if section.name in test:
+            log.warning("%s; they are not scored there", text)
+        else:
+            left_out.append(section.name)
+    if left_out:
+        log.warning(
+            "%d sections without an image do not measure the whole panel and are not retrieved from: %s",
+            len(left_out),
+            ", ".join(left_out),
+        )
+    return [section for section in sections if section.name not in left_out]
 
 
 def _seen(section: Section) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from scipy.spatial import cKDTree
 
 from stexp import InputError
@@ -89,6 +90,28 @@ def assign_roles(
         for name, mask in _validation(training).items():
             roles[name][mask] = "validation"
     return _check_training(roles, fold)
+
+
+def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Every spot of the sections with its role, a row each, in their order."""
+    parts = []
+    for section in sections:
+        parts.append(
+            pd.DataFrame(
+                {
+                    "section": section.name,
+                    "patient": section.patient,
+                    "spot": section.spots.obs_names.to_numpy(str),
+                    "role": roles[section.name],
+                    "array_x": section.array_xy[:, 0],
+                    "array_y": section.array_xy[:, 1],
+                    "total_counts": section.total_counts,
+                }
+            )
+        )
+    table = pd.concat(parts, ignore_index=True)
+    table.index = table["section"] + ":" + table["spot"]
+    return table
 
 
 def spatial_blocks(xy: np.ndarray, n: int) -> np.ndarray:

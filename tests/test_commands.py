@@ -1,0 +1,105 @@
+"""The commands, as a shell calls them, and what they say to bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_run import configure
+
+from stexp import InputError, config
+from stexp.train import train
+
+
+def command(name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"stexp.{name}", *overrides],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["fold=Z"], "fold=Z is no patient with an image; choose one of A, B, C, or all"),
+        (["fold=A1"], "A1 is a section of patient A"),
+        (["data.sections=[A1]", "fold=A"], "no section with an image is left to train on"),
+        (["data.sections=[A1,X9]"], "X9 not in demo"),
+        (["model.k=100000"], "reference spots; choose 1 to"),
+        (["model.distance=l3"], "choose cosine, l1, l2"),
+        (["fold=2_0"], "fold=20 is no patient with an image"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: a whole number of at least 1 would fit"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a whole number of at least 1 would fit"),
+        (["hardware.threads=-1"], "hardware.threads=-1: a whole number of at least 1 would fit"),
+        (["seed=-1"], "seed=-1: a whole number of at least 0 would fit"),
+        (["data.tile_um=-5"], "data.tile_um=-5: a length above 0 in micrometres, or null, would fit"),
+        (["data.tile_um=wide"], "data.tile_um=wide: a length above 0 in micrometres, or null, would fit"),
+        (["data.tile_um=1e6"], "a tile of 500000 px is larger than the image (1750 x"),
+        (["trainer.accelerator=gpu"], "no GPU here; take cpu or auto"),
+        (["trainer.accelerator=tpu"], "choose auto, cpu or gpu"),
+        (["data.augmentation=all"], "choose none, dihedral, paper"),
+        (["image_encoder.name=densnet121"], "timm has no model 'densnet121'"),
+        (["image_encoder.pretrained=true", "image_encoder.checkpoint=nowhere.safetensors"], "does not exist"),
+        (["data.panel_file=nowhere.txt"], "panel file nowhere.txt does not exist"),
+        (["+model.kk=3"], "takes no key 'kk'; did you mean 'k'?"),
+    ],
+)
+def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+    cfg = configure(demo, tmp_path / "run", *overrides)
+    with pytest.raises(InputError) as error:
+        sections = config.load_sections(cfg, config.build(cfg.protocol))
+        train(cfg, sections, str(cfg.fold or "A"), tmp_path / "run")
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path) -> None:
+    done = command(
+        "train",
+        f"data.root={demo / 'data'}",
+        "data.reader.patients=3",
+        "data.reader.sections_per_patient=1",
+        f"data.cache_dir={demo / 'cache'}",
+        "fold=Z",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("stexp: error: fold=Z")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "score", "floors", "prepare", "report"])
+def test_help_teaches_without_importing_torch(name: str) -> None:
+    code = (
+        f"import sys, runpy\nsys.argv = ['stexp-{name}', '--help']\n"
+        f"try:\n    runpy.run_module('stexp.{name}', run_name='__main__')\n"
+        "except SystemExit:\n    pass\nassert 'torch' not in sys.modules, 'help imports torch'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"stexp-{name}" in done.stdout and len(done.stdout.splitlines()) > 3
+
+
+def test_prepare_and_floors_print_what_they_found(demo: Path, tmp_path: Path) -> None:
+    common = [f"data.root={demo / 'data'}", "data.reader.patients=3", "data.reader.sections_per_patient=1"]
+    folder = tmp_path / "prepared"
+    prepared = command("prepare", *common, f"data.cache_dir={demo / 'cache'}", f"output_dir={folder}")
+    assert {path.name for path in folder.iterdir()} == {"qc.csv", "spots.csv.gz", "overlay", "overlay.png"}
+    assert prepared.returncode == 0 and "demo: 3 sections of 3 patients" in prepared.stdout
+    floors = command("floors", *common)
+    assert floors.returncode == 0 and "depth_oracle (oracle)" in floors.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_floors_of_her2st_are_those_of_the_docs(real_data: Path) -> None:
+    done = command("floors", "data=her2st", "protocol=paper", STEXP_DATA=str(real_data))
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[2:]}
+    assert rows["depth_oracle"][2:4] == ["0.3037", "0.5810"]
+    assert rows["mean"][3:5] == ["0.7115", "0.6716"]
