@@ -75,9 +75,7 @@ def table() -> str:
         ]
         rows.append(
             f"| [{path.stem}](experiments/results/{path.name}) | {kept['data']}, {kept['protocol']}, {kept['fold']} | "
-            f"{kept['model']} | "
-            + " | ".join(cells)
-            + " |"
+            f"{kept['model']} | " + " | ".join(cells) + " |"
         )
     return "\n".join(rows)
 

@@ -296,3 +296,11 @@ def test_ids_become_symbols_by_a_table(folder):
 def test_two_species_in_a_section_are_refused_with_line_and_column(folder):
     (folder / "s1.tsv").write_text(COUNTS.replace("ACTB", "ENSG00000075624").replace("CD3E", "ENSMUSG00000032093"))
     refused(folder, "line 2: column counts: section S1: gene ids of 2 species")
+
+
+@pytest.mark.parametrize(("column", "meant"), [("img", "image"), ("MPP", "um_per_px")])
+def test_a_column_that_means_an_optional_one_is_not_metadata(tmp_path, column, meant):
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text(f"section,patient,counts,spots,{column}\nS1,P1,c.csv,s.csv,x\n")
+    with pytest.raises(InputError, match=f"has a column {column}, but none called {meant}; rename it"):
+        samplesheet.read(sheet)

@@ -346,6 +346,9 @@ def test_folders_patterns_and_what_is_not_finished(runs: list[Path], tmp_path: P
     assert find_runs([f"{tmp_path}/*", str(runs[0])]) == (runs, [])
     assert find_runs([f"{tmp_path}/th*/[AB]"])[0] == runs[3:5]
     (runs[0] / "metrics.json").unlink()
+    assert find_runs([str(tmp_path)]) == (runs[1:], [])  # it never came to train
+    assert find_runs([str(runs[0])]) == ([], runs[:1])  # but was asked for
+    (runs[0] / "checkpoints").mkdir()
     assert find_runs([str(tmp_path)]) == (runs[1:], runs[:1])
     for pattern, says in (
         (str(tmp_path / "none*"), "nothing is called"),
@@ -379,6 +382,7 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
     assert by_section.loc[by_section["label"] == "ours", "pearson_acg"].mean() == pytest.approx(0.35)
 
     (runs[0] / "metrics.json").unlink()
+    (runs[0] / "checkpoints").mkdir()
     refused = subprocess.run(
         [sys.executable, "-m", "stexp.tables", *arguments], capture_output=True, text=True, check=False
     )

@@ -108,6 +108,12 @@ def lines(summary: pd.DataFrame, cfg: DictConfig) -> list[str]:
     out = [shown.to_string(index=False)]
     apart = summary.loc[summary["stands_apart"] != "", ["section", "stands_apart"]]
     out += [f"{name} stands apart: {text}" for name, text in apart.itertuples(index=False)]
+    off = summary[summary["off_tissue"] > summary["spots"] / 2]
+    out += [
+        f"WARNING: {n} of {spots} spots of {name} lie off tissue: swapped x and y, or another resolution of the image? "
+        f"look at overlay/{name}.png"
+        for name, n, spots in off[["section", "off_tissue", "spots"]].itertuples(index=False)
+    ]
     flagged = {flag: int(summary[flag].sum()) for flag in FLAGS if summary[flag].any()}
     if flagged:
         counts = ", ".join(f"{n} {flag}" for flag, n in flagged.items())

@@ -61,12 +61,12 @@ NEEDED = (
 """What the report reads of ``predictions.h5ad``."""
 
 FLOORS = {
-    "mean": "mean of the training spots, the same for every spot",
+    "mean": "mean of the training and validation spots, the same for every spot",
     "nearest_section": "mean of the training section whose colours are nearest",
     "depth_oracle": "log total counts of the test spot itself, the same number for every gene",
     "coordinates": "ridge on the position in the section, no image",
     "colour_ridge": "ridge on nine colour statistics of the tile",
-    "knn_features": "mean of the 50 nearest training spots in frozen image features",
+    "knn_features": "mean of the 50 nearest of these spots in frozen image features",
     "ridge_features": "ridge on frozen image features (256 principal components)",
 }
 

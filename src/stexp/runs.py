@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from stexp import InputError
 from stexp.config import build, load_run, to_plain
 from stexp.predictions import read_json
 from stexp.protocol import Protocol
+
+log = logging.getLogger(__name__)
 
 NO_METHOD = (
     *("fold", "seed", "output_dir", "overwrite", "experiment"),
@@ -80,6 +83,9 @@ def find_runs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
             raise InputError(f"runs: {pattern} holds no run (a folder with config.yaml and metrics.json)")
         for folder in folders:
             whole = all((folder / f"{name}.json").is_file() for name in ("metrics", "audit", "provenance"))
+            if not whole and not (folder / "checkpoints").is_dir() and folder not in paths:
+                log.warning("%s never came to train and is left out", folder)
+                continue
             (finished if whole else unfinished)[folder.resolve()] = folder
     return list(finished.values()), list(unfinished.values())
 

@@ -283,7 +283,9 @@ def write(tables: list[Table], text: str, folder: Path) -> None:
     write_atomically(folder / "table.md", f"# {folder.name}\n\n{text}\n")
     write_atomically(folder / "table.tex", "\n\n".join(map(latex, tables)) + "\n")
     for name, part in (("table", "rows"), ("comparison", "comparisons"), ("sections", "sections")):
-        whole = pd.concat([getattr(table, part).assign(table=table.title) for table in tables], ignore_index=True)
+        parts = [getattr(table, part).assign(table=table.title) for table in tables]
+        whole = pd.concat([part.dropna(axis="columns", how="all") for part in parts if len(part)] or parts)
+        whole = whole.reindex(columns=list(dict.fromkeys(name for part in parts for name in part.columns)))
         whole.insert(0, "table", whole.pop("table"))
         write_atomically(folder / f"{name}.csv", whole.to_csv(index=False, float_format="%.6g"))
 
@@ -372,7 +374,7 @@ def _count(n: int, what: str) -> str:
 
 def _markdown(grid: list[list[str]]) -> str:
     head, *rows = [line for line in grid if line]
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    widths = [max(3, *(len(line[i]) for line in (head, *rows))) for i in range(len(head))]
     lines = [
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
         for line in (head, *rows)

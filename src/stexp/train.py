@@ -171,7 +171,8 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
                 model.load_state_dict(load_checkpoint(best)["state_dict"])
         with stages("predict"):
             chosen = model.to(device).tune(data) if hasattr(model, "tune") else {}
-            log.info("chosen: %s", chosen)
+            if chosen:
+                log.info("chosen: %s", chosen)
             outputs = trainer.predict(model, datamodule=data)
         with stages("results"):
             write_results(folder, cfg, data, model, outputs, chosen, features, best.exists())

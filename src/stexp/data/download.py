@@ -224,7 +224,6 @@ def _complete(
 
             def bring(file: Entry) -> None:
                 target = root / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
                 expected = file.hash or (None if overwrite else known.get(file.path, {}).get("hash"))
                 if todo[file] != "packed":
                     host = urlsplit(file.url).netloc
@@ -293,6 +292,7 @@ def _transfer(
             download(session, file.url, part, patience, file.size, expected is not None, stop, advance)
         else:
             try:
+                part.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file.url, part)
             except FileNotFoundError:
                 raise Failed(f"{file.url} does not exist") from None

@@ -123,7 +123,10 @@ def drop_unmeasured(sections: list[Section], panel: list[str], test: list[str], 
         if section.name in training:
             raise InputError(f"{text}; leave the section out (data.sections=) or the genes (data.panel_file=)")
         if section.name in test and len(missing) == len(panel):
-            raise InputError(f"test section {section.name} measures none of the {len(missing)} panel genes")
+            raise InputError(
+                f"test section {section.name} measures none of the {len(missing)} panel genes: it has genes like "
+                f"{section.genes[0]}, the panel like {panel[0]}; data.gene_table= maps ids to symbols"
+            )
         if section.name in test:
             log.warning("%s; they are not scored there", text)
         else:

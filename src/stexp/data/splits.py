@@ -84,8 +84,9 @@ def assign_roles(
         if not held_out:
             training.append(section)
     if not training:
-        hint = "; protocol=blocks holds out parts of sections" if protocol.hold_out == "patient" else ""
-        raise InputError(f"fold {fold}: no section with an image is left to train on{hint}")
+        raise InputError(
+            f"fold {fold}: no section with an image is left to train on; protocol=blocks holds out parts of sections"
+        )
     if protocol.validation:
         for name, mask in _validation(training).items():
             roles[name][mask] = "validation"

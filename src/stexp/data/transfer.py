@@ -184,6 +184,7 @@ def _attempt(
         if not start:
             tick(-have)
             part.unlink(missing_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         _note_of(part).write_text(json.dumps({"url": url, "version": _version(response), "total": total}))
         try:
             with part.open("ab") as file:

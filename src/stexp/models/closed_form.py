@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 
+LEARNT_FROM = ("train", "validation")  # roles
+
 
 class ClosedForm(pl.LightningModule):
     """A method that is fitted at once: ``stexp-train`` gives it one epoch of one batch, in which it calls `fit_to`.
@@ -17,7 +19,7 @@ class ClosedForm(pl.LightningModule):
     closed_form = True
 
     def fit_to(self, data: SpotDataModule) -> None:
-        """Learn from the training spots. Validation spots stay apart, as for methods that train by gradient."""
+        """Learn from `LEARNT_FROM`. Nothing is chosen on validation spots, so they may train, as they do for floors."""
         raise NotImplementedError
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.models.closed_form import ClosedForm
+from stexp.models.closed_form import LEARNT_FROM, ClosedForm
 from stexp.ridge import RidgeProbe
 
 
@@ -53,8 +53,8 @@ class HestRidge(ClosedForm):
         self.register_buffer("mean", torch.zeros(n_genes))
 
     def fit_to(self, data: SpotDataModule) -> None:
-        """Fit the linear map to the features and expression of the training spots."""
-        rows = data.rows("train")
+        """Fit the linear map to the features and expression of training and validation spots."""
+        rows = data.rows(*LEARNT_FROM)
         probe = RidgeProbe.fit(data.features[rows], data.target[rows], self.n_components, self.penalty)
         self.centre.copy_(torch.from_numpy(probe.centre))
         self.slope.copy_(torch.from_numpy(probe.slope))

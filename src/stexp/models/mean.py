@@ -6,11 +6,11 @@ import torch
 
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.models.closed_form import ClosedForm
+from stexp.models.closed_form import LEARNT_FROM, ClosedForm
 
 
 class Mean(ClosedForm):
-    """Every spot has the mean expression of the training spots.
+    """Every spot has the mean expression of the training and validation spots.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ class Mean(ClosedForm):
         self.register_buffer("mean", torch.zeros(n_genes))
 
     def fit_to(self, data: SpotDataModule) -> None:
-        """Take the mean of the training spots."""
-        self.mean.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
+        """Take the mean."""
+        self.mean.copy_(torch.from_numpy(data.target[data.rows(*LEARNT_FROM)].mean(axis=0, dtype="float64")))
 
     def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
         """Expression (B, G), the same in every row."""

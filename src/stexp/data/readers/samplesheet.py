@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 NEEDED = ("section", "patient", "counts", "spots")
 OPTIONAL = ("image", "um_per_px")
+_MEANT = {
+    "image": ("images", "img", "imgs", "slide", "wsi", "picture", "he", "h&e"),
+    "um_per_px": ("um_per_pixel", "mpp", "um", "umperpx", "um/px", "microns_per_pixel", "pixel_size", "pixel_size_um"),
+}
 COLUMNS = ("section", "patient", "image", "counts", "spots", "um_per_px")
 
 
@@ -78,6 +82,10 @@ def _rows(sheet: Path) -> pd.DataFrame:
             f"and has {', '.join(header)[:200]}"
         )
     absent = [name for name in OPTIONAL if name not in header]
+    for name in absent:
+        near = [other for other in header if other not in COLUMNS and other.lower() in _MEANT[name]]
+        if near:
+            raise InputError(f"sample sheet {sheet} has a column {near[0]}, but none called {name}; rename it")
     if absent:
         log.warning("sample sheet %s has no column %s; none of its sections has one", sheet, ", ".join(absent))
     rows = rows.iloc[1:].set_axis(header, axis=1)
