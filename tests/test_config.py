@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from sections import make_section
 
 from stexp import InputError, config
 from stexp.config import CONF, build, load_run, misread, to_plain
@@ -324,3 +325,10 @@ def test_lambda_of_the_papers_table_is_reachable(tmp_path):
     cfg = train_config(tmp_path, "model.image_weight=1", "model.temperature=0.1", "image_encoder=tiny")
     made = build_model(cfg)
     assert made.image_weight == 1 and float(made.log_temperature.detach()) == pytest.approx(math.log(0.1))
+
+
+def test_a_section_listed_under_two_names_is_refused(tmp_path):
+    sections = [make_section(tmp_path, "A1", "A"), make_section(tmp_path, "B1", "B", seed=1)]
+    config._refuse_copies(sections)
+    with pytest.raises(InputError, match="sections A1 and C1 hold the same counts; list them once"):
+        config._refuse_copies([*sections, replace(sections[0], name="C1", patient="C")])

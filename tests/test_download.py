@@ -234,7 +234,9 @@ def test_an_archive_that_cannot_be_unpacked_leaves_nothing(body: bytes, site: Si
     site.files["spatial.tar.gz"] = body
     root = publish({"spatial.tar.gz": {"unpack": True, "gives": ["spatial"]}})
     for _ in range(2):
-        with pytest.raises(InputError, match=r"1 of 1 files .*spatial.tar.gz (is damaged|holds '../spatial)"):
+        with pytest.raises(
+            InputError, match=r"1 of 1 files .*spatial.tar.gz (.wrong bytes, twice|.*holds '../spatial)"
+        ):
             bring(root)
     assert not (root / "spatial").exists() and not (root / RECORD).exists()
 
@@ -291,3 +293,17 @@ def test_real_sections_verify_without_a_network(real_data: Path, tmp_path: Path,
     fetch("her2st", real_data / "her2st", ["B4", "C2"])
     fetch("her2st", tmp_path / "copy", ["B4"], mirror=real_data / "her2st")
     assert len([path for path in (tmp_path / "copy").rglob("*") if path.suffix in (".gz", ".tsv", ".jpg")]) == 3
+
+
+@pytest.mark.parametrize("body", [b"", gzip.compress(bytes(range(256)) * 9)[:-20], b"<!DOCTYPE html>log in"])
+def test_what_is_not_whole_is_never_recorded_as_the_truth(body: bytes, site: Site, publish: Callable) -> None:
+    site.files["counts.tsv.gz"] = body
+    root = publish({"counts.tsv.gz": {}})
+    with pytest.raises(InputError, match=r"counts\.tsv\.gz \(.*wrong bytes, twice"):
+        bring(root)
+    site.files["counts.tsv.gz"] = gzip.compress(b"whole")
+    bring(root)
+    assert gzip.decompress((root / "counts.tsv.gz").read_bytes()) == b"whole"
+    (root / "counts.tsv.gz").write_bytes(body)
+    with pytest.raises(InputError, match="do not verify"):
+        bring(root)

@@ -6,6 +6,7 @@ import gzip
 import logging
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from stexp import InputError
 from stexp.data.readers import samplesheet
+from stexp.data.tables import read_counts
 
 SHEET = "section,patient,image,counts,spots,um_per_px\nS1,P1,s1.png,s1.tsv,s1.csv,0.5\n"
 COUNTS = "\tACTB\tCD3E\n007\t3\t0\nNA\t0\t5\n1x2\t1\t1\n"
@@ -304,3 +306,12 @@ def test_a_column_that_means_an_optional_one_is_not_metadata(tmp_path, column, m
     sheet.write_text(f"section,patient,counts,spots,{column}\nS1,P1,c.csv,s.csv,x\n")
     with pytest.raises(InputError, match=f"has a column {column}, but none called {meant}; rename it"):
         samplesheet.read(sheet)
+
+
+def test_indices_that_point_outside_are_refused(tmp_path):
+    path = tmp_path / "c.h5ad"
+    ad.AnnData(sp.csr_matrix(np.eye(6, dtype=np.float32))).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][3] = 10**6
+    with pytest.raises(InputError, match="cannot be read as h5ad"):
+        read_counts(path)

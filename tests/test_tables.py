@@ -77,6 +77,7 @@ def write_run(
         "model": model,
         "data": "demo",
         "oracle_floors": ["depth_oracle"],
+        "n_genes": len(genes),
         "chosen": chosen or {"k": 5, "k_validation_pearson": {"5": 0.1}},
         "sections": {name: part(acg) for name, acg in sections.items()},
         "scored_as": {} if other is None else {"paper": {"sections": {name: part(acg) for name, acg in other.items()}}},
@@ -388,3 +389,21 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
     )
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config" in refused.stderr
+
+
+def test_a_table_of_genes_that_is_cut_and_a_config_that_is_cut_are_one_line(runs: list[Path]) -> None:
+    path = runs[0] / "per_gene.csv"
+    whole = path.read_text()
+    path.write_text(whole.splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=r"per_gene\.csv cannot be read; write it again"):
+        read_run(runs[0])
+    path.write_text(whole)
+    (runs[0] / "config.yaml").write_text("data: {name: x}\n")
+    with pytest.raises(InputError, match=r"config\.yaml lacks seed, protocol, model: it is not whole"):
+        read_run(runs[0])
+
+
+def test_links_that_lead_back_are_not_followed(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "theirs" / "up").symlink_to(tmp_path)
+    assert find_runs([str(tmp_path)])[0] == find_runs([str(folder) for folder in runs])[0]

@@ -269,3 +269,20 @@ def test_too_little_disk_is_said_before_cutting(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"2000000 tiles need 75 GB in .*, 60 GB are free$"):
         StoreInTheMaking(tmp_path / "s.jpegs", shape)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("facts", ["", "[]", "junk"])
+def test_a_store_whose_facts_are_damaged_is_cut_again(section, tmp_path, kind, facts):
+    tiles = open_tiles(section, SPEC, tmp_path, kind)
+    beside = Path(tiles.filename).with_suffix(".json")
+    whole = beside.read_text()
+    beside.write_text(facts)
+    assert_right(open_tiles(section, SPEC, tmp_path, kind), section, kind)
+    assert beside.read_text() == whole
+
+
+def test_a_stub_of_a_jpeg_store_is_cut_again(section, tmp_path):
+    path = Path(open_tiles(section, SPEC, tmp_path, "jpeg").filename)
+    path.write_bytes(b"12345678")
+    assert_right(open_tiles(section, SPEC, tmp_path, "jpeg"), section, "jpeg")

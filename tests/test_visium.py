@@ -105,7 +105,7 @@ def test_one_image_for_several_sections_is_refused(tmp_path):
 
 def test_hires_given_as_full_resolution_is_told_apart_from_swapped_axes(tmp_path):
     _, positions = fake.write_section(tmp_path, 2)
-    with pytest.raises(InputError, match="no full-resolution image"):
+    with pytest.raises(InputError, match=r"82 x 62 px, the full-resolution image about 328 x 248"):
         read(tmp_path, image=tmp_path / "spatial" / "tissue_hires_image.png")
     columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     positions[columns] = positions[columns[::-1]].to_numpy()
@@ -114,8 +114,31 @@ def test_hires_given_as_full_resolution_is_told_apart_from_swapped_axes(tmp_path
         read(tmp_path)
 
 
+def test_an_image_of_another_size_is_refused(tmp_path):
+    fake.write_section(tmp_path, 2)
+    image = Image.open(tmp_path / "image.png")
+    image.resize((round(image.width * 0.93), round(image.height * 0.93))).save(tmp_path / "image.png")
+    with pytest.raises(InputError, match="the full-resolution image about 328 x 248"):
+        read(tmp_path)
+
+
+def test_a_cut_table_of_positions_is_refused(tmp_path):
+    _, positions = fake.write_section(tmp_path, 2)
+    positions[:20].to_csv(tmp_path / "spatial" / "tissue_positions.csv", index=False)
+    with pytest.raises(InputError, match=r"barcodes with counts are not in the table of positions .*is it cut\?"):
+        read(tmp_path)
+
+
+def test_a_section_of_two_patients_is_refused(tmp_path):
+    fake.write(tmp_path)
+    (tmp_path / "patients.csv").write_text("section,patient\na,P1\nb,P1\nc,P2\nd,P3\na,P2\n")
+    with pytest.raises(InputError, match="names a section twice: 5 rows, 4 sections"):
+        read(tmp_path)
+
+
 def test_swapped_pixels_inside_a_square_image_are_said(tmp_path, caplog):
     _, positions = fake.write_section(tmp_path, 2)
+    (tmp_path / "spatial" / "tissue_hires_image.png").unlink()
     Image.new("RGB", (400, 400), "pink").save(tmp_path / "image.png")
     read(tmp_path)
     assert "mirror" not in caplog.text
@@ -178,6 +201,7 @@ def test_a_turned_and_skewed_picture_keeps_its_scale(tmp_path):
     positions[columns] = positions[columns].to_numpy() @ turn * 1.7 + (400, 20)
     positions.to_parquet(tmp_path / "spatial" / "tissue_positions.parquet", index=False)
     Image.new("RGB", (1000, 1000), "pink").save(tmp_path / "image.png")
+    (tmp_path / "spatial" / "tissue_hires_image.png").unlink()
     section = read(tmp_path)[0]
     xy = section.xy_px
     nearest = np.sqrt(np.square(xy[:, None] - xy).sum(-1) + np.eye(len(xy)) * 1e9).min(1)
@@ -219,6 +243,7 @@ def test_visium_hd_is_read_one_bin_size_at_a_time(tmp_path):
     positions.to_parquet(folder / "spatial" / "tissue_positions.parquet", index=False)
     factors = {"bin_size_um": 8.0, "spot_diameter_fullres": 30.0, "tissue_hires_scalef": 0.1}
     (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+    (folder / "spatial" / "tissue_hires_image.png").unlink()  # of another scale
     (section,) = read(folder)
     assert section.name == "HD1" and len(section) == len(counts)
     assert section.um_per_px == pytest.approx(8 / 30)

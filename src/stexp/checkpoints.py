@@ -24,6 +24,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
             os.replace(part, path)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of a full disk, which torch's own hides
+                raise error.__context__ from None
+            raise
         finally:
             part.unlink(missing_ok=True)
 

@@ -190,11 +190,23 @@ def load_sections(cfg: DictConfig, protocol: Protocol) -> list[Section]:
                 + "".join(misread(name, there, "data.sections=[{}]") for name in unknown)
             )
         sections = [section for section in sections if section.name in names]
+    _refuse_copies(sections)
     if cfg.data.um_per_px is not None:
         if not isinstance(cfg.data.um_per_px, int | float) or not 0 < cfg.data.um_per_px < float("inf"):
             raise InputError(f"data.um_per_px={cfg.data.um_per_px}: a number above 0 (say 0.5) would fit")
         sections = [replace(section, um_per_px=float(cfg.data.um_per_px)) for section in sections]
     return _leave_out(cfg, sections) if cfg.data.leave_out else sections
+
+
+def _refuse_copies(sections: list[Section]) -> None:
+    """A section listed twice could train and be tested, and no split by name would see it."""
+    seen: dict[tuple, str] = {}
+    for section in sections:
+        counts = section.spots.X
+        key = (counts.shape, float(counts.sum()), hash(counts.data.tobytes()), hash(counts.indices.tobytes()))
+        if key in seen and counts.nnz:
+            raise InputError(f"sections {seen[key]} and {section.name} hold the same counts; list them once")
+        seen[key] = section.name
 
 
 def _leave_out(cfg: DictConfig, sections: list[Section]) -> list[Section]:

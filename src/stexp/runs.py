@@ -90,13 +90,15 @@ def find_runs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
     return list(finished.values()), list(unfinished.values())
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if (folder / "config.yaml").is_file():
         yield folder
         return
+    if folder.resolve() in above:
+        return  # a link that leads back
     for inner in sorted(folder.iterdir()):
         if inner.is_dir() and not inner.name.startswith("."):
-            yield from _run_folders(inner)
+            yield from _run_folders(inner, (*above, folder.resolve()))
 
 
 def read_run(folder: Path, scored_as: str | None = None) -> Run:
@@ -108,8 +110,11 @@ def read_run(folder: Path, scored_as: str | None = None) -> Run:
         A file is missing or damaged, or the run is not scored as `scored_as`, section by section.
     """
     config = to_plain(load_run(folder))
+    cut = [key for key in ("seed", "protocol", "data", "model") if key not in config]
+    if cut:
+        raise InputError(f"{folder / 'config.yaml'} lacks {', '.join(cut)}: it is not whole")
     needs = {
-        "metrics": ("protocol", "fold", "data", "sections", "scored_as", "chosen", "oracle_floors"),
+        "metrics": ("protocol", "n_genes", "fold", "data", "sections", "scored_as", "chosen", "oracle_floors"),
         "audit": ("leaks", "items", "facts"),
         "provenance": ("command", "seconds", "data_manifest"),
     }
@@ -130,6 +135,8 @@ def read_run(folder: Path, scored_as: str | None = None) -> Run:
     try:
         with open(folder / "per_gene.csv", newline="") as file:
             genes = frozenset(row["gene"] for row in csv.DictReader(file))
+        if len(genes) != metrics["n_genes"]:
+            raise ValueError(f"{len(genes)} genes")
     except (KeyError, ValueError, csv.Error):
         raise InputError(
             f"{folder / 'per_gene.csv'} cannot be read; write it again with stexp-score run={folder}"

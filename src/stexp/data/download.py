@@ -25,7 +25,18 @@ from stexp import InputError
 from stexp.config import write_atomically
 from stexp.data.archives import unpack
 from stexp.data.sources import Entry, mirrored, read_source
-from stexp.data.transfer import Failed, Patience, Unreachable, discard, download, file_hash, length, mismatch, size_at
+from stexp.data.transfer import (
+    Failed,
+    Patience,
+    Unreachable,
+    discard,
+    download,
+    file_hash,
+    length,
+    mismatch,
+    not_whole,
+    size_at,
+)
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +141,7 @@ def _find(file: Entry, root: Path, known: dict) -> tuple[str, str]:
     path = root / file.path
     if not file.unpack and path.exists():
         expected = file.hash or known.get("hash")
-        wrong = mismatch(path, file.size, expected)
+        wrong = mismatch(path, file.size, expected) or ("" if file.hash else not_whole(path, file.path))
         return ("wrong", f"{file.path} {wrong}") if wrong else ("verified" if expected else "kept", "")
     members = known.get("members", {})
     there = [name for name in members if (root / name).is_file()]
@@ -236,7 +247,7 @@ def _complete(
                         raise
                     os.replace(_part(file, root), target)
                     discard(_part(file, root))
-                expected = expected or file_hash(target, "sha256")
+                expected = expected or file_hash(target, "sha256")  # of what `_transfer` found whole
                 if file.unpack:
                     folder = Path(file.path).parent
                     members = unpack(target, target.parent, overwrite)
@@ -297,7 +308,7 @@ def _transfer(
             except FileNotFoundError:
                 raise Failed(f"{file.url} does not exist") from None
             advance(length(part))
-        wrong = mismatch(part, file.size, expected)
+        wrong = mismatch(part, file.size, expected) or ("" if expected else not_whole(part, file.path))
         if not wrong:
             return
         advance(-length(part))

@@ -54,14 +54,17 @@ def frozen_features(
         rows = np.flatnonzero(data.spots["section"] == section.name)
         stain = f"-{data.normaliser.key(i)}" if data.normaliser else ""
         path = folder / f"{Path(tiles.filename).stem}-{weights}{stain}.npy"
-        with FileLock(f"{path}.lock"):
-            features = _load_whole(path, (len(rows), encoder.num_features))
-            if features is None:
-                log.info("section %s: frozen features of %d tiles by %s", section.name, len(rows), encoder.name)
-                features = _encode(data, rows, encoder, device, context or nullcontext())
-                part = path.with_suffix(".part.npy")
-                np.save(part, features)
-                os.replace(part, path)
+        shape = (len(rows), encoder.num_features)
+        features = _load_whole(path, shape)  # without a lock, which a read-only cache has no place for
+        if features is None:
+            with FileLock(f"{path}.lock"):
+                features = _load_whole(path, shape)
+                if features is None:
+                    log.info("section %s: frozen features of %d tiles by %s", section.name, len(rows), encoder.name)
+                    features = _encode(data, rows, encoder, device, context or nullcontext())
+                    part = path.with_suffix(".part.npy")
+                    np.save(part, features)
+                    os.replace(part, path)
         out[rows] = features
     encoder.train(was_training).to(where)
     return out

@@ -141,14 +141,17 @@ def _kept_measures(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     scale = "" if um_per_px is None else f"-{um_per_px:.4f}"
     path = folder / f"{store.stem}{scale}-v{VERSION}.npy"
-    with FileLock(f"{path}.lock"):
-        measured = _load_whole(path, (len(tiles), len(OF_TILES)))
-        if measured is None:
-            log.info("measuring the quality of %d tiles", len(tiles))
-            measured = measure(tiles, um_per_px)
-            part = path.with_suffix(".part.npy")
-            np.save(part, measured)
-            os.replace(part, path)
+    shape = (len(tiles), len(OF_TILES))
+    measured = _load_whole(path, shape)  # without a lock, which a read-only cache has no place for
+    if measured is None:
+        with FileLock(f"{path}.lock"):
+            measured = _load_whole(path, shape)
+            if measured is None:
+                log.info("measuring the quality of %d tiles", len(tiles))
+                measured = measure(tiles, um_per_px)
+                part = path.with_suffix(".part.npy")
+                np.save(part, measured)
+                os.replace(part, path)
     return measured
 
 

@@ -93,7 +93,7 @@ class Section:
         if lacking:
             raise InputError(f"section {name}: obs lacks the array coordinates {', '.join(lacking)}")
         array = spots.obs[["array_x", "array_y"]].to_numpy(float)
-        if not (np.isfinite(array) & (array >= 0) & (array == np.round(array))).all():
+        if not (np.isfinite(array) & (array >= 0) & (array < 2**31) & (array == np.round(array))).all():
             raise InputError(f"section {name}: array coordinates must be whole numbers >= 0")
         spots.obs[["array_x", "array_y"]] = array.astype(np.int64)
         if self.slide is not None:

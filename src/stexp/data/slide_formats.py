@@ -233,7 +233,7 @@ class PillowImage:
                 self._image = Image.open(path)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
-        if self._image.mode.startswith(("I", "F")):
+        if self._image.mode.startswith(("I", "F")) or any(";16" in str(tile[3]) for tile in self._image.tile):
             raise InputError(f"image {path} has {self._image.mode} pixels; save it with 8 bits a channel")
         _refuse_turned(path, self._image.getexif().get(_ORIENTATION, 1))
         self.sizes = [self._image.size]

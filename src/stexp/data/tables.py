@@ -88,11 +88,12 @@ def _spots_are_columns(rows: pd.Index, columns: pd.Index, spot_ids: pd.Index, pa
 def _h5ad_counts(path: Path) -> ad.AnnData:
     try:
         found = ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"counts {path} cannot be read as h5ad ({' '.join(str(error).split())})") from error
-    if found.X is None:
+        values = None if found.X is None else checked_csr(found.X)
+    except Exception as error:  # damaged files make h5py and anndata raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"counts {path} cannot be read as h5ad ({reason})") from error
+    if values is None:
         raise InputError(f"counts {path} has no X; raw counts belong there")
-    values = sp.csr_matrix(found.X, dtype=np.float32)
     elsewhere = [f"layers[{name!r}]" for name in found.layers if name is not None and "count" in name.lower()]
     elsewhere += ["raw.X"] if found.raw is not None else []
     if elsewhere:
@@ -104,6 +105,13 @@ def _h5ad_counts(path: Path) -> ad.AnnData:
     if "gene_ids" in found.var:
         counts.var["gene_ids"] = found.var["gene_ids"].astype(object).to_numpy()
     return counts
+
+
+def checked_csr(values: np.ndarray | sp.spmatrix) -> sp.csr_matrix:
+    """Counts of a file as CSR float32; ValueError where its indices point outside, which scipy would follow."""
+    if sp.issparse(values):
+        values.check_format(full_check=True)
+    return sp.csr_matrix(values, dtype=np.float32)
 
 
 def _counts(values: sp.csr_matrix, spots: pd.Index, genes: pd.Index) -> ad.AnnData:

@@ -53,6 +53,8 @@ class JpegTiles:
     def __init__(self, filename: str | Path) -> None:
         self.filename = str(filename)
         self._bytes = np.memmap(filename, np.uint8, "r")
+        if len(self._bytes) < 16:
+            raise ValueError("not a store of JPEG tiles")
         n, magic = int(self._bytes[-16:-8].view(np.int64)[0]), self._bytes[-8:].tobytes()
         end = len(self._bytes) - 16 - 16 * n
         if magic != _MAGIC or n < 1 or end < 0:
@@ -105,6 +107,8 @@ def open_store(path: Path, shape: tuple[int, ...]) -> np.ndarray | JpegTiles | N
     if not (path.exists() and path.with_suffix(".json").exists()):
         return None
     try:
+        if not isinstance(json.loads(path.with_suffix(".json").read_text()), dict):
+            raise ValueError("no facts beside it")
         tiles = JpegTiles(path) if path.suffix == SUFFIXES["jpeg"] else np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError, InputError):
         tiles = None
@@ -229,7 +233,7 @@ class StoreInTheMaking:
             self._file.write(self._places.tobytes() + np.int64(len(self._places)).tobytes() + _MAGIC)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.path.with_suffix(".json").write_text(json.dumps(facts))
+        self.path.with_suffix(".json").write_text(json.dumps(facts))  # half of it is noticed by `open_store`
         os.replace(self._part, self.path)
         self._journal.unlink(missing_ok=True)
 

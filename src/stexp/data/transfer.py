@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -135,6 +136,24 @@ def mismatch(path: Path, size: int | None, expected: str | None) -> str:
         return f"({path.stat().st_size:,} bytes, expected {size:,})"
     have = file_hash(path, expected.partition(":")[0]) if expected else None
     return "" if have == expected else f"({have}, expected {expected})"
+
+
+def not_whole(path: Path, name: str) -> str:
+    """What shows that a file nobody states the hash of is not what it should be: empty, a web page, cut gzip."""
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if not start:
+        return "(empty)"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "(a web page)"
+    if name.endswith(".gz"):
+        try:
+            with gzip.open(path) as packed:
+                while packed.read(1 << 20):
+                    pass
+        except (OSError, EOFError, zlib.error) as error:
+            return f"(no whole gzip file: {error})"
+    return ""
 
 
 def length(path: Path) -> int:

@@ -11,13 +11,13 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from stexp import InputError
 from stexp.data.gene_names import harmonise
 from stexp.data.section import Section
 from stexp.data.slide import Slide
+from stexp.data.tables import checked_csr
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +148,14 @@ def _read_section(root: Path, row: pd.Series, patient: str, gene_table: str | Pa
             stored = ad.read_h5ad(file)
             xy = np.asarray(stored.obsm["spatial"], dtype=np.float64)
             spots = ad.AnnData(
-                sp.csr_matrix(stored.X, dtype=np.float32),
+                checked_csr(stored.X),
                 obs=pd.DataFrame(index=stored.obs_names.astype(str)),
                 var=stored.var[["gene_ids"]] if "gene_ids" in stored.var else pd.DataFrame(index=stored.var_names),
                 obsm={"spatial": xy},
             )
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{where}: {file} is no whole h5ad with counts and obsm spatial: {error}") from error
+    except Exception as error:  # damaged files make h5py and anndata raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: {file} is no whole h5ad with counts and obsm spatial: {reason}") from error
     if xy.shape != (spots.n_obs, 2) or not np.isfinite(xy).all():
         raise InputError(f"{where}: obsm spatial of {file} must be {spots.n_obs} finite rows of (x, y), got {xy.shape}")
     control = spots.var_names.str.match(CONTROLS)

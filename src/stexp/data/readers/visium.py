@@ -134,7 +134,7 @@ def read_section(
         spots.obs["label"] = labels.reindex(spots.obs_names)
     slide = None if image is None else Slide(image)
     if slide is not None and scale == 1:
-        _refuse_hires_as_full(slide, spatial / HIRES, spots.obsm["spatial"], where)
+        _check_full_size(slide, spatial / HIRES, factors.get("tissue_hires_scalef"), where)
     files = [*files_of_counts(counts), positions_file, factors_file, image]
     return Section(
         name=name,
@@ -190,6 +190,8 @@ def _read_patients(file: Path, names: list[str]) -> dict[str, str]:
     if not {"section", "patient"} <= set(table.columns):
         raise InputError(f"{file} has the columns {', '.join(table.columns)}; it needs section and patient")
     patients = dict(zip(table["section"].str.strip(), table["patient"].str.strip(), strict=True))
+    if len(patients) < len(table):
+        raise InputError(f"{file} names a section twice: {len(table)} rows, {len(patients)} sections")
     missing = [name for name in names if not patients.get(name)]
     if missing:
         raise InputError(f"{file} names no patient for section {', '.join(missing)}")
@@ -318,15 +320,26 @@ def _in_tissue(counts: ad.AnnData, positions: pd.DataFrame, where: str) -> ad.An
     outside = counts.obs_names.isin(positions.index[~positions["in_tissue"]])
     if outside.all():
         raise InputError(f"{where}: all {len(outside)} spots with counts are outside the tissue")
+    nowhere = ~counts.obs_names.isin(positions.index)
+    if nowhere.any() and not nowhere.all():
+        raise InputError(
+            f"{where}: {int(nowhere.sum())} of {len(nowhere)} barcodes with counts are not in the table of positions "
+            f"(first: {counts.obs_names[nowhere][0]}), which lists every place of an array: is it cut?"
+        )
     if outside.any():
         log.info("%s: %d spots with counts are outside the tissue and left out", where, int(outside.sum()))
         counts = counts[~outside]
     return join(counts, inside, where)
 
 
-def _refuse_hires_as_full(slide: Slide, hires: Path, xy_px: np.ndarray, where: str) -> None:
-    if hires.is_file() and slide.size == Slide(hires).size and (xy_px >= slide.size).any():
+def _check_full_size(slide: Slide, hires: Path, scale: float | None, where: str) -> None:
+    """Refuse an image that is not the one SpaceRanger reduced: positions are pixels of that one."""
+    if scale is None or not hires.is_file():
+        return
+    expected = [n / scale for n in Slide(hires).size]
+    if any(abs(n - e) * scale > 2 for n, e in zip(slide.size, expected, strict=True)):
         raise InputError(
-            f"{where}: spots lie outside {slide.path}, which is as large as {HIRES}: it is no full-resolution image; "
-            f"give that, or leave data.image out"
+            f"{where}: {slide.path} has {slide.size[0]} x {slide.size[1]} px, the full-resolution image about "
+            f"{expected[0]:.0f} x {expected[1]:.0f} (by {HIRES} and tissue_hires_scalef); give that, or leave "
+            f"data.image out"
         )
