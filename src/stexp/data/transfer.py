@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
