@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,11 +11,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from fakes import visium as visium_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stexp import InputError
-from stexp.data.readers import cscc, her2st, samplesheet
+from stexp.data.readers import cscc, her2st, samplesheet, visium
 from stexp.data.section import join
 from stexp.data.tables import read_counts, read_positions
 
@@ -202,3 +204,43 @@ def test_legacy_sections_are_joined_by_coordinates_or_refused(missing, order, dr
         np.testing.assert_array_equal(section.counts(["ACTB", "CD74"]), values[[i for i in order if i in kept]])
         line = len(set(x[kept])) < 2 or len(set(y[kept])) < 2
         assert section.um_per_px is None if line else abs(section.um_per_px - step_um / 30) < 0.02
+
+
+@settings(quick, max_examples=40)
+@given(
+    version=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 99),
+    kept=st.integers(1, 34),
+    twice=st.booleans(),
+    missing=st.sampled_from([None, "matrix", "positions", "factors", "image"]),
+)
+def test_spaceranger_folders_are_joined_by_barcode_or_refused(version, seed, kept, twice, missing):
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "s"
+        counts, positions = visium_layout.write_section(folder, version, seed)
+        rows = positions.sample(frac=1, random_state=seed)
+        outside = rows["in_tissue"].to_numpy() == 0
+        inside = rows[~outside].assign(in_tissue=[1] * kept + [0] * (int((~outside).sum()) - kept))
+        rows = pd.concat([rows[outside], inside, inside[:1]] if twice else [rows[outside], inside])
+        written = {
+            1: lambda: rows.to_csv(folder / "spatial/tissue_positions_list.csv", index=False, header=False),
+            2: lambda: rows.to_csv(folder / "spatial/tissue_positions.csv", index=False),
+            3: lambda: rows.to_parquet(folder / "spatial/tissue_positions.parquet", index=False),
+        }
+        written[version]()
+        gone = {"matrix": "*matrix*", "positions": "spatial/tissue_positions*", "factors": "spatial/*.json"}
+        for path in folder.glob(gone.get(missing, "image.*")) if missing else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        read = outcome(lambda: visium.read(folder))
+        if twice or missing in ("matrix", "positions"):
+            assert read is None
+        elif read is not None:
+            (section,) = read
+            assert sorted(section.spots.obs_names) == sorted(inside["barcode"][:kept])
+            place = positions.set_index("barcode").loc[section.spots.obs_names]
+            scale = visium_layout.HIRES if missing == "image" else 1
+            pixels = place[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy() * scale
+            np.testing.assert_allclose(section.xy_px, pixels)
+            np.testing.assert_array_equal(section.counts(counts.columns), counts.loc[section.spots.obs_names])
+        else:
+            assert missing in ("factors", "image")
