@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,20 @@ def strict(demo: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "strict"
     run(demo, out, "trainer.max_epochs=4")
     return out
+
+
+@pytest.fixture
+def site() -> Iterator:
+    """A local server whose files misbehave as told."""
+    from unreliable import serving
+
+    with serving() as site:
+        yield site
+
+
+@pytest.fixture
+def publish(site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes a data set of what `site` serves, and returns its root."""
+    from unreliable import publisher
+
+    return publisher(site, tmp_path, monkeypatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -13,6 +14,10 @@ from PIL import Image
 
 from stexp.data.section import Section
 from stexp.data.slide import Slide
+from stexp.protocol import Protocol
+
+if TYPE_CHECKING:
+    from stexp.data.datamodule import SpotDataModule
 
 
 def slide_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -88,3 +93,13 @@ def make_sections(
         for p in range(patients)
         for s in range(per_patient)
     ]
+
+
+def make_data(folder: Path, protocol: Protocol) -> SpotDataModule:
+    """Sections A1, A2, B1, B2 on the training side, C1, C2 held out; 25 spots each, a panel of all 30 genes."""
+    from stexp.data.datamodule import SpotDataModule
+
+    sizes = {"tile_px": 16, "batch_size": 16, "eval_batch_size": 20}
+    panel, cache = [f"g{i:02d}" for i in range(30)], str(folder / "cache")
+    sections = make_sections(folder, n_spots=25)
+    return SpotDataModule(sections, protocol, "C", cache_dir=cache, augmentation="none", panel=panel, **sizes)

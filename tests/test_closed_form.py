@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from sections import make_sections
+from sections import make_data
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
@@ -29,19 +29,7 @@ F = 40
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> SpotDataModule:
     """Sections A1, A2, B1, B2 train, C1, C2 are held out; made-up features on three scales, some of the target."""
-    folder = tmp_path_factory.mktemp("sections")
-    protocol = Protocol("strict", validation=False)
-    module = SpotDataModule(
-        make_sections(folder, n_spots=25),
-        protocol,
-        "C",
-        cache_dir=str(folder / "cache"),
-        tile_px=16,
-        batch_size=16,
-        eval_batch_size=20,
-        augmentation="none",
-        panel=[f"g{i:02d}" for i in range(30)],
-    )
+    module = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict", validation=False))
     rng = np.random.default_rng(0)
     features = rng.normal(size=(len(module.spots), F))
     features[:, :5] = module.target[:, :5] + 0.1 * features[:, :5]

@@ -10,29 +10,18 @@ import shutil
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import requests
 from omegaconf import OmegaConf
-from unreliable import Site, bring, content, publisher, serving, stall, stated
+from unreliable import Site, bring, content, stall, stated
 
 from stexp import InputError
 from stexp.data.download import RECORD, fetch, fetch_configured
 from stexp.data.sources import SOURCES, read_source
 from stexp.data.transfer import file_hash
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as site:
-        yield site
-
-
-@pytest.fixture
-def publish(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    return publisher(site, tmp_path, monkeypatch)
 
 
 def toy(site: Site) -> dict[str, dict]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import anndata as ad
+import demo_run
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -54,25 +55,8 @@ def demo(tmp_path_factory) -> Path:
 
 
 def configure(root: Path, out: Path, method: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return compose(
-            "train",
-            [
-                f"model={method}",
-                "data=demo",
-                f"data.root={root / 'data'}",
-                f"data.cache_dir={root / 'cache'}",
-                "data.reader.patients=3",
-                "data.reader.sections_per_patient=1",
-                f"output_dir={out}",
-                "trainer.max_epochs=3",
-                "trainer.accelerator=cpu",
-                "hardware.keep_memory=false",
-                "hardware.threads=1",
-                *SHORT.get(method, []),
-                *overrides,
-            ],
-        )
+    short = ["trainer.max_epochs=3", "hardware.threads=1", *SHORT.get(method, [])]
+    return demo_run.configure(root, out, f"model={method}", *short, *overrides)
 
 
 def run(cfg: DictConfig, fold: str) -> dict:

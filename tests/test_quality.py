@@ -164,7 +164,7 @@ def test_measures_are_kept_and_mended(tile, tmp_path, thresholds, monkeypatch, c
         assert flags_of([tile, blurred(tile)], tmp_path, thresholds) == first
     kept.write_bytes(kept.read_bytes()[:90])
     assert flags_of([tile, blurred(tile)], tmp_path, thresholds) == first
-    assert "are damaged; measuring again" in caplog.text
+    assert "is damaged; computing it again" in caplog.text
 
 
 def test_demo_tissue_is_good_but_for_fat(demo, tmp_path, thresholds):

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
-from sections import make_sections
+from sections import make_data
 
 from stexp import InputError
 from stexp.data.batches import SpotIndex
@@ -20,19 +20,7 @@ from stexp.protocol import Protocol
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> SpotDataModule:
     """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    folder = tmp_path_factory.mktemp("sections")
-    protocol = Protocol("strict")
-    return SpotDataModule(
-        make_sections(folder, n_spots=25),
-        protocol,
-        "C",
-        cache_dir=str(folder / "cache"),
-        tile_px=16,
-        batch_size=16,
-        eval_batch_size=20,
-        augmentation="none",
-        panel=[f"g{i:02d}" for i in range(30)],
-    )
+    return make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
 
 
 def make_model(n_genes: int = 30, *, seed: int = 0, **kwargs) -> STNet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,6 @@ from unreliable import (
     left_over,
     no_range,
     other,
-    publisher,
-    serving,
     silence,
     stall,
     stated,
@@ -33,17 +31,6 @@ from unreliable import (
 
 from stexp import InputError
 from stexp.data.transfer import Failed, Patience, download
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as site:
-        yield site
-
-
-@pytest.fixture
-def publish(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    return publisher(site, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mishaps", [[], [stall], [drop], [drop, drop], [silence], [vanish], [half], [stall, no_range]])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from stexp.data.augment import augment
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.kept import kept_array
 from stexp.models.image_encoders import ImageEncoder
 
 log = logging.getLogger(__name__)
@@ -54,34 +53,14 @@ def frozen_features(
         rows = np.flatnonzero(data.spots["section"] == section.name)
         stain = f"-{data.normaliser.key(i)}" if data.normaliser else ""
         path = folder / f"{Path(tiles.filename).stem}-{weights}{stain}.npy"
-        shape = (len(rows), encoder.num_features)
-        features = _load_whole(path, shape)  # without a lock, which a read-only cache has no place for
-        if features is None:
-            with FileLock(f"{path}.lock"):
-                features = _load_whole(path, shape)
-                if features is None:
-                    log.info("section %s: frozen features of %d tiles by %s", section.name, len(rows), encoder.name)
-                    features = _encode(data, rows, encoder, device, context or nullcontext())
-                    part = path.with_suffix(".part.npy")
-                    np.save(part, features)
-                    os.replace(part, path)
-        out[rows] = features
+
+        def encode(rows=rows, name=section.name) -> np.ndarray:
+            log.info("section %s: frozen features of %d tiles by %s", name, len(rows), encoder.name)
+            return _encode(data, rows, encoder, device, context or nullcontext())
+
+        out[rows] = kept_array(path, (len(rows), encoder.num_features), encode)
     encoder.train(was_training).to(where)
     return out
-
-
-def _load_whole(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Features kept at `path`; None where there are none, or something damaged them."""
-    if not path.exists():
-        return None
-    try:
-        features = np.load(path)
-    except (ValueError, EOFError, OSError):
-        features = None
-    if features is None or features.shape != shape:
-        log.warning("features %s are damaged; computing them again", path)
-        return None
-    return features
 
 
 def _encode(data: SpotDataModule, rows: np.ndarray, encoder, device, context) -> np.ndarray:

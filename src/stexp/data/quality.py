@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
 from stexp import InputError
+from stexp.data.kept import kept_array
 from stexp.data.section import Section
 from stexp.data.tiles import TileSpec
 
@@ -141,18 +140,12 @@ def _kept_measures(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     scale = "" if um_per_px is None else f"-{um_per_px:.4f}"
     path = folder / f"{store.stem}{scale}-v{VERSION}.npy"
-    shape = (len(tiles), len(OF_TILES))
-    measured = _load_whole(path, shape)  # without a lock, which a read-only cache has no place for
-    if measured is None:
-        with FileLock(f"{path}.lock"):
-            measured = _load_whole(path, shape)
-            if measured is None:
-                log.info("measuring the quality of %d tiles", len(tiles))
-                measured = measure(tiles, um_per_px)
-                part = path.with_suffix(".part.npy")
-                np.save(part, measured)
-                os.replace(part, path)
-    return measured
+
+    def compute() -> np.ndarray:
+        log.info("measuring the quality of %d tiles", len(tiles))
+        return measure(tiles, um_per_px)
+
+    return kept_array(path, (len(tiles), len(OF_TILES)), compute)
 
 
 def measure(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
@@ -368,16 +361,3 @@ def leave_out(
 
 def _um_per_tile_px(section: Section, spec: TileSpec) -> float | None:
     return None if section.um_per_px is None else section.um_per_px * spec.side_px(section) / spec.px
-
-
-def _load_whole(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    if not path.exists():
-        return None
-    try:
-        measured = np.load(path)
-    except (ValueError, EOFError, OSError):
-        measured = None
-    if measured is None or measured.shape != shape:
-        log.warning("quality measures %s are damaged; measuring again", path)
-        return None
-    return measured
