@@ -66,7 +66,7 @@ FLOORS = {
     "depth_oracle": "log total counts of the test spot itself, the same number for every gene",
     "coordinates": "ridge on the position in the section, no image",
     "colour_ridge": "ridge on nine colour statistics of the tile",
-    "knn_features": "mean of the 50 nearest of these spots in frozen image features",
+    "knn_features": "mean of the 50 nearest training and validation spots in frozen features",
     "ridge_features": "ridge on frozen image features (256 principal components)",
 }
 
