@@ -36,6 +36,7 @@ lint: $(READY)  ## ruff: rules and format
 bench: $(READY)  ## speed and memory as ratios against plain alternatives, in one run
 	$(BIN)/python experiments/bench.py
 	$(BIN)/python experiments/bench_prepare.py
+	$(BIN)/python experiments/bench_predict.py
 
 results: $(READY)  ## the README's results table from experiments/results
 	$(BIN)/python experiments/results.py

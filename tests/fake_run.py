@@ -10,10 +10,86 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from stexp.predictions import add_neighbours
+from stexp.report_pictures import CELL, NAME, Level, SlidePicture, sheet, to_jpeg, write
+
 
 def scores(acg: float | None, heg: float | None, mse: float | None = 0.41) -> dict[str, float | None]:
     rest = {key: mse for key in ("mse", "mae", "rmse", "r2", "ccc", "rvd")}
     return {"pearson_acg": acg, "pearson_heg50": heg, "spearman_acg": acg, **rest}
+
+
+def _add_neighbours(predictions: ad.AnnData, random: np.random.Generator) -> None:
+    names = [f"{section}:{i}" for section in ("A1", "C2") for i in range(40)]
+    table = pd.DataFrame([name.split(":") for name in names], columns=["section", "spot"], index=names)
+    table["patient"] = table["section"].str[0]
+    rows = random.permuted(np.tile(np.arange(80), (predictions.n_obs, 1)), axis=1)[:, :5]
+    weights = np.sort(random.dirichlet(np.ones(6), predictions.n_obs)[:, :5])[:, ::-1]
+    add_neighbours(predictions, table, rows, weights)
+
+
+def write_pictures(folder: Path) -> None:
+    """The images of a run as slides, three levels of them, and a tile of each reference but one."""
+    predictions, slides = ad.read_h5ad(folder / "predictions.h5ad"), {}
+    for section, held in predictions.uns["spatial"].items():
+        if "images" not in held:
+            continue
+        image = np.kron(held["images"]["hires"], np.ones((2, 2, 1), np.uint8))
+        height, width = image.shape[:2]
+        levels = []
+        for factor in (4, 2, 1):
+            small = image[::factor, ::factor]
+            cells = {
+                (x // CELL, y // CELL): to_jpeg(small[y : y + CELL, x : x + CELL])
+                for y in range(0, small.shape[0], CELL)
+                for x in range(0, small.shape[1], CELL)
+            }
+            levels.append(Level(5 * factor, cells))
+        slides[section] = SlidePicture(5 * width, 5 * height, 224.0, levels)
+    names = list(predictions.uns["references"].index)[:-1]
+    tiles = np.random.default_rng(2).integers(0, 255, (len(names), 3))
+    write(folder / NAME, slides, sheet(names, (np.full((48, 48, 3), colour, np.uint8) for colour in tiles)))
+
+
+def write_prediction(folder: Path, *, spots: int = 300, genes: int = 120, checks: bool = True) -> Path:
+    """The folder of a slide that was predicted; the third gene was never measured on a held-out section."""
+    predictions = ad.read_h5ad(write_run(folder, sections=("S1",), spots=spots, genes=genes) / "predictions.h5ad")
+    for path in folder.iterdir():
+        if path.name not in ("predictions.h5ad", "provenance.json"):
+            path.unlink()
+    del predictions.layers["observed"]
+    predictions.obs = predictions.obs.drop(columns=["patient", "total_counts"])
+    random = np.random.default_rng(3)
+    expected, floor = random.normal(0.3, 0.1, genes), random.normal(0.2, 0.1, genes)
+    expected[2] = floor[2] = np.nan
+    predictions.var = pd.DataFrame(
+        {
+            "in_panel": True,
+            "expected_pearson": expected,
+            "expected_floor": floor,
+            "expected_floor_name": np.where(np.isnan(floor), "", "colour_ridge"),
+            "beats_floor": expected > floor,
+            "n_held_out_sections": np.where(np.isnan(floor), 0, 4),
+        },
+        index=predictions.var_names,
+    )
+    facts = predictions.uns["stexp"]
+    predictions.uns["stexp"] = {
+        **{key: facts[key] for key in ("protocol", "model", "data", "fold")},
+        "kind": "prediction",
+        "slide": "S1.svs",
+        "um_per_px": 0.5,
+        "grid": "hexagonal",
+        "expected": json.dumps({"runs": ["x"], "sections": ["B1", "B2"]}),
+    }
+    if checks:
+        told = [
+            {"check": "scale", "verdict": "ok", "text": "0.5 um a pixel, as in training."},
+            {"check": "stain", "verdict": "do_not_trust", "text": "Far from that of <b>training</b>."},
+        ]
+        predictions.uns["stexp"] |= {"checks": json.dumps(told), "verdict": "Do not trust this prediction."}
+    predictions.write_h5ad(folder / "predictions.h5ad")
+    return folder
 
 
 def write_run(
@@ -103,6 +179,8 @@ def write_run(
             },
         },
     )
+    if retrieval:
+        _add_neighbours(predictions, random)
     predictions.write_h5ad(folder / "predictions.h5ad")
 
     floors = {

@@ -234,7 +234,7 @@ def test_a_folder_without_a_config_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "protocol", "encoder"), itertools.product(NAMES["data"], NAMES["protocol"], NAMES["image_encoder"])
+    ("data", "protocol", "encoder"), itertools.product(NAMES["data"], NAMES["protocol"], ("densenet121", "virchow2"))
 )
 def test_every_combination_composes(tmp_path, data, protocol, encoder):
     cfg = train_config(tmp_path, f"data={data}", f"protocol={protocol}", *encoder_overrides(encoder))
@@ -260,9 +260,10 @@ def test_the_demo_takes_the_tiny_encoder_and_others_the_papers(tmp_path):
 @pytest.mark.parametrize("encoder", NAMES["image_encoder"])
 def test_every_image_encoder_builds_a_model_that_embeds(tmp_path, encoder):
     cfg = train_config(tmp_path, *encoder_overrides(encoder), "image_encoder.pretrained=false")
-    model = build_model(cfg).eval()
-    assert type(model) is MclSTExp
-    with torch.no_grad():
+    assert to_plain(cfg.model)["image_encoder"] == to_plain(cfg.image_encoder)
+    with torch.device("meta"):  # shapes without memory: the largest have 1.1 billion parameters
+        model = build_model(cfg).eval()
+        assert type(model) is MclSTExp
         assert model.embed_image(torch.rand(1, 3, 224, 224)).shape == (1, 256)
 
 
@@ -311,7 +312,7 @@ def test_every_logger_builds_inside_the_run_folder(tmp_path, name):
     logger = build(train_config(tmp_path, f"logger={name}").logger)
     assert str(logger.save_dir).startswith(str(tmp_path))
     if name == "wandb":
-        assert logger._offline
+        assert logger.mode == "auto"  # offline without a key
 
 
 @pytest.mark.parametrize("name", NAMES["callbacks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import socket
 from pathlib import Path
@@ -10,22 +11,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
+from encoders import settings, tiles
 from huggingface_hub import constants
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from stexp import InputError
-from stexp.config import CONF, build
+from stexp.config import build
 from stexp.data.features import _weights_digest
 from stexp.models import image_encoders
 from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors
 
 TINY = "test_resnet"
-
-
-def tiles(n: int = 4, px: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.rand(n, 3, px, px, generator=torch.Generator().manual_seed(seed))
 
 
 def randomise_norms(model: torch.nn.Module, seed: int = 0) -> None:
@@ -65,6 +63,62 @@ def test_without_mean_and_std_those_of_timm_are_taken():
     config = timm.get_pretrained_cfg(TINY)
     np.testing.assert_allclose(encoder.mean.flatten(), config.mean, rtol=1e-6)
     np.testing.assert_allclose(encoder.std.flatten(), config.std, rtol=1e-6)
+
+
+def test_tiles_of_another_size_are_resized_and_that_is_said_once(caplog):
+    caplog.set_level(logging.INFO, logger=image_encoders.__name__)
+    image_encoders._say_resized.cache_clear()
+    encoder = ImageEncoder("test_vit", pretrained=False, input_size=160).eval()
+    expected = F.interpolate(tiles(2, 60), (160, 160), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(tiles(2, 60)), encoder(expected), rtol=0, atol=0)
+        encoder(tiles(2, 60))
+    assert [record.message for record in caplog.records] == [
+        "tiles of 60 px are resized to the 160 px that test_vit takes"
+    ]
+    # antialiased: a board of single pixels shrinks to grey, where sampling would keep black or white
+    board = (torch.arange(320)[:, None] + torch.arange(320)) % 2 * torch.ones(1, 3, 1, 1)
+    grey = encoder.prepare(board) * encoder.std + encoder.mean
+    assert (grey - 0.5).abs().max() < 0.05
+
+
+def test_outputs_of_a_transformer():
+    torch.manual_seed(0)
+    model_args = {"reg_tokens": 3, "img_size": 32}
+    whole = ImageEncoder("test_vit", pretrained=False, output="cls+mean", model_args=model_args).eval()
+    found = {}
+    for output in ("cls", "mean", "cls+mean"):
+        encoder = ImageEncoder("test_vit", pretrained=False, output=output, model_args=model_args).eval()
+        encoder.load_state_dict(whole.state_dict())
+        with torch.no_grad():
+            found[output] = encoder(tiles())
+        assert found[output].shape == (4, encoder.num_features)
+    tokens = whole.model.forward_features(whole.prepare(tiles()))  # class, 3 registers, 2 x 2 patches
+    assert tokens.shape[1] == 1 + 3 + 4
+    torch.testing.assert_close(found["cls"], tokens[:, 0])
+    torch.testing.assert_close(found["mean"], tokens[:, 4:].mean(dim=1))
+    assert torch.equal(found["cls+mean"], torch.cat([found["cls"], found["mean"]], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "mean"}, "image_encoder.output=mean: test_resnet has no class token; pooled would fit"),
+        ({"output": "max"}, "image_encoder.output=max: choose pooled, cls, mean, cls"),
+        ({"tuning": "frozen"}, "image_encoder.tuning=frozen: choose all, last, lora"),
+        ({"tuning": "lora"}, "image_encoder.tuning=lora is for attention, and this encoder has none"),
+        ({"tuning": "last", "last_blocks": 5}, "image_encoder.last_blocks=5: this encoder has 4"),
+        ({"tuning": "last", "frozen": True}, "tuning=last needs image_encoder.frozen=false"),
+        ({"last_blocks": 0}, "image_encoder.last_blocks=0: a whole number of at least 1 would fit"),
+        ({"lora_rank": 1.5}, "image_encoder.lora_rank=1.5: a whole number of at least 1 would fit"),
+        ({"lora_alpha": 0}, "image_encoder.lora_alpha=0: a number above 0 would fit"),
+        ({"input_size": 0}, "image_encoder.input_size=0: a whole number of at least 1 would fit"),
+        ({"card": {"licence": "MIT", "size": 3}}, "unexpected keyword argument 'size'"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        build(settings("tiny", **changes))
 
 
 # what trains
@@ -154,6 +208,7 @@ def test_kept_features_are_those_of_these_weights_in_these_layers():
         {"std": [1, 1, 1]},
         {"model_args": {"pad_type": "same"}},
         {"model_args": {"global_pool": "max"}},
+        {"input_size": 64},
     ]
     assert key() == key()
     assert len({key(**setting) for setting in settings}) == len(settings)
@@ -291,8 +346,7 @@ def test_the_real_mobilenet_tells_textures_apart(real_data):
     path = real_data.parent / "weights" / "mobilenetv2_100_imagenet.safetensors"
     if not path.is_file():
         pytest.skip(f"{path.name} is not beside the real data")
-    config = OmegaConf.load(CONF / "image_encoder" / "mobilenetv2.yaml")
-    encoder = build(OmegaConf.merge(config, {"checkpoint": str(path), "frozen": True})).train()
+    encoder = build(settings("mobilenetv2", checkpoint=str(path), frozen=True)).train()
     from sklearn.datasets import load_sample_images
 
     # 8 crops of each of two photographs; crops of one should lie nearer to each other than to the other's
@@ -313,7 +367,6 @@ def test_the_real_mobilenet_tells_textures_apart(real_data):
     assert (label[similarity.argmax(dim=1)] == label).all()
     # as its README has it: the largest features of photographs, and other features under timm's own padding
     assert 4 < float(features.max()) < 8
-    both_sides = {"checkpoint": str(path), "frozen": True, "model_args": {"pad_type": ""}}
-    other = build(OmegaConf.merge(config, both_sides))(crops)
+    other = build(settings("mobilenetv2", checkpoint=str(path), frozen=True, model_args={"pad_type": ""}))(crops)
     agreement = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(features.numpy(), other.numpy(), strict=True)])
     assert agreement < 0.9

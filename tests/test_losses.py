@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 
-from stexp.losses import info_nce
+from stexp.losses import info_nce, zinb_nll
 
 
 def pair(n: int = 7, dim: int = 5, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +76,64 @@ def test_gradient_reaches_both_sides_and_a_learned_temperature():
     image, spot = image.detach(), spot.detach()
     slope = (info_nce(image, spot, 0.5 + step) - info_nce(image, spot, 0.5 - step)) / (2 * step)
     assert float(temperature.grad) == pytest.approx(float(slope), rel=1e-2)
+
+
+def zinb_parameters(n: int = 40, genes: int = 6) -> tuple[torch.Tensor, ...]:
+    draws = torch.Generator().manual_seed(3)
+    mean = torch.empty(n, genes).log_normal_(1, 2, generator=draws)
+    dispersion = torch.empty(n, genes).log_normal_(0, 2, generator=draws)
+    zero_logit = 3 * torch.randn(n, genes, generator=draws)
+    counts = torch.poisson(mean * torch.rand(n, genes, generator=draws), generator=draws)
+    return counts, mean, dispersion, zero_logit
+
+
+def test_zinb_equals_scipys_negative_binomial_with_further_zeros():
+    counts, mean, dispersion, zero_logit = zinb_parameters()
+    losses = []
+    for x, mu, r, logit in zip(*(t.flatten().double().tolist() for t in zinb_parameters()), strict=True):
+        pi = 1 / (1 + math.exp(-logit))
+        losses.append(-math.log((x == 0) * pi + (1 - pi) * scipy.stats.nbinom.pmf(x, r, r / (r + mu))))
+    assert 0.2 < (counts == 0).float().mean() < 0.8
+    expected = sum(losses) / len(losses)
+    assert float(zinb_nll(counts, mean, dispersion, zero_logit)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_zinb_is_finite_where_probabilities_vanish():
+    counts = torch.tensor([[0.0, 0.0, 0.0, 5000.0, 3.0]])
+    mean = torch.tensor([[0.0, 1e6, 1e6, 1e-5, 1e6]], requires_grad=True)
+    dispersion = torch.tensor([[1e-4, 1e4, 1e4, 1e4, 1e-4]], requires_grad=True)
+    zero_logit = torch.tensor([[0.0, -90.0, 90.0, 90.0, -90.0]], requires_grad=True)
+    loss = zinb_nll(counts, mean, dispersion, zero_logit)
+    loss.backward()
+    assert loss.isfinite() and all(t.grad.isfinite().all() for t in (mean, dispersion, zero_logit))
+
+
+def test_zinb_is_least_at_what_made_the_counts():
+    draws = torch.Generator().manual_seed(4)
+    r, mu, pi = 3.0, 8.0, 0.3
+    rate = torch.distributions.Gamma(torch.tensor(r), torch.tensor(r / mu))
+    torch.manual_seed(4)
+    counts = torch.poisson(rate.sample((20000, 1)), generator=draws)
+    counts[torch.rand(counts.shape, generator=draws) < pi] = 0
+
+    def loss(mu: float, r: float, pi: float) -> float:
+        whole = torch.ones_like(counts)
+        return float(zinb_nll(counts, mu * whole, r * whole, math.log(pi / (1 - pi)) * whole))
+
+    for other in (
+        (mu * 1.2, r, pi),
+        (mu / 1.2, r, pi),
+        (mu, r * 1.5, pi),
+        (mu, r / 1.5, pi),
+        (mu, r, 0.4),
+        (mu, r, 0.2),
+    ):
+        assert loss(mu, r, pi) < loss(*other)
+
+
+def test_zinb_is_computed_in_float32_under_autocast():
+    parameters = zinb_parameters()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = zinb_nll(*parameters)
+    torch.testing.assert_close(inside, zinb_nll(*parameters), rtol=0, atol=0)
+    assert zinb_nll(*(t.bfloat16() for t in parameters)).dtype == torch.float32

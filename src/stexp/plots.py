@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-import anndata as ad
-import numpy as np
-from PIL import Image
-from scipy.spatial import cKDTree
-
-from stexp.metrics import pearson_per_gene
-
-MISSING = 255  # code of a value that is not there
-LEVELS = {
-    "observed": 254,
-    "predicted": 254,
-    "uncertainty": 14,
-}  # steps of a gene's range; the last is only read, not seen
-IMAGE_PX = 1200
 
 
 def is_oracle(floor: str) -> bool:
@@ -92,106 +73,3 @@ def score_chart(metrics: dict[str, Any], score: str, title: str) -> ScoreChart:
     return ScoreChart(
         title, bars, ceiling, min(values) - (0.02 * span if min(values) < 0 else 0), max(values) + 0.04 * span
     )
-
-
-def quantise(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes 0..levels over each gene's own range.
-
-    Parameters
-    ----------
-    values : (N, G)
-        NaN where there is no value.
-
-    Returns
-    -------
-    codes : (G, N) uint8
-        ``MISSING`` where there is no value.
-    ranges : (2, G) float32
-        Lowest and highest value of each gene, NaN where it has none. A code c stands for
-        low + c / levels x (high - low).
-    """
-    genes = np.asarray(values, dtype=np.float32).T
-    there = np.isfinite(genes)
-    low = np.where(there, genes, np.inf).min(axis=1, initial=np.inf)
-    high = np.where(there, genes, -np.inf).max(axis=1, initial=-np.inf)
-    empty = ~there.any(axis=1)
-    low[empty] = high[empty] = np.nan
-    step = np.where(high > low, (high - low) / levels, 1).astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        codes = np.rint((genes - low[:, None]) / step[:, None])
-    return np.where(there, codes, MISSING).astype(np.uint8), np.stack([low, high])
-
-
-def pack(array: np.ndarray) -> str:
-    """Array as base64 of its zlib-compressed little-endian bytes, which browsers unpack by themselves."""
-    array = np.ascontiguousarray(array)
-    return base64.b64encode(zlib.compress(array.astype(array.dtype.newbyteorder("<")).tobytes())).decode("ascii")
-
-
-def jpeg(image: np.ndarray) -> str:
-    """(h, w, 3) uint8 image as a data URI, at most ``IMAGE_PX`` px long."""
-    picture = Image.fromarray(np.asarray(image, dtype=np.uint8)).convert("RGB")
-    picture.thumbnail((IMAGE_PX, IMAGE_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def section_maps(predictions: ad.AnnData) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """What the maps of every section need.
-
-    Returns
-    -------
-    sections
-        One record per section, in order of appearance: name, patient, spot ids, where each prediction
-        came from, image with its extent in level-0 px, spot diameter in level-0 px, layers there are.
-    arrays
-        Packed arrays by ``"<section number>-<what>"``: ``xy`` (N, 2) and ``pearson`` (G,) float32, and
-        for each layer its codes (G, N) uint8 and ``<layer>-range`` (2, G) float32.
-    """
-    sections, arrays = [], {}
-    for number, name in enumerate(dict.fromkeys(predictions.obs["section"].astype(str))):
-        rows = (predictions.obs["section"].astype(str) == name).to_numpy()
-        obs = predictions.obs[rows]
-        layers = {key: np.asarray(predictions.layers[key][rows]) for key in LEVELS if key in predictions.layers}
-        layers = {key: values for key, values in layers.items() if key != "uncertainty" or np.isfinite(values).any()}
-        for key, values in layers.items():
-            codes, ranges = quantise(values, LEVELS[key])
-            arrays[f"{number}-{key}"], arrays[f"{number}-{key}-range"] = pack(codes), pack(ranges)
-        xy = np.asarray(predictions.obsm["spatial"], dtype=np.float32)[rows]
-        arrays[f"{number}-xy"] = pack(xy)
-        arrays[f"{number}-pearson"] = pack(np.float32(pearson_per_gene(layers["observed"], layers["predicted"])))
-        spatial = predictions.uns.get("spatial", {}).get(name, {})
-        scale = spatial.get("scalefactors", {})
-        image = spatial.get("images", {}).get("hires")
-        sections.append(
-            {
-                "name": name,
-                "patient": str(obs["patient"].iloc[0]),
-                "spots": obs["spot"].astype(str).tolist(),
-                "source": _sources(obs["neighbour_section"], obs["neighbour_section_weight"])
-                if "neighbour_section" in obs
-                else None,
-                "image": None
-                if image is None
-                else {
-                    "uri": jpeg(image),
-                    "width": image.shape[1] / float(scale["tissue_hires_scalef"]),
-                    "height": image.shape[0] / float(scale["tissue_hires_scalef"]),
-                },
-                "spot_px": float(scale.get("spot_diameter_fullres", 0)) or _typical_diameter(xy),
-                "layers": list(layers),
-            }
-        )
-    return sections, arrays
-
-
-def _sources(names: Iterable[str], weights: Iterable[float]) -> list[str]:
-    return [f"{name} ({weight:.0%} of the weight)" for name, weight in zip(names, weights, strict=True)]
-
-
-def _typical_diameter(xy: np.ndarray) -> float:
-    """Half the pitch of the array, which all platforms come near to."""
-    if len(xy) < 2:
-        return 1.0
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) / 2 or 1.0

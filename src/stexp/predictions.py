@@ -80,11 +80,38 @@ def add_images(adata: ad.AnnData, sections: list[Section], spot_um: float = 100.
         thumbnail, scale = section.slide.thumbnail(max_px)
         pitch = spacing(section.xy_px)
         diameter = min(spot_um / section.um_per_px, pitch) if section.um_per_px else pitch / 2
-        images[section.name] = {
-            "images": {"hires": thumbnail},
-            "scalefactors": {"tissue_hires_scalef": scale, "spot_diameter_fullres": diameter},
-        }
+        factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": diameter}
+        if section.um_per_px:
+            factors["microns_per_pixel"] = section.um_per_px  # as SpaceRanger calls it
+        images[section.name] = {"images": {"hires": thumbnail}, "scalefactors": factors}
     adata.uns["spatial"] = images
+
+
+def add_neighbours(adata: ad.AnnData, spots: pd.DataFrame, rows: np.ndarray, weights: np.ndarray) -> None:
+    """Name the references that count most for each of Q predictions.
+
+    Puts into `adata`: ``obsm["neighbours"]`` (Q, n) rows of ``uns["references"]``, a table with section, patient and
+    (where known) spot, and ``obsm["neighbour_weights"]`` (Q, n).
+
+    Parameters
+    ----------
+    spots
+        Columns section, patient, and perhaps spot; its index names them.
+    rows, weights : (Q, n)
+        Rows of `spots`, by falling weight.
+    """
+    used, among = np.unique(rows, return_inverse=True)
+    columns = [name for name in ("section", "patient", "spot") if name in spots]
+    adata.uns["references"] = spots[columns].iloc[used].astype(str)
+    adata.obsm["neighbours"] = among.reshape(rows.shape).astype(np.int32)
+    adata.obsm["neighbour_weights"] = np.asarray(weights, dtype=np.float32)
+
+
+def heaviest_references(adata: ad.AnnData) -> list[str]:
+    """Names of the references, by falling sum of their weights."""
+    names = adata.uns["references"].index
+    total = np.bincount(adata.obsm["neighbours"].ravel(), adata.obsm["neighbour_weights"].ravel(), len(names))
+    return list(names[np.argsort(-total, kind="stable")])
 
 
 def write(adata: ad.AnnData, path: Path) -> None:

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import hydra
 import pandas as pd
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from stexp import InputError
 from stexp.config import CONF, build, command, load_sections, panel_of, write_atomically
 
 log = logging.getLogger(__name__)
+
+# features=NAME: the encoder of conf/image_encoder, under the keys that stexp-train has it under
+for _name in sorted(path.stem for path in (CONF / "image_encoder").glob("*.yaml")):
+    _chosen = {"defaults": [{"override /image_encoder@_global_.image_encoder": _name}], "features": _name}
+    ConfigStore.instance().store(group="features", name=_name, node=_chosen, package="_global_")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
@@ -21,11 +28,14 @@ def main(cfg: DictConfig) -> None:
     with command():
         from stexp.data.download import fetch_configured
 
+        check_features(cfg)
         fetch_configured(cfg.data)
         protocol = build(cfg.protocol)
         sections = load_sections(cfg, protocol)
         summary = prepare(cfg, sections, panel_of(cfg, protocol))
         print("\n".join(lines(summary, cfg)))
+        if cfg.features is not None:
+            print(prepare_features(cfg, sections))
 
 
 def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.DataFrame:
@@ -67,6 +77,51 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     pd.concat(spots).to_csv(part, index=False, float_format="%.6g", compression="gzip")
     os.replace(part, folder / "spots.csv.gz")
     return summary
+
+
+def check_features(cfg: DictConfig) -> None:
+    """Raise InputError, before any work, where the features asked for cannot be prepared."""
+    size = cfg.surroundings
+    if size is not None and not (isinstance(size, int) and size > 0 and size % 2):
+        raise InputError(f"surroundings={size}: an odd whole number of tiles a side would fit, 5 for triplex")
+    if size is not None and cfg.features is None:
+        raise InputError(f"surroundings={size}: of which encoder? Give features=NAME, too")
+    if cfg.features is not None and cfg.data.stain is not None:
+        raise InputError(
+            f"data.stain={cfg.data.stain} is fitted to the training sections of a fold, and features of normalised "
+            f"tiles belong to that fold: stexp-train computes them. Leave out features, or data.stain"
+        )
+
+
+def prepare_features(cfg: DictConfig, sections: list) -> str:
+    """Compute and keep the frozen features that ``stexp-train`` would, of every section with an image; say so."""
+    import pytorch_lightning as pl
+    import torch
+
+    from stexp import hardware
+    from stexp.data.features import FrozenEncoder
+    from stexp.data.tiles import TileSpec, open_tiles
+
+    device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
+    precision = hardware.choose_precision(cfg.hardware.precision, device.type)
+    pl.seed_everything(cfg.seed, verbose=False)  # of an encoder with random weights
+    encoder = build(cfg.image_encoder)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+    spec, cache = TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir
+    with_image = [section for section in sections if section.slide is not None]
+    log.info("features by %s on %s, %s", encoder.name, device.type, precision)
+    with FrozenEncoder(encoder, device, autocast, cache, cfg.data.eval_batch_size) as frozen:
+        for number, section in enumerate(with_image, start=1):
+            log.info("section %s (%d of %d)", section.name, number, len(with_image))
+            store = open_tiles(section, spec, cache, cfg.data.tile_store)
+            frozen.of_tiles(section, store)
+            if cfg.surroundings is not None:
+                frozen.of_surroundings(section, store, spec, cfg.surroundings)
+    around = f", and of the {cfg.surroundings} x {cfg.surroundings} tiles around each spot" if cfg.surroundings else ""
+    return (
+        f"features of {sum(map(len, with_image))} tiles by {encoder.name}{around}: {encoder.num_features} each, "
+        f"{precision}, in {frozen.folder}"
+    )
 
 
 def _spot_rows(section, table: pd.DataFrame) -> pd.DataFrame:

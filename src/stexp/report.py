@@ -1,33 +1,37 @@
-"""``stexp-report run=runs/x``: one HTML file that shows what a run predicted and what that is worth."""
+"""``stexp-report run=runs/x``: one HTML file that shows what was predicted and what that is worth."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import jinja2
-from markupsafe import Markup
 
-from stexp import InputError
-from stexp.plots import LEVELS, is_oracle, score_chart, section_maps
+from stexp import InputError, report_pictures
+from stexp.plots import is_oracle, score_chart
 from stexp.predictions import read, read_json
+from stexp.report_maps import make_maps
+from stexp.report_page import LACKING, label, lacking, number, render, save, unit
+from stexp.report_prediction import is_prediction, write_prediction_report
 
 HELP = """\
-usage: stexp-report run=<run folder>
+usage: stexp-report run=<folder>
 
-Writes <run folder>/report.html: scores beside floors and ceiling, audit, maps, genes, provenance.
-The file opens from disk without a network. It needs what stexp-train and stexp-score leave in the
-folder: predictions.h5ad, metrics.json, per_gene.csv, audit.json, provenance.json.
+Writes <folder>/report.html: one file, which opens from disk without a network.
 
-example: stexp-report run=runs/x
+Of a run, scores beside floors and ceiling, audit, maps, genes, provenance. It needs what stexp-train
+and stexp-score leave in the folder: predictions.h5ad, metrics.json, per_gene.csv, audit.json,
+provenance.json. Of a slide that stexp-predict predicted, maps, genes with the accuracy to expect,
+provenance. It needs predictions.h5ad and provenance.json. From pictures.h5, where that is there, come
+the slide to zoom into and the tiles of the spots retrieved from.
+
+examples: stexp-report run=runs/x
+          stexp-report run=predictions/slide
 """
 
 # columns of the score table: key, heading, whether less is better
@@ -72,12 +76,13 @@ FLOORS = {
 
 
 def write_report(run: str | Path) -> Path:
-    """Write ``report.html`` into a run folder, whole or not at all.
+    """Write ``report.html`` into the folder of a run, or of a predicted slide, whole or not at all.
 
     Parameters
     ----------
     run
-        Folder with predictions.h5ad, metrics.json, per_gene.csv, audit.json and provenance.json.
+        Folder with predictions.h5ad, metrics.json, per_gene.csv, audit.json and provenance.json; of a predicted
+        slide with predictions.h5ad and provenance.json.
 
     Returns
     -------
@@ -91,23 +96,18 @@ def write_report(run: str | Path) -> Path:
     """
     run = Path(run)
     if not run.is_dir():
-        raise InputError(f"{run} is not a folder; give a run folder, as in run=runs/x")
+        raise InputError(f"{run} is not a folder; give that of a run or of a predicted slide, as in run=runs/x")
+    if is_prediction(run):
+        return write_prediction_report(run)
     metrics, audit, provenance = (read_json(run / f"{name}.json") for name in ("metrics", "audit", "provenance"))
     genes = _read_genes(run / "per_gene.csv")
     predictions = read(run / "predictions.h5ad", *NEEDED)
+    pictures = report_pictures.read(run / report_pictures.NAME)
     try:
-        page = _render(metrics, audit, provenance, genes, predictions)
-    except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
-        raise InputError(
-            f"{run}: its files lack something ({error}); score the run again (stexp-score run={run})"
-        ) from error
-    target, partial = run / "report.html", run / f".report.{os.getpid()}.html"
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+        page = _render(metrics, audit, provenance, genes, predictions, pictures)
+    except LACKING as error:
+        raise lacking(run, error, f"score the run again (stexp-score run={run})") from error
+    return save(run, page)
 
 
 def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
@@ -172,16 +172,6 @@ def best_floor(metrics: dict[str, Any]) -> str | None:
     return max(there, key=there.__getitem__, default=None)
 
 
-def label(name: str) -> str:
-    """A name as it is read: colour_ridge -> colour ridge."""
-    return name.replace("_", " ")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Fixed digits; a dash where there is no value."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def changes(metrics: dict[str, Any]) -> str:
     """What was changed where a run was retrieved from again, as it is typed: ``k=50, genes=FASN+ERBB2``; else empty."""
     parts = []
@@ -191,51 +181,31 @@ def changes(metrics: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def unit(protocol: dict[str, Any]) -> str:
-    """The expression scale of a protocol, as a legend says it."""
-    share = "gene's counts in the section" if protocol["truth"] == "gene" else f"spot's {protocol['library']} counts"
-    return (
-        f"{'ln' if protocol['log'] == 'natural' else 'log10'}(1 + {protocol['target_sum']:,.0f} x share of the {share})"
-    )
-
-
 def _highest(metrics: dict[str, Any]) -> bool:
     """Whether the 50 highest genes are others than all genes."""
     return metrics["n_genes"] > 50
 
 
-def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData) -> str:
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "label": label}
-    script = (here / "report.js").read_text(encoding="utf-8")
-    sections, arrays = section_maps(predictions)
-    about = predictions.uns["stexp"]
-    best = best_floor(metrics)
-    page = {
-        "levels": LEVELS,
-        "unit": unit(json.loads(about["protocol"])),
-        "genes": predictions.var_names.tolist(),
-        "sections": sections,
-        "table": {"columns": _columns(genes, best), "rows": genes},
-    }
+def _render(
+    metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData, pictures: tuple
+) -> str:
+    about, best = predictions.uns["stexp"], best_floor(metrics)
+    by_worth = sorted(genes, key=lambda row: math.inf if row["pearson"] is None else -row["pearson"])
+    maps = make_maps(predictions, *pictures, by_worth=[row["gene"] for row in by_worth])
     numbers, statement, beats = verdict(metrics)
     heg = "Pearson HEG50" if _highest(metrics) else f"Pearson HEG50 (all {metrics['n_genes']})"
     charts = [score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)")]
     if _highest(metrics):
         charts.append(score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)"))
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report_run.html.j2",
+        maps,
+        _columns(genes, best),
+        genes,
         metrics=metrics,
         audit=audit,
         provenance=provenance,
-        page=page,
-        arrays=arrays,
+        unit=unit(json.loads(about["protocol"])),
         numbers=numbers,
         statement=statement,
         beats=beats,
@@ -248,10 +218,6 @@ def _render(metrics: dict, audit: dict, provenance: dict, genes: list[dict], pre
         floor_notes=FLOORS,
         config=str(about["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
-        style=Markup((here / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        # only this script may run, whatever the data holds
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -266,7 +232,8 @@ def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
     oracles = [key for key in (genes[0] if genes else {}) if is_oracle(key)]
     columns += [(key, label(key.removeprefix("floor_")).capitalize()) for key in oracles]
     columns.append(("ceiling", "Ceiling"))
-    return [{"key": key, "label": heading} for key, heading in columns]
+    kinds = {"gene": "text", "heg50": "flag", "n_sections": "count"}
+    return [{"key": key, "label": heading, "kind": kinds.get(key, "number")} for key, heading in columns]
 
 
 def _read_genes(path: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
         index, query, torch.from_numpy(data.target[rows]), cfg.model.k, cfg.model.distance, cfg.model.weighting
     )
     made = {key: value.numpy() if torch.is_tensor(value) else value for key, value in made.items()}
-    made["image_embedding"] = query.numpy()
+    made["image_embedding"], made["neighbours"] = query.numpy(), rows[made["neighbours"]]
     made["obs"] = pd.concat([made.get("obs"), before.obs.filter(like="qc_").reset_index(drop=True)], axis=1)
 
     what = {**changes, **({} if genes == "panel" else {"genes": genes})}

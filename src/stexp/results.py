@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from stexp import predictions
+from stexp import predictions, report_pictures
 from stexp.audit import audit
 from stexp.config import build, other_protocols, write_atomically
 from stexp.data.datamodule import SpotDataModule
@@ -37,9 +38,10 @@ def write_results(
     best_checkpoint: bool,
 ) -> None:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``."""
-    made = {
-        key: torch.cat([output[key] for output in outputs]).float().cpu().numpy() for key in outputs[0] if key != "obs"
-    }
+    made = {key: torch.cat([output[key] for output in outputs]).cpu() for key in outputs[0] if key != "obs"}
+    made = {key: (value.float() if value.is_floating_point() else value).numpy() for key, value in made.items()}
+    if "neighbours" in made:
+        made["neighbours"] = model.retrieved_rows[made["neighbours"]]
     if "obs" in outputs[0]:
         made["obs"] = pd.concat([output["obs"] for output in outputs], ignore_index=True)
     made["obs"] = pd.concat([made.get("obs"), quality_of_test(data, build(cfg.data.quality))], axis=1)
@@ -95,7 +97,10 @@ def write_scored_files(
     colour: np.ndarray,
     chosen: dict,
 ) -> None:
-    """Write the two files that scoring reads, from what a method `made` of the test spots."""
+    """Write the two files that scoring reads, and ``pictures.h5``, from what a method `made` of the test spots.
+
+    Its ``neighbours`` are rows of the data's spots.
+    """
     test, train = data.rows("test"), data.rows(*TRAINING)
     adata = predictions.make_predictions(
         data.spots.iloc[test],
@@ -110,6 +115,9 @@ def write_scored_files(
         embedding=made.get("image_embedding"),
     )
     predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
+    if "neighbours" in made:
+        predictions.add_neighbours(adata, data.spots, made["neighbours"], made["neighbour_weights"])
+    write_pictures(folder / report_pictures.NAME, data, adata)
     adata.uns["stexp"] = {
         "protocol": json.dumps(asdict(data.protocol)),
         "model": cfg.model.name,
@@ -129,6 +137,31 @@ def write_scored_files(
         for name, values in layers.items():
             floors.layers[f"{protocol.name}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")
+
+
+def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData) -> None:
+    """Write the slides of the test sections, and the tiles of those references that count most, as methods see them."""
+    test = [section for section in data.sections if section.name in data.names("test") and section.slide is not None]
+    budget = report_pictures.SLIDE_BYTES // max(1, len(test))
+    slides = {}
+    for section in test:
+        xy = adata.obsm["spatial"][(adata.obs["section"] == section.name).to_numpy()]
+        slides[section.name] = report_pictures.picture(section.slide, xy, data.tile.side_px(section), budget)
+    sheet = None
+    if "neighbours" in adata.obsm:
+        names = predictions.heaviest_references(adata)
+        rows = data.spots.index.get_indexer(names)
+        with_image = {section.name for section in data.sections if section.slide is not None}
+        rows = rows[data.spots["section"].iloc[rows].isin(with_image).to_numpy()][: report_pictures.REFERENCES]
+        if len(rows):
+            sheet = report_pictures.sheet(list(data.spots.index[rows]), tiles_of(data, rows))
+    report_pictures.write(path, slides, sheet)
+
+
+def tiles_of(data: SpotDataModule, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Tiles of the spots `rows`, (px, px, 3) uint8, one by one, in bounded memory."""
+    for start in range(0, len(rows), data.eval_batch_size):
+        yield from data.tiles(rows[start : start + data.eval_batch_size]).numpy()
 
 
 def floors_under(

@@ -23,6 +23,11 @@ class Neighbours:
     distance: torch.Tensor  # (Q, k) in the distance asked for
     weight: torch.Tensor  # (Q, k), rows sum to 1
 
+    def heaviest(self, n: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and weights of the n references that count most, (Q, min(n, k)); among equals the more similar."""
+        weight, order = self.weight.sort(dim=1, descending=True, stable=True)
+        return self.index.gather(1, order[:, :n]), weight[:, :n]
+
 
 class ReferenceIndex:
     """Reference spots, searchable by embedding.
@@ -182,13 +187,21 @@ def retrieve(
     Returns
     -------
     dict
-        ``predicted`` (Q, G), ``uncertainty`` (Q, G) and ``obs``, the provenance of each query.
+        ``predicted`` (Q, G); with `spread` also ``uncertainty`` (Q, G), ``obs``, the provenance of each query, and
+        ``neighbours`` and ``neighbour_weights``, see :meth:`Neighbours.heaviest`.
     """
     neighbours = index.search(query, k, distance, weighting)
     mean, sd = index.average(neighbours, expression, spread=spread)
-    return (
-        {"predicted": mean, "uncertainty": sd, "obs": index.provenance(neighbours)} if spread else {"predicted": mean}
-    )
+    if not spread:
+        return {"predicted": mean}
+    rows, weights = neighbours.heaviest()
+    return {
+        "predicted": mean,
+        "uncertainty": sd,
+        "neighbours": rows,
+        "neighbour_weights": weights,
+        "obs": index.provenance(neighbours),
+    }
 
 
 def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray:

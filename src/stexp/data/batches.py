@@ -32,6 +32,7 @@ class SpotBatch:
     context_array_xy: torch.Tensor  # (B, L, 2)
     context_mask: torch.Tensor  # (B, L), False where a section has too few spots
     features: torch.Tensor | None = None  # (B, F) of the tile, from the frozen image encoder, unaugmented
+    whole: int | None = None  # spots of the whole batch, of which several devices hold a part each
 
     def __len__(self) -> int:
         return len(self.spot)
@@ -44,28 +45,37 @@ class SpotIndex:
     rows: torch.Tensor
     seed: int | None = None
     image: bool = True
+    whole: int | None = None
 
 
 class ShuffledBatches(Sampler):
-    """Batches of rows in an order that depends on seed and epoch alone, so that a resumed run sees the same."""
+    """Batches of rows in an order that depends on seed and epoch alone, so that a resumed run sees the same.
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
+    Parameters
+    ----------
+    share
+        Rank and number of devices; each batch is split among them, as :func:`part_of` says.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
         self.rows, self.batch_size, self.seed, self.epoch = torch.from_numpy(rows), batch_size, seed, 0
+        self.share = share
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        # one spot has no negatives: where one would be left over, it joins the batch before
-        return max(1, math.ceil((len(self.rows) - 1) / self.batch_size))
+        # one spot has no negatives: where fewer than two a device would be left over, they join the batch before
+        return max(1, math.ceil((len(self.rows) - 2 * self.share[1] + 1) / self.batch_size))
 
     def __iter__(self) -> Iterator[SpotIndex]:
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         shuffled = self.rows[torch.randperm(len(self.rows), generator=draws)]
         starts = torch.arange(1, len(self)) * self.batch_size
-        for part in shuffled.tensor_split(starts):
-            yield SpotIndex(part, seed=int(torch.randint(2**62, (), generator=draws)))
+        for rows in shuffled.tensor_split(starts):
+            seed = int(torch.randint(2**62, (), generator=draws)) + self.share[0]
+            yield SpotIndex(rows[part_of(len(rows), *self.share)], seed=seed, whole=len(rows))
 
 
 class SectionBatches(Sampler):
@@ -92,6 +102,11 @@ class _AsGiven(Dataset):
 
     def __getitem__(self, batch: SpotIndex) -> SpotIndex:
         return batch
+
+
+def part_of(n: int, rank: int, world: int) -> slice:
+    """Which of n things, in their order, the device `rank` of `world` has: as equal parts as can be, none twice."""
+    return slice(*(i * (n // world) + min(i, n % world) for i in (rank, rank + 1)))
 
 
 def index_loader(batches, shuffled: Sampler | None = None) -> DataLoader:

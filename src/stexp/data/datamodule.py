@@ -6,6 +6,7 @@ import hashlib
 import logging
 from dataclasses import asdict
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from stexp import InputError, __version__
 from stexp.data.augment import AUGMENTATIONS, augment
-from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest
+from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest, part_of
 from stexp.data.genes import choose_panel, drop_unmeasured, normalise
 from stexp.data.section import Section
 from stexp.data.splits import ROLES, assign_roles, spot_table
@@ -23,6 +24,9 @@ from stexp.data.stain import METHODS, StainNormaliser
 from stexp.data.tile_store import SUFFIXES
 from stexp.data.tiles import TileBank, TileSpec, file_digest, open_tiles
 from stexp.protocol import Protocol
+
+if TYPE_CHECKING:
+    from stexp.data.features import Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ class SpotDataModule(pl.LightningDataModule):
     tile_px, tile_um
         See :class:`~stexp.data.tiles.TileSpec`.
     batch_size, eval_batch_size
-        Spots of a training batch, and of a batch without gradients.
+        Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
         ``none``, ``dihedral``, ``paper`` or ``hed``; see :func:`~stexp.data.augment.augment`.
     hed_sigma
@@ -76,6 +80,10 @@ class SpotDataModule(pl.LightningDataModule):
         What a batch is: ``"spots"``, drawn from all sections, or one whole ``"section"``, as the method says.
     features : (n_spots, F) float32 or None
         Of the tiles, from the frozen image encoder; set by what trains, handed out in batches.
+    surroundings : Surroundings or None
+        The same of the tiles around each spot, for a method that has an attribute `surroundings`, tiles a side.
+    share : (int, int)
+        Rank and number of devices that train together: training batches and validation spots are split among them.
     """
 
     def __init__(
@@ -135,8 +143,9 @@ class SpotDataModule(pl.LightningDataModule):
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
         self._load_expression()
         self.neighbours = self._neighbours(n_neighbours)
-        self.batching = "spots"
+        self.batching, self.share = "spots", (0, 1)
         self.features: np.ndarray | None = None
+        self.surroundings: Surroundings | None = None
         self.bank: TileBank | None = None
         self._bank_row = np.full(len(self.spots), -1, dtype=np.int64)
         self._on: dict[torch.device, dict[str, torch.Tensor]] = {}
@@ -266,8 +275,7 @@ class SpotDataModule(pl.LightningDataModule):
 
     def tiles(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tiles of the spots `rows`, (B, px, px, 3) uint8, their stain normalised if `stain` says so."""
-        if self.bank is None:
-            self.setup()
+        self.setup()
         where = self._bank_row[rows]
         if (where < 0).any():
             names = self.spots["section"].iloc[np.asarray(rows)[where < 0]].unique()
@@ -291,21 +299,22 @@ class SpotDataModule(pl.LightningDataModule):
         if self.batching == "section":
             order = SectionBatches(self._by_section("train"), self.seed)
         else:
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed)
+            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self.share)
         return index_loader(order, shuffled=order)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self.loader("validation") if len(self.rows("validation")) else []
+        return self.loader("validation", share=self.share) if len(self.rows("validation")) else []
 
     def predict_dataloader(self) -> DataLoader:
         return self.loader("test")
 
-    def loader(self, *roles: str, image: bool = True, batch_size: int | None = None) -> DataLoader:
+    def loader(self, *roles: str, image=True, batch_size: int | None = None, share=(0, 1)) -> DataLoader:
         """Every spot of the roles once, in order, unaugmented; in batches of `batch_size`, or as `batching` says."""
         if self.batching == "section" and batch_size is None:
             parts = [torch.from_numpy(rows) for rows in self._by_section(*roles)]
         else:
-            parts = torch.from_numpy(self.rows(*roles)).split(batch_size or self.eval_batch_size)
+            rows = torch.from_numpy(self.rows(*roles))
+            parts = rows[part_of(len(rows), *share)].split(batch_size or self.eval_batch_size)
         return index_loader([SpotIndex(part, image=image) for part in parts])
 
     def _by_section(self, *roles: str) -> list[np.ndarray]:
@@ -342,6 +351,7 @@ class SpotDataModule(pl.LightningDataModule):
             context_expression=table["expression"][context],
             context_array_xy=table["array_xy"][context],
             context_mask=mask,
+            whole=index.whole or len(rows),
             **taken,
         )
 

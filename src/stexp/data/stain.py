@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,25 @@ class StainNormaliser:
         parts = *zip(*maps, strict=True), [found["glass"] for found in own]
         return cls(method, target, *(torch.from_numpy(np.stack(part)).float() for part in parts))
 
+    @classmethod
+    def towards(cls, state: dict, name: str, tiles: Mapping[int, np.ndarray], n_tiles: int) -> StainNormaliser:
+        """Of one slide that was not there when the target was measured.
+
+        Parameters
+        ----------
+        state
+            Of the normaliser that the target comes from, see `state`.
+        name
+            Of the slide, for messages.
+        tiles
+            Those of its `n_tiles` tiles that `measured_tiles` names, by their number.
+        """
+        method = state["method"]
+        target = {key: np.array(value) for key, value in state["target"].items()}
+        own = _measure(method, name, tiles, np.arange(n_tiles))
+        maps = *(_reinhard_map if method == "reinhard" else _macenko_map)(own, target), own["glass"]
+        return cls(method, target, *(torch.from_numpy(part[None]).float() for part in maps))
+
     def __call__(self, tiles: torch.Tensor, section: torch.Tensor) -> torch.Tensor:
         """Tiles (B, px, px, 3) uint8 of the sections `section` (B,; on the CPU) in the colours of the target."""
         matrix, offset, glass = (x[section].to(tiles.device) for x in (self.matrix, self.offset, self.glass))
@@ -133,7 +152,7 @@ def intensity(density: torch.Tensor) -> torch.Tensor:
     return density.neg().exp_().mul_(256).sub_(1)
 
 
-def _measure(method: str, name: str, tiles: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _measure(method: str, name: str, tiles: np.ndarray | Mapping, rows: np.ndarray) -> dict[str, np.ndarray]:
     pixels = _sample(tiles, rows)
     glass = np.percentile(pixels, GLASS, axis=0)
     tissue = pixels[pixels.mean(axis=1) < TISSUE * glass.mean()]
@@ -149,10 +168,19 @@ def _measure(method: str, name: str, tiles: np.ndarray, rows: np.ndarray) -> dic
     return {"glass": glass, **found}
 
 
-def _sample(tiles: np.ndarray, rows: np.ndarray, n_tiles: int = 256, n_pixels: int = 1024) -> np.ndarray:
+def measured_tiles(n_tiles: int) -> np.ndarray:
+    """Numbers of the tiles that a slide of `n_tiles` is measured on, sorted."""
+    return _choose(np.random.default_rng(0), np.arange(n_tiles))
+
+
+def _choose(draws: np.random.Generator, rows: np.ndarray, n_tiles: int = 256) -> np.ndarray:
+    return np.sort(draws.choice(rows, min(n_tiles, len(rows)), replace=False))
+
+
+def _sample(tiles: np.ndarray | Mapping, rows: np.ndarray, n_pixels: int = 1024) -> np.ndarray:
     """Pixels (n, 3) of some of the tiles `rows`, the same every time."""
     draws = np.random.default_rng(0)
-    chosen = np.sort(draws.choice(rows, min(n_tiles, len(rows)), replace=False))
+    chosen = _choose(draws, rows)
     return np.concatenate([draws.choice(np.asarray(tiles[row]).reshape(-1, 3), n_pixels) for row in chosen])
 
 

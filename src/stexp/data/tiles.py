@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.section import Section
+from stexp.data.slide import SlideReader
 from stexp.data.slide_formats import WHITE
 from stexp.data.tile_store import SUFFIXES, JpegTiles, StoreInTheMaking, is_full, open_store
 
@@ -177,21 +178,9 @@ def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]
             padded = _n_padded(corner, side, image.sizes[0])
             if store.done.any():
                 log.info("section %s: %d of %d tiles are there already", section.name, store.done.sum(), len(section))
-            level = image.level(side / px)
-            scale = image.downsamples[level]
-            if level:
-                corner, level_side = np.round(corner / scale).astype(np.int64), round(side / scale)
-            else:
-                level_side = side
-            regions = [rows[~store.done[rows]] for rows in _by_region(corner, image.block)]
-            for rows in _shown(regions, f"section {section.name}: tiles"):
-                low = np.maximum(corner[rows].min(axis=0), 0)
-                high = np.minimum(corner[rows].max(axis=0) + level_side, image.sizes[level])
-                region = image.read(*low.tolist(), *(high - low).tolist(), level)
-                for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
-                    tiles = np.empty((len(part), *shape[1:]), dtype=np.uint8)
-                    _cut(region, corner[part] - low, level_side, px, tiles)
-                    store.put(part, tiles)
+            scale = image.downsamples[image.level(side / px)]
+            for rows, tiles in _read(image, corner, side, px, ~store.done, f"section {section.name}: tiles"):
+                store.put(rows, tiles)
                 store.commit()
             facts = {"section": section.name, "n": len(section), "side_px": side, "px": px, "padded": padded}
             store.finish({**facts, "downsample": scale})
@@ -205,9 +194,54 @@ def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]
         len(section),
         px,
         side,
-        f", read at a {scale:.3g}th" if level else "",
+        f", read at a {scale:.3g}th" if scale > 1 else "",
         f"; {padded} reach beyond the image and are filled with white" if padded else "",
     )
+
+
+def _read(
+    image: SlideReader, corner: np.ndarray, side: int, px: int, wanted: np.ndarray, what: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of `corner` (N, 2) that `wanted` (N,) names and their tiles, region by region of the slide."""
+    level = image.level(side / px)
+    if level:
+        scale = image.downsamples[level]
+        corner, side = np.round(corner / scale).astype(np.int64), round(side / scale)
+    regions = [rows[wanted[rows]] for rows in _by_region(corner, image.block)]
+    for rows in shown(regions, what):
+        low = np.maximum(corner[rows].min(axis=0), 0)
+        high = np.minimum(corner[rows].max(axis=0) + side, image.sizes[level])
+        region = image.read(*low.tolist(), *(high - low).tolist(), level)
+        for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
+            tiles = np.empty((len(part), px, px, 3), dtype=np.uint8)
+            _cut(region, corner[part] - low, side, px, tiles)
+            yield part, tiles
+
+
+def around(section: Section, spec: TileSpec, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the k x k tiles lie that meet edge to edge around each spot, its own in the middle.
+
+    Returns
+    -------
+    corner : (n_spots, k * k, 2) int64
+        Left and top in level-0 pixels; from left to right, then down.
+    inside : (n_spots, k * k) bool
+        False where a tile reaches beyond the image on the side that it lies on; never in the middle.
+    """
+    side = spec.side_px(section)
+    steps = np.arange(k) - k // 2
+    offset = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    corner = _corners(section.xy_px, side)[:, None] + side * offset
+    beyond = ((offset < 0) & (corner < 0)) | ((offset > 0) & (corner + side > np.array(section.slide.size)))
+    return corner, ~beyond.any(axis=2)
+
+
+def tiles_around(section: Section, spec: TileSpec, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tiles of `around` that lie inside: rows of the flattened (n_spots * k * k) and their tiles, not kept."""
+    corner, inside = around(section, spec, k)
+    with section.slide.open() as image:
+        what = f"section {section.name}: tiles around spots"
+        yield from _read(image, corner.reshape(-1, 2), spec.side_px(section), spec.px, inside.ravel(), what)
 
 
 def _by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray]:
@@ -218,7 +252,7 @@ def _by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarra
     yield from np.split(order, starts)
 
 
-def _shown(regions: list[np.ndarray], what: str) -> Iterator[np.ndarray]:
+def shown(regions: list[np.ndarray], what: str) -> Iterator[np.ndarray]:
     """Go through the regions that have rows left; work longer than seconds shows how far it is."""
     total, n, begun = sum(map(len, regions)), 0, time.monotonic()
     said, bar = begun, None

@@ -6,6 +6,7 @@ import torch
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
+from stexp.distributed import gather
 from stexp.losses import soft_info_nce
 from stexp.models.blocks import ProjectionHead
 from stexp.models.image_encoders import ImageEncoder
@@ -39,6 +40,8 @@ class BLEEP(RetrievalMethod):
     (with a ResNet-50 of 256 dimensions). That code reads expression that Harmony has aligned between sections;
     here it is normalised as the protocol says.
     """
+
+    several_devices = True
 
     def __init__(
         self,
@@ -84,9 +87,10 @@ class BLEEP(RetrievalMethod):
         return self.spot_projection(batch.expression)
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        image, spot = self.embed_image(batch.image), self.embed_batch_spots(batch)
+        image = gather(self.embed_image(batch.image), batch.whole)
+        spot = gather(self.embed_batch_spots(batch), batch.whole)
         loss = soft_info_nce(image, spot, self.temperature, self.target_temperature)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch.whole)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stexp import InputError
+from stexp.data.batches import nearest
+from stexp.data.datamodule import SpotDataModule
+
 
 class ProjectionHead(nn.Module):
     """F features to D dimensions of a shared space: LayerNorm(p + Dropout(Linear(GELU(p)))), p = Linear(x).
@@ -37,6 +41,7 @@ class TransformerBlock(nn.Module):
         self.attn_norm = nn.LayerNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim)
+        self.dropout = nn.Dropout(dropout)
         self.ff_norm = nn.LayerNorm(dim)
         hidden = hidden or dim
         self.ff = nn.Sequential(
@@ -45,8 +50,92 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (N, L, dim) -> (N, L, dim); `mask` (N, L) is False where a token is padding."""
+        x = x + self.attend(x, mask)
+        return x + self.ff(self.ff_norm(x))
+
+    def attend(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What attention adds to tokens (N, L, dim)."""
         n, length, _ = x.shape
         q, k, v = self.to_qkv(self.attn_norm(x)).view(n, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        x = x + self.to_out(attended.transpose(1, 2).reshape(n, length, -1))
-        return x + self.ff(self.ff_norm(x))
+        return self.dropout(self.to_out(attended.transpose(1, 2).reshape(n, length, -1)))
+
+
+class ArrayEmbedding(nn.Module):
+    """Two learned tables, one row for each array coordinate, as whole-section methods have them."""
+
+    def __init__(self, n_positions: int, dim: int) -> None:
+        super().__init__()
+        if n_positions > 1 << 16:
+            raise InputError(
+                f"array coordinates go up to {n_positions - 1}; a learned table for each would be too large. Are they "
+                f"pixels? Take array coordinates"
+            )
+        self.x_embed, self.y_embed = nn.Embedding(n_positions, dim), nn.Embedding(n_positions, dim)
+
+    def forward(self, array_xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Array coordinates (N, 2) to the rows of x and of y, each (N, dim).
+
+        Raises
+        ------
+        InputError
+            A coordinate has no row.
+        """
+        n = self.x_embed.num_embeddings
+        least, largest = int(array_xy.min()), int(array_xy.max())
+        if least < 0 or largest >= n:
+            raise InputError(
+                f"array coordinates from {least} to {largest} do not fit the learned position table of {n} rows: the "
+                f"model was trained on a smaller array"
+            )
+        return self.x_embed(array_xy[:, 0]), self.y_embed(array_xy[:, 1])
+
+
+@torch.no_grad()
+def start_as_mean(layer: nn.Linear, data: SpotDataModule) -> None:
+    """Set the bias of a last layer to the mean expression of the training spots."""
+    layer.bias.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
+
+
+def central(image: torch.Tensor, share: float, px: int) -> torch.Tensor:
+    """The middle of tiles, (B, 3, H, H) to (B, 3, px, px): `share` of the side, resampled where that is not `px`."""
+    side = image.shape[-1]
+    kept = max(1, round(share * side))
+    start = (side - kept) // 2
+    image = image[..., start : start + kept, start : start + kept]
+    if kept == px:
+        return image
+    return F.interpolate(image, size=(px, px), mode="bilinear", antialias=True)
+
+
+def neighbour_graph(
+    array_xy: torch.Tensor, k: int, max_distance: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest other spots of each spot on the array, ties by x, then y.
+
+    Parameters
+    ----------
+    array_xy : (N, 2)
+        Of one section.
+    k
+        Fewer where the section has fewer.
+    max_distance
+        In steps of the array; what is farther is no neighbour.
+
+    Returns
+    -------
+    index, is_near : (N, K)
+        Rows of the neighbours, and which of them count. A spot that has none has itself.
+    """
+    place = array_xy.cpu().numpy().astype(float)
+    index = torch.from_numpy(nearest(place, k)).to(array_xy.device)
+    itself = torch.arange(len(index), device=index.device)[:, None]
+    if index.shape[1] == 0:
+        return itself, torch.ones_like(itself, dtype=torch.bool)
+    is_near = torch.ones_like(index, dtype=torch.bool)
+    if max_distance is not None:
+        apart = (array_xy[index] - array_xy[:, None]).square().sum(dim=-1)
+        is_near = apart <= max_distance**2
+    alone = ~is_near.any(dim=1, keepdim=True)
+    first = torch.arange(index.shape[1], device=index.device) == 0
+    return torch.where(alone & first, itself, index), is_near | (alone & first)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
+from stexp.distributed import gather
 from stexp.losses import info_nce
 from stexp.models.blocks import ProjectionHead
 from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
@@ -57,6 +58,8 @@ class MclSTExp(RetrievalMethod):
     Where paper and published code differ, the defaults of ``conf/model/mclstexp.yaml`` follow the code and
     name the paper's value. The ReLU that the code leaves out is the image encoder's ``final_activation``.
     """
+
+    several_devices = True
 
     def __init__(
         self,
@@ -171,13 +174,19 @@ class MclSTExp(RetrievalMethod):
     # training
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        image, spot = self.embed_image(batch.image), self.embed_batch_spots(batch)
+        # of several devices each has a part of the batch; the negatives are those of the whole batch
+        n = batch.whole
+        image = gather(self.embed_image(batch.image), n)
+        if self.spot_context == "batch":  # every spot attends to the whole batch, so each device embeds all of it
+            spot = self.embed_spots(gather(batch.expression, n), gather(batch.array_xy, n))
+        else:
+            spot = gather(self.embed_batch_spots(batch), n)
         temperature = self.log_temperature.exp().clamp(min=0.01)
         loss = info_nce(image, spot, temperature, self.image_weight)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=n)
         with torch.no_grad():
-            matched = (image @ spot.T).argmax(dim=1) == torch.arange(len(batch), device=image.device)
-        self.log("train/matched", matched.float().mean(), on_step=False, on_epoch=True, batch_size=len(batch))
+            matched = (image @ spot.T).argmax(dim=1) == torch.arange(len(image), device=image.device)
+        self.log("train/matched", matched.float().mean(), on_step=False, on_epoch=True, batch_size=n)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

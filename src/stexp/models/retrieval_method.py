@@ -34,8 +34,8 @@ class RetrievalMethod(pl.LightningModule):
     ----------
     reference_rows, reference_embedding
         All spots that `reference` may choose from, and their embeddings, kept for re-scoring.
-    reference_sections
-        Those chosen.
+    reference_sections, retrieved_rows
+        Those chosen, and their spots: what ``neighbours`` of a prediction counts in.
     """
 
     reference_batch = 1024
@@ -55,6 +55,7 @@ class RetrievalMethod(pl.LightningModule):
         self.reference_rows: np.ndarray | None = None
         self.reference_embedding: torch.Tensor | None = None
         self.reference_sections: list[str] = []
+        self.retrieved_rows: np.ndarray | None = None
 
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
@@ -92,7 +93,8 @@ class RetrievalMethod(pl.LightningModule):
         embedding = torch.cat([self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader])
         self.reference_rows, self.reference_embedding = rows, embedding
         chosen = choose_references(data.spots.iloc[rows], self.reference)
-        table = data.spots.iloc[rows[chosen]]
+        self.retrieved_rows = rows[chosen]
+        table = data.spots.iloc[self.retrieved_rows]
         self._index = ReferenceIndex(
             embedding[torch.from_numpy(chosen).to(embedding.device)],
             table["section"].to_numpy(str),

@@ -1,0 +1,247 @@
+"""Hist2ST: convolutions, a Transformer and a graph network over a whole section (Zeng et al. 2022, bbac297)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFlip, RandomRotation
+
+from stexp import InputError
+from stexp.data.batches import SpotBatch
+from stexp.losses import zinb_nll
+from stexp.models.blocks import ArrayEmbedding, TransformerBlock, central, neighbour_graph, start_as_mean
+
+
+class Hist2ST(pl.LightningModule):
+    """A spot's tile through convolutions, all spots through self-attention, neighbours through a graph network.
+
+    Parameters
+    ----------
+    n_genes, n_positions
+        G, and the rows of the position tables; they come from the data.
+    tile_px, tile_share, pixel_scale
+        The middle of the tile, this share of its side, enters with tile_px x tile_px pixels in 0..pixel_scale.
+    patch_px, channels, kernel_size, mixer_depth
+        First convolution, and the :class:`Mixer` blocks behind it. A spot's token has
+        (tile_px // patch_px)^2 x channels / 8 dimensions, 1024 as published.
+    depth, heads, head_dim
+        Of the Transformer.
+    graph_depth, n_neighbours, max_distance
+        Of the :class:`GraphBlock`; see :func:`~stexp.models.blocks.neighbour_graph`.
+    dropout
+        Of the first convolution's output and in the Transformer.
+    zinb_weight
+        Of the negative log-likelihood of the raw counts; see :func:`~stexp.losses.zinb_nll`.
+    n_views, distillation_weight
+        Self-distillation: the section's prediction shall equal that of `n_views` augmented views, weighted by a
+        softmax of what the model says of each.
+    recompute_from
+        A section of so many spots keeps the activations of one view at a time, and calculates them twice.
+    lr
+        Of Adam; times 0.9 every 50 epochs.
+    positions
+        False: tokens do not know where they are, which fits arrays of any size (not published).
+    start_from_mean
+        The last layer's bias starts as the mean expression of the training spots (published: at random).
+
+    Notes
+    -----
+    Loss: mean squared error + zinb_weight x ZINB + distillation_weight x distillation. As published, the graph
+    network looks at a spot's neighbours without the spot, all tiles of a view are augmented alike, and gradients go
+    through both sides of the distillation. A spot without a neighbour, where theirs divides by 0, looks at itself.
+    """
+
+    batching = "section"
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_positions: int,
+        *,
+        tile_px: int = 112,
+        tile_share: float = 0.5,
+        pixel_scale: float = 255.0,
+        patch_px: int = 7,
+        channels: int = 32,
+        kernel_size: int = 5,
+        mixer_depth: int = 2,
+        depth: int = 8,
+        heads: int = 16,
+        head_dim: int = 64,
+        graph_depth: int = 4,
+        n_neighbours: int = 4,
+        max_distance: float | None = 2.0,
+        dropout: float = 0.2,
+        zinb_weight: float = 0.25,
+        n_views: int = 5,
+        distillation_weight: float = 0.5,
+        recompute_from: int = 1000,
+        lr: float = 1e-5,
+        positions: bool = True,
+        start_from_mean: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, fits, what in (
+            ("tile_share", tile_share, 0 < tile_share <= 1, "above 0, 1 at most,"),
+            ("tile_px", tile_px, tile_px >= patch_px, f"of at least model.patch_px={patch_px}"),
+            ("channels", channels, channels >= 8 and channels % 8 == 0, "that 8 divides"),
+            ("graph_depth", graph_depth, graph_depth >= 1, "of at least 1"),
+            ("n_neighbours", n_neighbours, n_neighbours >= 1, "of at least 1"),
+            ("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1"),
+            ("zinb_weight", zinb_weight, zinb_weight >= 0, "of at least 0"),
+            ("n_views", n_views, n_views >= 0, "of at least 0"),
+            ("distillation_weight", distillation_weight, distillation_weight >= 0, "of at least 0"),
+            ("lr", lr, lr > 0, "above 0"),
+        ):
+            if not fits:
+                raise InputError(f"model.{name}={value}: a number {what} would fit")
+        self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
+        self.start_from_mean = start_from_mean
+        self.n_neighbours, self.max_distance = n_neighbours, max_distance
+        self.zinb_weight, self.n_views, self.distillation_weight = zinb_weight, n_views, distillation_weight
+        self.recompute_from = recompute_from
+        dim = (tile_px // patch_px) ** 2 * channels // 8
+        self.patch_embedding = nn.Conv2d(3, channels, patch_px, patch_px)
+        self.dropout = nn.Dropout(dropout)
+        self.mixers = nn.Sequential(*(Mixer(channels, kernel_size) for _ in range(mixer_depth)))
+        self.down = nn.Conv2d(channels, channels // 8, 1)
+        self.position = ArrayEmbedding(n_positions, dim) if positions else None
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, head_dim, dim, dropout) for _ in range(depth))
+        self.graph_blocks = nn.ModuleList(GraphBlock(dim) for _ in range(graph_depth))
+        self.over_depth = nn.LSTM(dim, dim, 2)
+        self.gene_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, n_genes))
+        if zinb_weight > 0:
+            self.mean_head, self.dispersion_head, self.zero_head = (nn.Linear(dim, n_genes) for _ in range(3))
+        if n_views > 0:
+            self.view_weight = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+            self.change = Compose([RandomGrayscale(0.1), RandomRotation(90), RandomHorizontalFlip(0.2)])
+
+    def embed(
+        self, tiles: torch.Tensor, array_xy: torch.Tensor, graph: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Tiles (N, 3, tile_px, tile_px) in 0..1, array coordinates (N, 2) and graph of a section to (N, dim)."""
+        x = self.mixers(self.dropout(self.patch_embedding(tiles * self.pixel_scale)))
+        x = self.down(x).flatten(1)
+        if self.position is not None:
+            x = x + sum(self.position(array_xy))
+        x = x[None]
+        for block in self.blocks:
+            x = block(x)
+        x, depths = x[0], []
+        for block in self.graph_blocks:
+            x = block(x, *graph)
+            depths.append(x)
+        return self.over_depth(torch.stack(depths))[0].mean(dim=0)
+
+    def forward(self, image: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
+        """Tiles (N, 3, H, W) in 0..1 and array coordinates (N, 2) of a section to expression (N, G)."""
+        graph = neighbour_graph(array_xy, self.n_neighbours, self.max_distance)
+        return self.gene_head(self.embed(central(image, self.tile_share, self.tile_px), array_xy, graph))
+
+    def on_fit_start(self) -> None:
+        if self.start_from_mean and self.trainer.ckpt_path is None:
+            start_as_mean(self.gene_head[-1], self.trainer.datamodule)
+
+    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
+        tiles = central(batch.image, self.tile_share, self.tile_px)
+        graph = neighbour_graph(batch.array_xy, self.n_neighbours, self.max_distance)
+        hidden = self._kept_or_not(self.embed, tiles, batch.array_xy, graph)
+        predicted = self.gene_head(hidden).float()
+        loss = mse = F.mse_loss(predicted, batch.target)
+        losses = {"mse": mse}
+        if self.zinb_weight > 0:
+            losses["zinb"] = self._zinb(hidden, batch.counts)
+            loss = loss + self.zinb_weight * losses["zinb"]
+        if self.n_views > 0:
+            views = [
+                self._kept_or_not(self._view, tiles, batch.array_xy, graph) for _ in range(self.n_views)
+            ]  # of each: expression (N, G), weight (N, 1)
+            seen, weight = (torch.stack(part).float() for part in zip(*views, strict=True))
+            losses["distillation"] = F.mse_loss((weight.softmax(dim=0) * seen).sum(dim=0), predicted)
+            loss = loss + self.distillation_weight * losses["distillation"]
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, prog_bar=name == "mse", batch_size=len(batch))
+        return loss
+
+    def _view(self, tiles: torch.Tensor, array_xy: torch.Tensor, graph: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.embed(self.change(tiles), array_xy, graph)
+        return self.gene_head(hidden), self.view_weight(hidden)
+
+    def _zinb(self, hidden: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        library = counts.sum(dim=1, keepdim=True)
+        size = library / library.quantile(0.5).clamp(min=1)
+        # limits as published
+        mean = self.mean_head(hidden).float().exp().clamp(1e-5, 1e6) * size
+        dispersion = F.softplus(self.dispersion_head(hidden).float()).clamp(1e-4, 1e4)
+        return zinb_nll(counts, mean, dispersion, self.zero_head(hidden))
+
+    def _kept_or_not(self, function, tiles: torch.Tensor, *args):
+        if len(tiles) < self.recompute_from:
+            return function(tiles, *args)
+        return checkpoint(
+            function, tiles, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), untracked(self))
+        )
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.9)}
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+        """Expression (N, G) of a section."""
+        return {"predicted": self(batch.image, batch.array_xy).float()}
+
+    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
+        return self.predict_step(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["method"] = {"name": "hist2st"}
+
+
+class Mixer(nn.Module):
+    """Two depthwise convolutions, residual, then a pointwise one; (N, C, h, w) to the same."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        depthwise = []
+        for _ in range(2):
+            convolution = nn.Conv2d(channels, channels, kernel_size, groups=channels, padding="same")
+            depthwise += [convolution, nn.BatchNorm2d(channels), nn.GELU()]
+        self.depthwise = nn.Sequential(*depthwise)
+        self.pointwise = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU(), nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pointwise(self.depthwise(x) + x)
+
+
+class GraphBlock(nn.Module):
+    """GraphSAGE: relu(W mean of the neighbours), brought to length 1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(dim, dim, bias=False)
+        nn.init.xavier_uniform_(self.weight.weight)
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, is_near: torch.Tensor) -> torch.Tensor:
+        """Spots (N, dim) and their graph, (N, K) twice, to (N, dim)."""
+        share = is_near.to(x.dtype) / is_near.sum(dim=1, keepdim=True)
+        around = torch.einsum("nk,nkd->nd", share, x[index])
+        return F.normalize(F.relu(self.weight(around)), dim=1)
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation leaves its running mean and variance as they are."""
+    momentum = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
+    for norm in momentum:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, before in momentum.items():
+            norm.momentum = before

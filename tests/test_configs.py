@@ -1,0 +1,111 @@
+"""Every choice of conf/ composes with every other, and those that do not go together say why."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from stexp import InputError, sweeps
+from stexp.config import CONF, to_plain
+from stexp.overrides import compose
+
+NAMES = {
+    group: [path.stem for path in sorted((CONF / group).glob("*.yaml")) if path.stem != "default"]
+    for group in ("data", "model", "protocol", "trainer", "logger", "image_encoder")
+}
+
+SIZES = {
+    "table1": (6 * (32 + 12 + 9), 6 * (8 + 4 + 8)),
+    "tableS2": (32, 8),
+    "tableS3": (12, 4),
+    "tableS4": (4 * 53, 4 * 20),
+    "tableS5": (3 * 53, 3 * 20),
+    "tableS6": (3 * 53, 3 * 20),
+    "tableS7": (3 * 53, 3 * 20),
+    "figS1": (32 + 12, 8 + 4),
+    "figS2": (53, 20),
+    "figS3": (6 * 6, 6 * 6),
+    "figS4": (7 * 32 + 7 * 12 + 6 * 9, 7 * 8 + 7 * 4 + 6 * 8),
+    "search": (27 * 32, 27 * 8),
+}
+"""Cells of every sweep under the paper's protocol (folds 32, 12, 9) and under strict (patients 8, 4, 8)."""
+
+
+def check(data: str, model: str, protocol: str, trainer: str) -> None:
+    plain = to_plain(compose("train", [f"data={data}", f"model={model}", f"protocol={protocol}", f"trainer={trainer}"]))
+    assert (plain["data"]["name"], plain["protocol"]["name"], plain["model"]["name"]) == (data, protocol, model)
+    assert plain["trainer"]["_target_"] == "pytorch_lightning.Trainer"
+    if "image_encoder" in plain["model"]:
+        assert plain["model"]["image_encoder"] == plain["image_encoder"]
+
+
+@pytest.mark.parametrize("model", NAMES["model"])
+def test_every_model_composes_with_every_data_protocol_and_trainer(model):
+    """Each two choices together; :func:`test_all_combinations_compose` takes all four at once."""
+    shift = NAMES["model"].index(model)
+    for i, data in enumerate(NAMES["data"]):
+        choices = (NAMES[group][(i + shift) % len(NAMES[group])] for group in ("protocol", "trainer"))
+        check(data, model, *choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", NAMES["model"])
+@pytest.mark.parametrize("trainer", NAMES["trainer"])
+def test_all_combinations_compose(model, trainer):
+    for data, protocol in itertools.product(NAMES["data"], NAMES["protocol"]):
+        check(data, model, protocol, trainer)
+
+
+@pytest.mark.parametrize("model", NAMES["model"])
+def test_a_methods_own_image_encoder_gives_way_to_one_that_is_asked_for(model):
+    assert compose("train", ["image_encoder=resnet18", f"model={model}"]).image_encoder.name == "resnet18"
+
+
+@pytest.mark.parametrize("group", NAMES)
+def test_a_choice_that_is_not_there_is_said_with_those_that_are(group):
+    with pytest.raises(InputError) as caught:
+        compose("train", [f"{group}={NAMES[group][0]}x"])
+    assert str(caught.value).startswith(f"{group}={NAMES[group][0]}x: choose ")
+    assert f"did you mean {NAMES[group][0]}?" in str(caught.value)
+    assert all(name in str(caught.value) for name in NAMES[group]) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["seed", "data", "protocol", "model", "trainer", "hardware", "image_encoder"])
+def test_a_misspelt_key_is_refused_with_the_one_meant(part):
+    plain = to_plain(compose("train", ["data=her2st"]))
+    keys = [part] if part == "seed" else [f"{part}.{key}" for key in plain[part]]
+    key = keys[len(keys) // 2]
+    with pytest.raises(InputError) as caught:
+        compose("train", ["data=her2st", f"{key}q=1"])
+    assert str(caught.value) == f"there is no key {key}q; did you mean {key}?"
+
+
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_sweep_has_the_stated_number_of_jobs(name, protocol):
+    assert set(SIZES) == set(sweeps.names())
+    assert len(sweeps.jobs(name, [f"protocol={protocol}"])) == SIZES[name][protocol == "strict"]
+
+
+@pytest.mark.parametrize("name", sweeps.names())
+def test_the_keys_of_a_sweep_are_those_that_are_read(name):
+    plan = OmegaConf.to_container(OmegaConf.load(CONF / "sweep" / f"{name}.yaml"))
+    assert set(plan) <= {"of", "data", "protocol", "model", "grid", "rescore", "where", "test", "choose_by"}
+    whole = sweeps.read_plan(name)
+    assert {"data", "protocol", "model"} <= set(whole) and "of" not in whole
+    for condition in whole.get("where", {}):
+        for part in condition.split():
+            axis, value = part.split("=")
+            assert value in NAMES[axis]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_yaml_says_what_it_is_and_names_nothing_of_one_machine(path: Path):
+    text = path.read_text()
+    assert os.path.expanduser("~") + "/" not in text and "/work/" not in text
+    if path.parent.name in ("sweep", "launcher"):
+        assert text.startswith("# ")

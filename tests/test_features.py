@@ -1,0 +1,165 @@
+"""Frozen features: of which tiles, under which key, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sections import make_section, make_sections
+
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.features import FrozenEncoder, frozen_features, surrounding_features
+from stexp.data.slide_formats import WHITE
+from stexp.data.tiles import TileSpec, around, open_tiles, tiles_around
+from stexp.models.image_encoders import ImageEncoder
+from stexp.protocol import Protocol
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder("test_resnet", pretrained=False)
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("computed again")
+
+
+def make_data(folder: Path, **kwargs) -> SpotDataModule:
+    sections = make_sections(folder, patients=2, n_spots=12)
+    # between the others: its spots have no tiles, and none around them
+    sections.insert(1, make_section(folder, "A9", "A", 12, seed=9, image=False))
+    panel = [f"g{i:02d}" for i in range(30)]
+    sizes = {"tile_px": 16, "eval_batch_size": 5, "augmentation": "none"}
+    return SpotDataModule(
+        sections, Protocol("strict"), "B", panel=panel, cache_dir=str(folder / "cache"), **sizes | kwargs
+    )
+
+
+def pixels_around(image: np.ndarray, x: int, y: int, side: int, k: int) -> tuple[list[np.ndarray], list[bool]]:
+    """The k x k tiles around the pixel (x, y), white beyond the image, and the original's masking table.
+
+    That one works from the outermost ring of tiles inwards: where the window of so many tiles crosses a border of the
+    image, the row or column of the ring at that border is masked.
+    """
+    far = side * k
+    padded = np.full((image.shape[0] + 2 * far, image.shape[1] + 2 * far, 3), WHITE, dtype=np.uint8)
+    padded[far:-far, far:-far] = image
+    left, top = x - side // 2 - side * (k // 2) + far, y - side // 2 - side * (k // 2) + far
+    tiles = [
+        padded[top + side * row : top + side * (row + 1), left + side * column : left + side * (column + 1)]
+        for row in range(k)
+        for column in range(k)
+    ]
+    seen = np.ones((k, k), dtype=bool)
+    for ring in range(k // 2):
+        half = side / 2 * (k - 2 * ring)
+        if y - half < 0:
+            seen[ring] = False
+        if y + half > image.shape[0]:
+            seen[k - 1 - ring] = False
+        if x - half < 0:
+            seen[:, ring] = False
+        if x + half > image.shape[1]:
+            seen[:, k - 1 - ring] = False
+    return tiles, seen.ravel().tolist()
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_tiles_around_a_spot_meet_edge_to_edge_and_are_masked_as_the_original_masks(tmp_path, k):
+    section, spec = make_section(tmp_path, n=30), TileSpec(px=16)
+    image = section.slide.read()
+    found = np.full((30 * k * k, 16, 16, 3), 77, dtype=np.uint8)
+    _, inside = around(section, spec, k)
+    cut = []
+    for rows, tiles in tiles_around(section, spec, k):
+        found[rows] = tiles
+        cut.extend(rows)
+    assert sorted(cut) == np.flatnonzero(inside).tolist() and inside[:, k * k // 2].all()
+    for spot, (x, y) in enumerate(np.floor(section.xy_px).astype(int)):
+        expected, seen = pixels_around(image, x, y, 16, k)
+        assert inside[spot].tolist() == seen
+        for place in np.flatnonzero(seen):
+            np.testing.assert_array_equal(found[spot * k * k + place], expected[place])
+    assert k == 1 or 0.3 < inside.mean() < 0.9
+
+
+def test_tiles_around_have_the_scale_of_the_spots_own(tmp_path):
+    section, spec = make_section(tmp_path, image_px=200, um_per_px=0.5), TileSpec(px=8, um=12.0)
+    store = open_tiles(section, spec, tmp_path)
+    found = dict(pair for rows, tiles in tiles_around(section, spec, 3) for pair in zip(rows, tiles, strict=True))
+    for spot in range(len(section)):
+        np.testing.assert_array_equal(found[spot * 9 + 4], store[spot])
+    corner, _ = around(section, spec, 3)
+    assert (corner[:, 5] - corner[:, 4] == (24, 0)).all() and (corner[:, 7] - corner[:, 4] == (0, 24)).all()
+
+
+@torch.no_grad()
+def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, monkeypatch):
+    data = make_data(tmp_path)
+    found = surrounding_features(data, encoder, 3, CPU)
+    with_image = np.flatnonzero(data.spots["section"] != "A9")
+    assert not found.inside[data.spots["section"] == "A9"].any()
+    rows = np.random.default_rng(0).permutation(with_image)[:20]
+    served = found[rows]
+    encoder.eval()
+    for row, features in zip(rows, served, strict=True):
+        section = next(s for s in data.sections if s.name == data.spots["section"].iloc[row])
+        x, y = np.floor(data.xy_px[row]).astype(int)
+        tiles, seen = pixels_around(section.slide.read(), x, y, 16, 3)
+        assert found.inside[row].tolist() == seen
+        image = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+        np.testing.assert_allclose(features[seen], encoder(image).numpy()[seen], rtol=1e-4, atol=1e-5)
+        assert not features[~np.array(seen)].any()
+    own = frozen_features(data, encoder, CPU)
+    np.testing.assert_allclose(served[:, 4], own[rows], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ImageEncoder, "forward", forbidden)
+    again = make_data(tmp_path)
+    np.testing.assert_array_equal(surrounding_features(again, encoder, 3, CPU)[rows], served)
+    np.testing.assert_array_equal(frozen_features(again, encoder, CPU), own)
+    with pytest.raises(AssertionError, match="computed again"):
+        surrounding_features(again, encoder, 5, CPU)
+
+
+def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):
+    from stexp.data.demo import write_demo
+    from stexp.data.readers.samplesheet import read
+
+    sections = read(write_demo(tmp_path / "demo", patients=3, sections_per_patient=1))
+    sizes = {"tile_px": 16, "tile_um": 60, "cache_dir": str(tmp_path), "panel": list(sections[0].genes[:5])}
+    data = SpotDataModule(sections, Protocol("strict"), "A", stain="reinhard", **sizes)
+    plain = SpotDataModule(sections, Protocol("strict"), "A", **sizes)
+    rows = data.rows("test")
+    own, around = frozen_features(data, encoder, CPU)[rows], surrounding_features(data, encoder, 3, CPU)[rows]
+    np.testing.assert_allclose(around[:, 4], own, rtol=1e-4, atol=1e-4)
+    assert np.abs(surrounding_features(plain, encoder, 3, CPU)[rows][:, 4] - own).max() > 1e-3
+
+
+def test_precision_is_part_of_the_key(tmp_path, encoder):
+    """An autocast that is switched off computes in float32, whatever type it was made with."""
+    contexts = {
+        "none": None,
+        "off": torch.autocast("cpu", torch.bfloat16, enabled=False),
+        "bf16": torch.autocast("cpu", torch.bfloat16),
+    }
+    data, found = make_data(tmp_path), {}
+    for name, context in contexts.items():
+        found[name] = frozen_features(data, encoder, CPU, context)[data.rows("train")]
+        assert FrozenEncoder(encoder, CPU, context, tmp_path).key in {
+            path.stem.split("-")[-1] for path in (tmp_path / "cache" / "features").glob("*.npy")
+        }
+    np.testing.assert_array_equal(found["none"], found["off"])
+    assert 0 < np.abs(found["bf16"] - found["none"]).max() < 0.1 * found["none"].std()
+    assert len(list((tmp_path / "cache" / "features").glob("*.npy"))) == 2 * 4
+
+
+def test_the_encoder_comes_back_as_it_was(tmp_path, encoder):
+    data = make_data(tmp_path)
+    for training in (True, False):
+        encoder.train(training)
+        frozen_features(data, encoder, CPU)
+        assert encoder.training is training

@@ -1,0 +1,120 @@
+"""The command that predicts slides: several at once, over kills, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import anndata as ad
+import numpy as np
+import pytest
+from exported_model import exported, killed_after, slide
+from hydra import compose, initialize_config_dir
+
+from stexp import InputError, model_folder
+from stexp.config import CONF, to_plain
+from stexp.predict import find_slides, main, predict
+
+
+def configure(out, *overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        common = [f"run={exported()}", f"output_dir={out}", "um_per_px=2", "spacing_um=200", "batch_size=16"]
+        return compose("predict", [*common, *overrides])
+
+
+def run(out, *overrides: str) -> None:
+    cfg = to_plain(configure(out, *overrides))
+    predict(cfg, find_slides(cfg["slide"]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("predictions")
+    run(out, f"slide={slide()}")
+    return out / "A1"
+
+
+def test_a_finished_slide_says_where_its_numbers_come_from(finished):
+    record = json.loads((finished / "provenance.json").read_text())
+    model = model_folder.read(exported())
+    assert record["model"]["digest"] == model.digest and record["model"]["method"] == "mclstexp"
+    assert {"command", "date", "seconds", "versions", "hardware", "commit", "settings"} <= set(record)
+    adata = ad.read_h5ad(finished / "predictions.h5ad")
+    assert (record["n_spots"], record["n_genes"]) == adata.shape
+    assert adata.uns["stexp"]["model_digest"] == model.digest
+    assert not (finished / ".work").exists(), "what was kept against a kill is not needed any more"
+
+
+def test_after_a_kill_the_same_command_ends_with_the_same_bytes(finished, monkeypatch, tmp_path):
+    monkeypatch.setattr("stexp.parts.SAVE_EVERY", -1)
+    killed_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"slide={slide()}")
+    assert not (tmp_path / "A1" / "predictions.h5ad").exists()
+    seen = killed_after(monkeypatch, 100)
+    run(tmp_path, f"slide={slide()}")
+    assert 0 < sum(seen) < ad.read_h5ad(finished / "predictions.h5ad").n_obs
+    assert (tmp_path / "A1" / "predictions.h5ad").read_bytes() == (finished / "predictions.h5ad").read_bytes()
+
+
+def test_a_finished_slide_is_skipped_and_other_settings_need_a_word(finished, monkeypatch):
+    seen = killed_after(monkeypatch, 100)
+    before = (finished / "predictions.h5ad").stat().st_mtime_ns
+    run(finished.parent, f"slide={slide()}")
+    assert not seen and (finished / "predictions.h5ad").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"holds a prediction with another genes, spacing_um; choose another"):
+        run(finished.parent, f"slide={slide()}", "spacing_um=250", "genes=all")
+    assert (finished / "predictions.h5ad").stat().st_mtime_ns == before
+
+
+def test_overwrite_predicts_anew(tmp_path):
+    run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    run(tmp_path, f"slide={slide()}", "spacing_um=400", "genes=all", "overwrite=true")
+    assert ad.read_h5ad(tmp_path / "A1" / "predictions.h5ad").n_vars == 200
+
+
+def test_a_bad_slide_is_told_at_the_end_and_stops_no_other(tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    shutil.copy(slide("B1"), slides / "fine.jpg")
+    (slides / "cut.jpg").write_bytes(slide().read_bytes()[:5000])
+    (slides / "notes.txt").write_text("no slide")
+    with pytest.raises(InputError, match=r"^1 of 2 slides failed: cut: image .*cut.jpg is truncated") as caught:
+        run(tmp_path / "out", f"slide={slides}", "spacing_um=400")
+    assert "\n" not in str(caught.value)
+    assert np.isfinite(ad.read_h5ad(tmp_path / "out" / "fine" / "predictions.h5ad").X).all()
+    assert not (tmp_path / "out" / "cut" / "predictions.h5ad").exists()
+
+
+def test_slides_are_found_by_name_folder_pattern_and_list(tmp_path):
+    for name in ("a.svs", "b.TIF", "c.ome.tiff", "d.csv"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_slides(str(tmp_path))) == ["a", "b", "c"]
+    assert find_slides(str(tmp_path / "a.svs")) == {"a": tmp_path / "a.svs"}
+    assert list(find_slides([str(tmp_path / "*.TIF"), str(tmp_path / "a.svs")])) == ["b", "a"]
+    with pytest.raises(InputError, match=r"slide=.*z.svs: there is no image"):
+        find_slides(str(tmp_path / "z.svs"))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(InputError, match="have one name"):
+        find_slides(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run=???"], "run is not given"),
+        (["slide=???"], "slide is not given"),
+        (
+            [f"slide=[{slide()},{slide('B1')}]", "coordinates=xy.csv"],
+            "coordinates are of one slide, and slide= names 2",
+        ),
+        ([f"slide={slide()}", "um_per_px=null"], "give um_per_px="),
+        (["run=nowhere", f"slide={slide()}"], "nowhere is no folder"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, capsys, overrides, says):
+    with pytest.raises(SystemExit) as ended:
+        main.__wrapped__(configure(tmp_path, *overrides))
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stexp: error:")]
+    assert says in line

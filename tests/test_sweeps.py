@@ -1,0 +1,485 @@
+"""Sweeps: what they consist of, what they share, and that their jobs run as they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from stexp import InputError, launch, sweeps
+from stexp.overrides import compose, parse, quoted
+from stexp.sweeps import NOT_IN_NAME, Job, _flat, jobs, with_needs
+from stexp.train import FINISHED, main
+
+
+def finish(folder: Path, **files: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*FINISHED, "metrics.json"):
+        (folder / name).write_text(json.dumps(files.get(name.removesuffix(".json"), {})))
+
+
+# what a sweep consists of
+
+
+def test_a_folder_is_one_run_in_every_sweep_and_a_run_one_folder():
+    folder_of, config_of = defaultdict(set), defaultdict(set)
+    for name in ("table1", "tableS4", "tableS7"):
+        for job in jobs(name):
+            config = {key: value for key, value in _flat(job.settings).items() if not key.startswith(NOT_IN_NAME)}
+            what = (json.dumps(config, sort_keys=True), job.fold, job.seed)
+            folder_of[what].add(job.output_dir)
+            config_of[job.output_dir].add(what)
+    assert all(len(folders) == 1 for folders in folder_of.values())
+    assert all(len(configs) == 1 for configs in config_of.values())
+
+
+def test_the_main_runs_are_trained_once_for_all_tables():
+    main_runs = {job.output_dir for job in jobs("table1", ["model=mclstexp"])}
+    assert len(main_runs) == 53
+    for name, axis, value in (
+        ("tableS4", "model.position", "learnable"),
+        ("tableS5", "image_encoder", "densenet121"),
+        ("tableS6", "model.distance", "l1"),
+        ("tableS7", "model.image_weight", "0.5"),
+    ):
+        assert {job.output_dir for job in jobs(name) if job.cell[axis] == value} == main_runs
+    for name in ("tableS6", "figS2", "figS4"):  # and nothing else is trained
+        assert {job.output_dir for job in with_needs(jobs(name)) if job.command == "train"} == main_runs
+
+
+@pytest.mark.parametrize("name", ["table1", "tableS5"])
+def test_the_command_of_a_job_gives_its_settings_and_folder(name):
+    last = {tuple(job.cell.values()): job for job in jobs(name, ["output_dir='x (1)/runs'", "trainer.max_epochs=2"])}
+    for job in [*last.values()][::4]:
+        cfg = compose("train", job.overrides)
+        assert Path(cfg.output_dir) == job.output_dir and job.output_dir.parts[:2] == ("x (1)", "runs")
+        assert (cfg.fold, cfg.seed) == (job.fold, job.seed)
+        made = OmegaConf.to_container(OmegaConf.merge(cfg, {"fold": None, "seed": 0, "output_dir": "x"}), resolve=True)
+        mine = OmegaConf.merge(compose("train", job.overrides[:-3]), {"fold": None, "seed": 0, "output_dir": "x"})
+        assert made == OmegaConf.to_container(mine, resolve=True)
+        assert _flat(job.settings)["trainer.max_epochs"] == 2 == cfg.trainer.max_epochs
+        for part in ("data", "protocol", "model", "image_encoder", "trainer"):
+            assert job.settings[part] == OmegaConf.to_container(cfg, resolve=True)[part]
+
+
+def test_values_on_the_command_line_take_the_place_of_the_sweeps():
+    assert {job.model for job in jobs("table1", ["model=bleep,stnet", "data=cscc"])} == {"bleep", "stnet"}
+    cells = jobs("figS4", ["model.k=20,30", "data=her2st", "fold=C2,B4", "seed=range(2)"])
+    assert [(job.cell["model.k"], job.fold, job.seed) for job in cells] == [
+        (k, fold, seed) for seed in (0, 1) for fold in ("B4", "C2") for k in ("20", "30")
+    ]
+    assert all(job.needs.output_dir == job.output_dir.parents[1] for job in cells)
+    more = jobs("tableS2", ["data.stain=null,macenko", "fold=B4"])
+    assert [job.output_dir.parent.name for job in more] == ["mclstexp", "mclstexp-stain_macenko"]
+
+
+def test_folds_are_those_of_the_sections_that_are_there_and_patients_under_strict():
+    few = ["data.sections=[B4,C2,P2_ST_rep1]", "model=bleep"]
+    found = jobs("table1", few)
+    assert [(job.data, job.fold) for job in found] == [("her2st", "B4"), ("her2st", "C2"), ("cscc", "P2_ST_rep1")]
+    assert [job.settings["data"]["sections"] for job in found] == [["B4", "C2"]] * 2 + [["P2_ST_rep1"]]
+    strict = jobs("table1", [*few, "protocol=strict"])
+    assert [(job.data, job.fold) for job in strict] == [("her2st", "B"), ("her2st", "C"), ("cscc", "P2")]
+    assert not {job.output_dir for job in found} & {job.output_dir for job in strict}
+    assert [job.fold for job in jobs("figS3", ["protocol=strict", "model=bleep"])] == ["B", "C", "D", "E", "F", "G"]
+    assert [job.fold for job in jobs("tableS2", ["protocol=blocks"])] == ["block1", "block2", "block3", "block4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data.sections=[B4,X9]"], "data.sections: X9 is in none of the data sets of sweep=table1"),
+        (["fold=B4,Z"], "fold: Z is in none of the data sets"),
+        (["model.lrr=1"], "there is no key model.lrr; did you mean model.lr?"),
+        (["model=mclstex"], "did you mean mclstexp?"),
+        (["model.lr=interval(0,1)"], "give a list of values"),
+        (["model.image_weight"], "is no key=value"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(arguments, says):
+    with pytest.raises(InputError) as caught:
+        jobs("table1", arguments)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A",
+        "10_1",
+        "null",
+        "True",
+        ".5",
+        "1e3",
+        "a b",
+        "x'y",
+        "a=b",
+        "a,b",
+        "[a]",
+        "/x (1)/y-s0",
+        "B4+C2",
+        "\u00e9",
+        "-1",
+        "$x",
+        "",
+    ],
+)
+def test_a_name_comes_through_the_command_line_as_it_is(name):
+    assert parse([f"fold={quoted(name)}"])[0].value() == name
+
+
+def test_an_unknown_sweep_is_said_with_those_there_are():
+    with pytest.raises(InputError, match=r"sweep=table9: choose figS1, .*, table1, tableS2"):
+        jobs("table9")
+
+
+def test_the_folds_known_beforehand_are_those_of_the_readers(tmp_path):
+    from fakes import alex10x, cscc
+
+    for name, fake in (("cscc", cscc), ("alex10x", alex10x)):
+        fake.write(tmp_path / name)
+        cfg = compose("train", [f"data={name}", f"data.root={tmp_path / name}", f"data.cache_dir={tmp_path}/cache"])
+        listed = {section: patient for patient, of in cfg.data.sections_of.items() for section in of}
+        read = sweeps.load_sections(cfg, sweeps.build(cfg.protocol))
+        assert read and all(listed[section.name] == section.patient for section in read)
+
+
+@pytest.mark.data
+def test_the_folds_of_her2st_are_those_of_its_files(real_data):
+    cfg = compose("train", ["data=her2st", f"data.root={real_data / 'her2st'}"])
+    read = {
+        path.name.split(".")[0]: path.name[0] for path in sorted((real_data / "her2st" / "ST-cnts").glob("*.tsv.gz"))
+    }
+    assert {section: patient for patient, of in cfg.data.sections_of.items() for section in of} == read
+    assert set(cfg.data.published_sections) <= set(read)
+
+
+def test_lists_of_values_without_a_sweep_go_where_the_config_says(tmp_path):
+    made = jobs(None, ["data=her2st", "protocol=paper", "fold=all", "seed=0,1", f"output_dir={tmp_path}/x-s${{seed}}"])
+    assert len(made) == 64 and made[0].output_dir == tmp_path / "x-s0" / "A2"
+    named = jobs(None, ["data=her2st", "model.k=5,6", "fold=C", "output_dir='runs/${model.k}-${fold}'"])
+    assert [str(job.output_dir) for job in named] == ["runs/5-C", "runs/6-C"]
+    assert [compose("train", job.overrides).model.k for job in named] == [5, 6]
+    with pytest.raises(InputError, match=r"two jobs would write into runs/.*output_dir='runs/\$\{model.k\}-\$\{fold\}"):
+        jobs(None, ["data=her2st", "model.k=5,6", "fold=C"])
+
+
+def test_what_is_retrieved_again_is_where_stexp_score_puts_it():
+    from stexp.rescore import _name
+
+    again = next(job for job in jobs("figS4", ["data=her2st"]) if job.command == "score")
+    assert again.output_dir == again.needs.output_dir / "rescored" / _name({"k": int(again.cell["model.k"])})
+    assert again.typed == f"stexp-score run={again.needs.output_dir} model.k={again.cell['model.k']}"
+
+
+# how jobs run
+
+
+@dataclass(frozen=True, eq=False)
+class Fake(Job):
+    """A job that runs some Python in place of a command."""
+
+    code: str = field(default="", kw_only=True)
+
+    @property
+    def arguments(self) -> list[str]:
+        return [sys.executable, "-S", "-c", self.code, str(self.output_dir)]
+
+
+FINISH = f"""
+import sys, pathlib
+folder = pathlib.Path(sys.argv[1])
+for name in {[*FINISHED, "metrics.json"]}: (folder / name).write_text('{{}}')
+"""
+
+
+def fake(folder: Path, code: str = FINISH, needs: Job | None = None) -> Fake:
+    settings = {"trainer": {"devices": 1, "accelerator": "auto", "max_epochs": 90}, "overwrite": False}
+    what = ("her2st", "paper", "mclstexp", folder.name, 0, {})
+    return Fake("train", (f"fold={folder.name}",), folder, *what, settings, needs, code=code)
+
+
+class Clocked:
+    """A job that takes so many looks at it."""
+
+    now = 0
+
+    def __init__(self, job: Job, length: int) -> None:
+        self.job, self.until = job, Clocked.now + length
+
+    def poll(self) -> int | None:
+        if Clocked.now < self.until:
+            return None
+        finish(self.job.output_dir)
+        return 0
+
+
+def test_each_device_has_one_job_and_the_next_goes_to_whichever_frees_first(tmp_path, monkeypatch):
+    def tick(_seconds: float) -> None:
+        Clocked.now += 1
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=tick, monotonic=time.monotonic))
+    lengths = {"a": 9, "b": 2, "c": 3, "d": 1, "e": 4}
+    Clocked.now, started, children = 0, [], []
+
+    def start(job: Job, slot: launch.Slot) -> Clocked:
+        busy = [other for device, other in children if device == slot.environment["CUDA_VISIBLE_DEVICES"]]
+        assert all(other.until <= Clocked.now for other in busy), "two jobs on one device"
+        child = Clocked(job, lengths[job.output_dir.name])
+        children.append((slot.environment["CUDA_VISIBLE_DEVICES"], child))
+        started.append((Clocked.now, job.output_dir.name, slot.environment["CUDA_VISIBLE_DEVICES"]))
+        return child
+
+    slots = launch.gpu_slots(["3", "7"], None, 1)
+    assert launch.run([fake(tmp_path / name) for name in lengths], start, slots) == {}
+    assert started == [(0, "a", "3"), (0, "b", "7"), (2, "c", "7"), (5, "d", "7"), (6, "e", "7")]
+
+
+def test_jobs_run_at_the_same_time_on_devices_of_their_own_and_never_two_on_one(tmp_path):
+    meet = f"""
+import os, sys, time, pathlib
+here = pathlib.Path({str(tmp_path)!r})
+device = here / ("device-" + os.environ["CUDA_VISIBLE_DEVICES"])
+os.close(os.open(device, os.O_CREAT | os.O_EXCL))  # fails where another has it
+(here / ("met-" + os.environ["CUDA_VISIBLE_DEVICES"])).touch()
+until = time.monotonic() + 60
+while len(list(here.glob("met-*"))) < 2:  # passed only with the other at work
+    if time.monotonic() > until: sys.exit(3)
+    time.sleep(0.01)
+device.unlink()
+{FINISH}"""
+    members = [fake(tmp_path / name, meet) for name in "abcde"]
+    slots = launch.gpu_slots(["0", "1"], None, 1)
+    start = lambda job, slot: launch.Local(job, slot.environment)  # noqa: E731
+    assert launch.run(members, start, slots) == {}
+    assert all(job.done for job in members) and not list(tmp_path.glob("device-*"))
+
+
+def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again(tmp_path, caplog):
+    bad = fake(tmp_path / "bad", "import sys; print('stexp: error: no such gene'); sys.exit(2)")
+    half = fake(tmp_path / "half", "pass")  # ends well, without results
+    good = fake(tmp_path / "good")
+    members = [bad, half, good, fake(tmp_path / "after-bad", needs=bad), fake(tmp_path / "after-good", needs=good)]
+    start = lambda job, slot: launch.Local(job, {})  # noqa: E731
+    failed = launch.run(members, start, [launch.Slot()])
+    assert set(failed) == {tmp_path / "bad", tmp_path / "half", tmp_path / "after-bad"}
+    assert failed[tmp_path / "bad"] == f"no such gene ({tmp_path / 'bad/logs/job.log'})"
+    assert "it needs" in failed[tmp_path / "after-bad"] and not (tmp_path / "after-bad").exists()
+    assert (tmp_path / "bad/logs/job.log").read_text().startswith("$ stexp-train fold=bad\n")
+
+    ran = []
+    mended = [replace(job, code=FINISH) for job in members]
+    mended[3], mended[4] = replace(mended[3], needs=mended[0]), replace(mended[4], needs=mended[2])
+
+    def noting(job: Job, slot: launch.Slot) -> launch.Local:
+        ran.append(job.output_dir.name)
+        return launch.Local(job, {})
+
+    assert launch.run(mended, noting, [launch.Slot()]) == {}
+    assert ran == ["bad", "half", "after-bad"]
+    assert launch.run(mended, noting, [launch.Slot()]) == {} and len(ran) == 3
+    launch.run(mended, noting, [launch.Slot()], anew=True)
+    assert len(ran) == 8
+
+
+def test_an_interrupted_sweep_ends_its_jobs(tmp_path, monkeypatch):
+    endless = "import time, sys, pathlib; (pathlib.Path(sys.argv[1]) / 'began').touch()\nwhile True: time.sleep(1)"
+    started = []
+
+    def start(job: Job, slot: launch.Slot) -> launch.Local:
+        started.append(launch.Local(job, {}))
+        return started[-1]
+
+    interruptions = iter([KeyboardInterrupt])
+
+    def interrupted(_seconds: float) -> None:
+        if all((tmp_path / name / "began").exists() for name in "ab"):
+            raise next(interruptions, ValueError)
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
+    with pytest.raises(KeyboardInterrupt):
+        launch.run([fake(tmp_path / name, endless) for name in "abc"], start, [launch.Slot(), launch.Slot()])
+    assert [child.process.returncode for child in started] == [-signal.SIGINT] * 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_stubborn_job_is_ended_by_force(tmp_path, monkeypatch):
+    deaf = """
+import signal, sys, time, pathlib
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+(pathlib.Path(sys.argv[1]) / 'began').touch()
+while True: time.sleep(1)"""
+    child = launch.Local(fake(tmp_path / "deaf", deaf), {})
+    while not (tmp_path / "deaf" / "began").exists():
+        assert child.poll() is None
+    child.interrupt()
+    child.end(0.1)
+    assert child.process.returncode == -signal.SIGKILL
+
+
+def test_devices_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\necho '  MIG 1g.5gb Device 0: (UUID: MIG-2)'\n"
+        "echo 'GPU 1: NVIDIA A100 (UUID: GPU-3)'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.visible_gpus() == ["0", "1"]
+    for told, there in (("2,GPU-9", ["2", "GPU-9"]), ("", []), ("-1", []), ("1,-1,2", ["1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+        assert launch.visible_gpus() == there
+
+
+def test_two_jobs_share_a_device_only_where_asked():
+    def names(*arguments) -> list[str]:
+        return [slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in launch.gpu_slots(*arguments)]
+
+    assert names(["0", "1"], None, 1) == ["0", "1"]
+    assert names(["0", "1"], None, 2) == ["0", "1", "0", "1"]
+    assert names(["0", "1", "2"], [2, 2], 1) == ["2"]
+    assert names([], None, 1) == [None]
+    for there, wanted, n, says in (
+        (["0"], [1], 1, "1 asked for, and there are 0"),
+        ([], [0], 1, "0 asked for, and there are none"),
+        (["0"], None, 0, "jobs_per_gpu=0"),
+    ):
+        with pytest.raises(InputError, match=says):
+            launch.gpu_slots(there, wanted, n)
+
+
+def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
+    """Without submitit: what it is given is recorded, and run at once."""
+    given = []
+
+    class Executor:
+        def __init__(self, folder: Path, cluster: str) -> None:
+            given.append((folder, cluster))
+
+        def update_parameters(self, **parameters) -> None:
+            given.append(parameters)
+
+        def submit(self, function, *arguments):
+            error = None
+            try:
+                function(*arguments)
+            except Exception as raised:
+                error = raised
+            return type("Submitted", (), {"done": lambda _: True, "exception": lambda _: error})()
+
+    monkeypatch.setitem(sys.modules, "submitit", type("submitit", (), {"AutoExecutor": Executor}))
+    overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "+hydra.launcher.additional.qos=long"]
+    launcher = compose("train", overrides, with_hydra=True).hydra.launcher
+    members = [fake(tmp_path / "a"), fake(tmp_path / "b", "raise SystemExit(2)")]
+    start, slots = launch._starter(launcher, members, "table1")
+    assert set(launch.run(members, start, slots)) == {tmp_path / "b"}
+    assert given[0] == (tmp_path / "a" / "logs" / "submitit", "slurm")
+    assert given[1]["slurm_partition"] == "gpu" and given[1]["gpus_per_node"] == 1
+    assert given[1]["slurm_additional_parameters"] == {"qos": "long"} and "slurm_account" not in given[1]
+
+
+def test_the_preview_says_what_is_done_and_scales_recorded_hours_by_epochs(tmp_path):
+    members = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4,C2,C3"])
+    text = launch.preview(members)
+    assert "3 jobs, 0 done, 3 to do: no run to go by; unknown for 3" in text
+    # another setting of the method, with a tenth of the epochs: 600 s besides 3000 s of fitting
+    other = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4", "trainer.max_epochs=9"])[0].output_dir
+    record = {"seconds": 3600, "stages": {"fit": 3000}, "hardware": {"cpu": "abacus"}}
+    finish(other, provenance=record)
+    (other / "config.yaml").write_text("trainer: {max_epochs: 9}")
+    (other / "weights").write_bytes(bytes(10_000_000))
+    text = launch.preview(members)
+    assert f"{(600 + 30000) / 3600:.2f}" in text and "unknown" not in text
+    assert f"3 to do: {3 * 30600 / 3600:.1f} h and 0.0 GB by runs on CPU abacus" in text
+    # the same settings count alone
+    finish(members[0].output_dir, provenance={**record, "seconds": 36000, "stages": {"fit": 1}})
+    (members[0].output_dir / "config.yaml").write_text("trainer: {max_epochs: 90}")
+    text = launch.preview(members)
+    assert f"done   {members[0].output_dir}" in text and "1 done, 2 to do: 20.0 h" in text
+
+
+def test_a_search_chooses_by_validation_and_not_by_the_test_spots(tmp_path):
+    cells = jobs("search", [f"output_dir={tmp_path}", "fold=B,C", "model.lr=0.1,0.2", "model.embedding_dim=8"])
+    assert {job.protocol for job in cells} == {"strict"} and len(cells) == 2 * 2 * 3
+    for i, job in enumerate(cells):
+        scores = {"pearson_acg": -float(i), "pearson_heg50": 0.0}
+        finish(job.output_dir, provenance={"validation_pearson": i % 5}, metrics={"scores": scores})
+    best = sweeps.choose(cells, "validation_pearson")
+    for _, row in best.iterrows():
+        of_fold = [i for i, job in enumerate(cells) if job.fold == row["fold"]]
+        first = max(of_fold, key=lambda i: (i % 5, -i))
+        assert row["validation_pearson"] == first % 5 and row["pearson_acg"] == -first
+        assert row["model.lr"] == cells[first].cell["model.lr"]
+    assert list(best["fold"]) == ["B", "C"]
+    finish(cells[0].output_dir)
+    with pytest.raises(InputError, match="has no validation_pearson"):
+        sweeps.choose(cells, "validation_pearson")
+
+
+# the command
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("model.lrr=1", "there is no key model.lrr; did you mean model.lr?"),
+        ("lr=1", "there is no key lr; did you mean model.lr?"),
+        ("model=stnet model.k=3", "there is no key model.k; model has "),
+        ("trainer.max_epoch=1", "did you mean trainer.max_epochs?"),
+        ("modell=x", "did you mean model?"),
+        ("model=foo", "model=foo: choose bleep, "),
+        ("seed=0,1", "several values need -m"),
+        ("sweep=table1", "sweep= belongs to a sweep: stexp-train -m sweep=table1"),
+        ("fold", "fold is no key=value"),
+        ("-m sweep=table1 model.lrr=1", "did you mean model.lr?"),
+        ("-m sweep=table1 trainer.devices=2", "a job of a sweep has one device"),
+        ("-m sweep=table1 hydra.launcher.gpus=[99]", "99 asked for"),
+        ("-m sweep=table1,tableS2", "give one sweep=NAME"),
+    ],
+)
+def test_the_command_says_in_one_line_what_does_not_fit(line, says, monkeypatch, capsys):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
+    monkeypatch.setattr(sys, "argv", ["stexp-train", *line.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("stexp: error: ") and says in error
+    assert error.count("\n") == 1
+
+
+def test_dry_run_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    line = ["-m", "sweep=tableS6", "data=cscc", f"output_dir={tmp_path}/runs", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["stexp-train", *line])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0 and "36 jobs, 0 done, 36 to do" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_end_to_end_and_a_second_time_does_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    caplog.set_level("INFO")
+    demo = ["data=demo", f"data.root={tmp_path}/demo", f"data.cache_dir={tmp_path}/cache", "data.reader.patients=2"]
+    few = ["data.reader.sections_per_patient=1", "protocol.k=20", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    line = ["sweep=tableS6", *demo, *few, f"output_dir={tmp_path}/runs", "fold=A1", "model.distance=l1,l2"]
+    assert launch.sweep(line) == 0
+    cells = jobs("tableS6", line[1:])
+    assert [job.command for job in cells] == ["train", "score"] and all(job.done for job in cells)
+    config = OmegaConf.load(cells[0].output_dir / "config.yaml")
+    assert "sweep" not in config and config.fold == "A1", "the same run for whichever sweep"
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    caplog.clear()
+    assert launch.sweep(line) == 0 and "2 jobs, 2 of them done" in caplog.text
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
