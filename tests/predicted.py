@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from stexp import predictions
-from stexp.data.grid import make_grid
 from stexp.protocol import Protocol
 
 UM, SIZE = 0.5, (2600, 2010)  # width, height
@@ -32,33 +31,37 @@ class FakeSlide:
 
 def predicted(kind: str = "hexagonal", n_genes: int = 8, name: str = "slide", seed: int = 0) -> ad.AnnData:
     """Expression that follows the place, on a grid of 100 um; the last spot lies outside what the model knows."""
-    rng, grid = np.random.default_rng(seed), make_grid(FakeSlide(), UM, kind, 100.0)
-    x, y = (grid.xy_px / SIZE).T
+    rng, step = np.random.default_rng(seed), 100 / UM
+    row, column = (each.ravel() for each in np.mgrid[:9, :11])
+    odd = row % 2 * (kind == "hexagonal")
+    xy = 180 + step * np.column_stack([column + odd / 2, row * (np.sqrt(0.75) if kind == "hexagonal" else 1)])
+    array = np.column_stack([2 * column + odd if kind == "hexagonal" else column, row])
+    x, y = (xy / SIZE).T
     waves = np.stack([np.sin((2 + i) * x + i) + np.cos((1 + i % 3) * y) for i in range(n_genes)], axis=1)
     values = (2 + waves + rng.normal(0, 0.2, waves.shape)).astype(np.float32)
     names = pd.Index([f"G{i}" for i in range(n_genes)], name="gene")
     obs = pd.DataFrame(
         {
-            "section": pd.Categorical([name] * len(grid)),
-            "array_x": grid.array_xy[:, 0],
-            "array_y": grid.array_xy[:, 1],
-            "pixel_x": grid.xy_px[:, 0],
-            "pixel_y": grid.xy_px[:, 1],
-            "neighbour_distance": rng.random(len(grid)),
-            "out_of_distribution": np.arange(len(grid)) == len(grid) - 1,
+            "section": pd.Categorical([name] * len(xy)),
+            "array_x": array[:, 0],
+            "array_y": array[:, 1],
+            "pixel_x": xy[:, 0],
+            "pixel_y": xy[:, 1],
+            "neighbour_distance": rng.random(len(xy)),
+            "out_of_distribution": np.arange(len(xy)) == len(xy) - 1,
         },
-        index=pd.Index([f"{i}x{j}" for i, j in grid.array_xy], name="spot"),
+        index=pd.Index([f"{i}x{j}" for i, j in array], name="spot"),
     )
     adata = ad.AnnData(values, obs=obs, var=pd.DataFrame({"expected_pearson": rng.random(n_genes)}, index=names))
     adata.layers["predicted"], adata.layers["uncertainty"] = values.copy(), 0.1 * values
     adata.layers["uncertainty"][0, 0] = np.nan
-    adata.obsm["spatial"] = grid.xy_px
-    adata.obsm["image_embedding"] = rng.normal(size=(len(grid), 5)).astype(np.float32)
-    predictions.add_images(adata, [SimpleNamespace(name=name, slide=FakeSlide(), xy_px=grid.xy_px, um_per_px=UM)])
+    adata.obsm["spatial"] = xy
+    adata.obsm["image_embedding"] = rng.normal(size=(len(xy), 5)).astype(np.float32)
+    predictions.add_images(adata, [SimpleNamespace(name=name, slide=FakeSlide(), xy_px=xy, um_per_px=UM)])
     references = pd.DataFrame({"section": list("ABC"), "patient": list("ABC"), "spot": ["1x1", "2x1", "3x1"]})
     references.index = references["section"] + ":" + references["spot"]
-    rows = np.argsort(rng.random((len(grid), 3)), axis=1)
-    predictions.add_neighbours(adata, references, rows, np.tile([0.5, 0.3, 0.1], (len(grid), 1)))
+    rows = np.argsort(rng.random((len(xy), 3)), axis=1)
+    predictions.add_neighbours(adata, references, rows, np.tile([0.5, 0.3, 0.1], (len(xy), 1)))
     adata.uns["stexp"] = {
         "kind": "prediction",
         "protocol": json.dumps(asdict(Protocol("strict"))),

@@ -17,8 +17,9 @@ from stexp.predict import find_slides, main, predict
 
 
 def configure(out, *overrides: str):
+    model = exported()  # before Hydra is at work here, which it may be once
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        common = [f"run={exported()}", f"output_dir={out}", "um_per_px=2", "spacing_um=200", "batch_size=16"]
+        common = [f"run={model}", f"output_dir={out}", "um_per_px=2", "spacing_um=200", "batch_size=16"]
         return compose("predict", [*common, *overrides])
 
 

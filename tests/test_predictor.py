@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_one_line(model, options, says):
 
 
 def test_what_would_not_fit_in_memory_is_refused_with_what_would(model, monkeypatch):
-    monkeypatch.setattr(predictor, "_free_memory", lambda: 500_000)
+    monkeypatch.setattr(predictor, "free_memory", lambda: 500_000)
     with pytest.raises(InputError, match=r"152 spots x 200 genes need .* (\d+) genes would fit") as caught:
         model.predict(slide(), um_per_px=UM, coordinates=spots(), genes="all", progress=False)
     fit = int(str(caught.value).split(" genes would fit")[0].split()[-1])

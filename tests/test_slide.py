@@ -316,14 +316,14 @@ def test_pages_that_are_no_levels_are_said(tmp_path, caplog):
 def test_memory_is_checked_where_an_image_is_decoded_whole(tmp_path, monkeypatch):
     jpg, tif = Slide(pillow(tmp_path / "s.jpg")), Slide(pyramid(tmp_path / "s.tif"))
     one = Slide(strips(tmp_path / "one.tif", rowsperstrip=200, compression="deflate"))
-    monkeypatch.setattr(slide_formats, "_free_memory", lambda: 100_000)
+    monkeypatch.setattr(slide_formats, "free_memory", lambda: 100_000)
     for read in (jpg.read, lambda: jpg.read_region(0, 0, 5, 5), tif.read, lambda: one.read_region(0, 0, 5, 5)):
         with pytest.raises(InputError, match=r"decoded whole needs 0.0 GB of memory, 0.0 GB are free"):
             read()
     assert jpg.size == (250, 200)
     np.testing.assert_array_equal(tif.read_region(30, 40, 50, 60), PIXELS[40:100, 30:80])
     monkeypatch.undo()
-    assert 1e8 < slide_formats._free_memory() < 1e14
+    assert 1e8 < slide_formats.free_memory() < 1e14
 
 
 def test_the_digest_of_a_mirax_slide_covers_its_folder(tmp_path):

@@ -356,7 +356,7 @@ def test_arguments_that_do_not_fit(sections, tmp_path, wrong, message):
 class MeanColour(nn.Module):
     """Stands in for an image encoder."""
 
-    name, num_features = "mean colour", 3
+    name, num_features, output, input_size = "mean colour", 3, "pooled", None
 
     def __init__(self) -> None:
         super().__init__()

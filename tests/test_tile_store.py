@@ -110,8 +110,8 @@ def test_work_that_broke_off_is_taken_up_where_it_was(section, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             open_tiles(section, SPEC, tmp_path, kind)
     assert left(tmp_path) == {".part", ".done", ".lock"}
-    cut, again = tiles_module._cut, []
-    monkeypatch.setattr(tiles_module, "_cut", lambda *args: again.append(len(args[1])) or cut(*args))
+    cut, again = tiles_module.cut_tile, []
+    monkeypatch.setattr(tiles_module, "cut_tile", lambda *args: again.append(len(args[1])) or cut(*args))
     with caplog.at_level("INFO"):
         tiles = open_tiles(section, SPEC, tmp_path, kind)
     assert sum(again) == 24 - sum(n_puts)

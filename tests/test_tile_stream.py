@@ -121,13 +121,13 @@ def test_the_order_depends_on_the_arguments_alone_and_can_be_taken_up(tmp_path, 
 
 
 def test_tiles_are_cut_no_further_ahead_than_said(tmp_path, small_blocks, monkeypatch):
-    cut, done = tile_stream._cut, []
+    cut, done = tile_stream.cut_tile, []
 
     def spy(region, corner, *rest):
         done.append(len(corner))
         cut(region, corner, *rest)
 
-    monkeypatch.setattr(tile_stream, "_cut", spy)
+    monkeypatch.setattr(tile_stream, "cut_tile", spy)
     slide, xy = written(tmp_path, "tiled", slide_pixels(*SIZE[::-1])), places(1000)
     for ahead, batches in ((0, 2), (3 * 10 * 20 * 20 * 3, 5)):
         monkeypatch.setattr(tile_stream, "AHEAD_BYTES", ahead)

@@ -230,7 +230,7 @@ def test_the_store_is_cut_once_and_its_key_changes_with_what_it_shows(tmp_path, 
     assert first.read_bytes() == before
     # physical and raw geometry that come to the same pixels share their tiles
     assert stored(changed, TileSpec(px=8, um=4.0), cache) == others[-2]
-    monkeypatch.setattr(tiles_module, "_cut", None)
+    monkeypatch.setattr(tiles_module, "cut_tile", None)
     np.testing.assert_array_equal(open_tiles(changed, spec, cache), np.load(others[-2]))
     with pytest.raises(InputError, match=r"data\.tile_store=webp: choose raw or jpeg"):
         open_tiles(section, spec, cache, "webp")
@@ -246,8 +246,8 @@ def test_an_image_replaced_behind_an_open_section_is_cut_anew(tmp_path):
 
 def _open_together(folder: str, store: str, barrier, answers) -> None:
     cuts = []
-    cut = tiles_module._cut
-    tiles_module._cut = lambda *args: cuts.append(len(args[1])) or cut(*args)
+    cut = tiles_module.cut_tile
+    tiles_module.cut_tile = lambda *args: cuts.append(len(args[1])) or cut(*args)
     section = make_section(Path(folder), n=400, image=False)
     section = dataclasses.replace(section, slide=Slide(Path(folder) / "A1.png"), um_per_px=0.5)
     barrier.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ TOUCHING = 1.3  # spacings: neighbours on a hexagonal or square grid, diagonals 
 COMPONENTS, VARIABLE = 30, 2000  # principal components; genes they are of, at most
 LEIDEN_NEIGHBOURS = 15
 CONTROLS = 50  # genes per gene of a set, as scanpy's default; and at least so many genes in a bin of expression
-MOST_BINS = 25
+BINS = (2, 25)  # fewest that scanpy takes, and its default
 
 
 def adjacency(adata: ad.AnnData) -> sp.csr_matrix:
@@ -252,7 +253,7 @@ def gene_set_scores(adata: ad.AnnData, sets: dict[str, list[str]]) -> tuple[pd.D
     Parameters
     ----------
     sets
-        Name -> genes; those that are not predicted are left out.
+        Name -> genes; those that are not predicted are left out, and so are the scores of sets without any.
 
     Returns
     -------
@@ -265,7 +266,7 @@ def gene_set_scores(adata: ad.AnnData, sets: dict[str, list[str]]) -> tuple[pd.D
     Raises
     ------
     InputError
-        A set has no predicted gene, or none is left to compare it with.
+        No set has a predicted gene, or none is left to compare one with.
     """
     measured = np.ones(adata.n_vars, dtype=bool)
     if "observed" in adata.layers:
@@ -273,12 +274,11 @@ def gene_set_scores(adata: ad.AnnData, sets: dict[str, list[str]]) -> tuple[pd.D
     section, scores, rows = adata.obs["section"].to_numpy(str), {}, []
     for name, genes in sets.items():
         found = [gene for gene in genes if gene in adata.var_names]
-        if not found:
-            raise InputError(f"gene set {name}: none of its {len(genes)} genes is predicted; predict with genes=all")
-        scores[name] = _score(adata, "predicted", name, found, np.ones(adata.n_vars, dtype=bool))
         row = {"set": name, "n_genes": len(genes), "n_predicted": len(found)}
         row["missing"] = " ".join(gene for gene in genes if gene not in adata.var_names)
-        if "observed" in adata.layers:
+        if found:
+            scores[name] = _score(adata, "predicted", name, found, np.ones(adata.n_vars, dtype=bool))
+        if found and "observed" in adata.layers:
             known, pearson = [gene for gene in found if measured[adata.var_names.get_loc(gene)]], []
             if known:
                 truth = _score(adata, "observed", name, known, measured)
@@ -287,6 +287,8 @@ def gene_set_scores(adata: ad.AnnData, sets: dict[str, list[str]]) -> tuple[pd.D
                     pearson.append(pearson_per_gene(truth[here, None], scores[name][here, None])[0])
             row["pearson"] = mean_or_none(pearson)
         rows.append(row)
+    if not scores:
+        raise InputError(f"none of the genes of {len(sets)} gene set(s) is predicted here; predict with genes=all")
     return pd.DataFrame(scores, index=adata.obs_names), pd.DataFrame(rows)
 
 
@@ -349,17 +351,29 @@ def _components(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _leiden(features: np.ndarray, resolution: float, seed: int) -> np.ndarray:
-    import scanpy as sc
+    """Leiden communities of the nearest neighbours, weighted by the share of neighbours that two spots have in common.
+
+    Not scanpy's: that compiles umap first, a minute on a small machine.
+    """
+    from sklearn.neighbors import kneighbors_graph
 
     if not (isinstance(resolution, int | float) and 0 < resolution < np.inf):
         raise InputError(f"downstream.resolution={resolution}: a number above 0 would fit")
-    graph = ad.AnnData(obsm={"features": features}, obs=pd.DataFrame(index=pd.RangeIndex(len(features)).astype(str)))
     try:
-        sc.pp.neighbors(graph, min(LEIDEN_NEIGHBOURS, len(features) - 1), use_rep="features", random_state=seed)
-        sc.tl.leiden(graph, resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+        import igraph
     except ImportError:
         raise InputError("downstream.method=leiden needs a package: pip install 'stexp[leiden]'") from None
-    return graph.obs["leiden"].cat.codes.to_numpy(np.int64)
+    near = kneighbors_graph(features, min(LEIDEN_NEIGHBOURS, len(features) - 1)) + sp.eye(len(features))
+    common = sp.csr_matrix(near @ near.T)
+    common.data /= 2 * near[0].sum() - common.data  # Jaccard: every spot has the same number
+    i, j = (edges := sp.triu((near + near.T).multiply(common), 1).tocoo()).coords
+    graph = igraph.Graph(len(features), np.column_stack([i, j]).tolist())
+    igraph.set_random_number_generator(random.Random(seed))
+    try:
+        found = graph.community_leiden("modularity", edges.data.tolist(), resolution, n_iterations=-1)
+    finally:
+        igraph.set_random_number_generator(random)
+    return np.asarray(found.membership)
 
 
 def _score(adata: ad.AnnData, layer: str, name: str, genes: list[str], measured: np.ndarray) -> np.ndarray:
@@ -368,7 +382,7 @@ def _score(adata: ad.AnnData, layer: str, name: str, genes: list[str], measured:
     table = ad.AnnData(np.asarray(adata.layers[layer])[:, measured])
     table.var_names = adata.var_names[measured]
     # a panel has few genes: bins of expression that hold enough to compare with
-    bins = int(np.clip(table.n_vars // CONTROLS, 1, MOST_BINS))
+    bins = int(np.clip(table.n_vars // CONTROLS, *BINS))
     try:
         sc.tl.score_genes(table, genes, ctrl_size=CONTROLS, n_bins=bins, score_name="score", random_state=0)
     except (ValueError, RuntimeError) as error:

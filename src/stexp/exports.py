@@ -26,6 +26,7 @@ FEW, BEST = 50, 20  # genes that QuPath and viewers of images get where none are
 LAYERS = {"predicted": "", "uncertainty": " sd", "lower": " lower", "upper": " upper", "observed": " observed"}
 """What is exported of a gene, and what its measurements in QuPath are called after its name."""
 
+POSITIONS = ("pixel_x", "pixel_y", "array_x", "array_y")
 REACH = 0.75  # of the spacing: no place between neighbours of a hexagonal or square grid is further from a spot
 CORNERS = 24  # of the polygon that stands for a round spot
 MOST_PX = 4096  # longest side of a heat map
@@ -94,13 +95,13 @@ def export(adata: ad.AnnData, folder: Path, formats: Sequence[str], genes: Seque
     check(formats)
     few, every = choose_genes(adata, genes), list(adata.var_names) if genes is None else choose_genes(adata, genes)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for name in formats:
         if name == "csv":
             written += [write_csv(adata, layer, every, folder / f"{layer}.csv.gz") for layer in _layers(adata)]
         elif name == "h5ad":
-            predictions.write(adata[:, every].copy(), folder / "spots.h5ad")
             written.append(folder / "spots.h5ad")
+            predictions.write(adata[:, every].copy(), written[-1])
         elif name == "spatialdata":
             written.append(write_spatialdata(adata, every, folder / "spatialdata.zarr"))
         else:
@@ -204,8 +205,8 @@ def write_geojson(adata: ad.AnnData, place: Place, genes: Sequence[str], path: P
                     "name": str(spot),
                     "classification": {"name": classes[i], "color": colours[i]},
                     "measurements": {
-                        name: float(f"{value:.6g}")
-                        for name, value in zip(names, row, strict=True)
+                        key: float(f"{value:.6g}")
+                        for key, value in zip(names, row, strict=True)
                         if math.isfinite(value)
                     },
                 },
@@ -224,7 +225,8 @@ def qupath_origin(path: str | Path) -> list[int]:
         return [0, 0]
     with openslide.OpenSlide(path) as slide:
         try:
-            x, y, width, height = (int(slide.properties[f"openslide.bounds-{key}"]) for key in _BOUNDS)
+            keys = ("x", "y", "width", "height")
+            x, y, width, height = (int(slide.properties[f"openslide.bounds-{key}"]) for key in keys)
         except (KeyError, ValueError):
             return [0, 0]
         # QuPath takes an image for cropped where both differ
@@ -264,7 +266,7 @@ def write_ome_tiff(adata: ad.AnnData, place: Place, genes: Sequence[str], path: 
     """
     import tifffile
 
-    factor = max(1, int(place.spacing / 4), math.ceil(max(place.size) / MOST_PX))
+    factor = max(1, round(place.spacing / 4), math.ceil(max(place.size) / MOST_PX))
     nearest = _nearest(place, factor)
     n_levels = max(1, math.ceil(math.log2(max(1, max(nearest.shape) / TILE_PX))) + 1)
     values = np.asarray(adata.layers["predicted"][place.rows][:, adata.var_names.get_indexer(genes)], dtype=np.float32)
@@ -346,10 +348,6 @@ def write_spatialdata(adata: ad.AnnData, genes: Sequence[str], path: Path) -> Pa
     return path
 
 
-_BOUNDS = ("x", "y", "width", "height")
-_POSITIONS = ("pixel_x", "pixel_y", "array_x", "array_y")
-
-
 def _layers(adata: ad.AnnData) -> list[str]:
     """Those of `LAYERS` that hold anything."""
     return [key for key in LAYERS if key in adata.layers and np.isfinite(np.asarray(adata.layers[key])).any()]
@@ -361,7 +359,7 @@ def _measurements(adata: ad.AnnData, genes: Sequence[str]) -> dict[str, np.ndarr
     for i, gene in enumerate(genes):
         out |= {f"{gene}{LAYERS[key]}": values[:, i] for key, values in layers.items()}
     for key, values in adata.obs.items():
-        if key not in _POSITIONS and pd.api.types.is_numeric_dtype(values):
+        if key not in POSITIONS and pd.api.types.is_numeric_dtype(values):
             out[str(key).replace("_", " ")] = values.to_numpy(np.float64)
     return out
 
@@ -373,7 +371,8 @@ def _classes(obs: pd.DataFrame) -> tuple[list[str], list[list[int]]]:
         order = {name: i for i, name in enumerate(sorted(set(names), key=lambda name: (len(name), name)))}
         return [f"Domain {name}" for name in names], [list(COLOURS[order[name] % len(COLOURS)]) for name in names]
     strange = obs["out_of_distribution"].to_numpy(bool) if "out_of_distribution" in obs else np.zeros(len(obs), bool)
-    return [("Spot", "Out of distribution")[i] for i in strange], [list((COLOURS[0], COLOURS[4])[i]) for i in strange]
+    kinds = [("Out of distribution", list(COLOURS[4])) if there else ("Spot", list(COLOURS[0])) for there in strange]
+    return [name for name, _ in kinds], [colour for _, colour in kinds]
 
 
 def _nearest(place: Place, factor: int) -> np.ndarray:

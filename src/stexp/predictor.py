@@ -21,7 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from stexp import InputError, model_folder, predictions
 from stexp.data.grid import Grid, make_grid, read_coordinates
 from stexp.data.slide import Slide
-from stexp.data.slide_formats import _free_memory
+from stexp.data.slide_formats import free_memory
 from stexp.data.stain import StainNormaliser, measured_tiles
 from stexp.data.tile_stream import tile_batches
 from stexp.data.tiles import file_digest
@@ -251,7 +251,7 @@ class Model:
         per_gene = 12 * n  # X and two layers
         width = 0 if self.bank is None else 2 * self.bank.embedding.shape[1] + 2 * self.method.k
         rest = 4 * n * (width if self.bank is not None else 2 * len(self.panel))
-        need, free = rest + per_gene * n_genes, _free_memory()
+        need, free = rest + per_gene * n_genes, free_memory()
         log.info("%d spots x %d genes: %.2g GB in memory", n, n_genes, need / 1e9)
         if free is not None and need > free:
             fit = max(0, int((0.9 * free - rest) / per_gene))

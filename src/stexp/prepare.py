@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from stexp import InputError
-from stexp.config import CONF, build, command, load_sections, panel_of, write_atomically
+from stexp.config import CONF, build, command, load_sections, panel_of, to_plain, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +99,13 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
     import torch
 
     from stexp import hardware
-    from stexp.data.features import FrozenEncoder
+    from stexp.data.features import UNTUNED, FrozenEncoder
     from stexp.data.tiles import TileSpec, open_tiles
 
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
     precision = hardware.choose_precision(cfg.hardware.precision, device.type)
     pl.seed_everything(cfg.seed, verbose=False)  # of an encoder with random weights
-    encoder = build(cfg.image_encoder)
+    encoder = build({**to_plain(cfg.image_encoder), **UNTUNED})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
     spec, cache = TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir
     with_image = [section for section in sections if section.slide is not None]

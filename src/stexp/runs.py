@@ -27,7 +27,14 @@ NO_METHOD = (
     *("fold", "seed", "output_dir", "overwrite", "experiment"),
     *("protocol.", "hardware.", "logger.", "callbacks.", "model.image_encoder.", "data.reader."),
     *("data.name", "data.root", "data.sheet", "data.cache_dir", "data.placement", "data.eval_batch_size"),
-    *("data.published_", "data.panel_", "trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps"),
+    *(
+        "data.published_",
+        "data.panel_",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.strategy",
+        "trainer.log_every_n_steps",
+    ),
 )
 """How config keys begin that say where, when and on what a method ran, not what it is."""
 SAME_FLOOR = 1e-3
@@ -215,7 +222,13 @@ def _training(settings: dict[str, Any]) -> str | None:
     if "image_encoder.name" not in settings:
         return None
     frozen, pretrained = settings.get("image_encoder.frozen"), settings.get("image_encoder.pretrained")
-    return ("frozen" if pretrained else "random, frozen") if frozen else "fine-tuned" if pretrained else "from scratch"
+    if frozen:
+        return "frozen" if pretrained else "random, frozen"
+    if settings.get("image_encoder.tuning", "all") == "last":
+        return f"last {settings['image_encoder.last_blocks']} blocks fine-tuned"
+    if settings.get("image_encoder.tuning", "all") == "lora":
+        return "LoRA"
+    return "fine-tuned" if pretrained else "from scratch"
 
 
 def _plain(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from stexp import InputError
+from stexp import InputError, grids
 from stexp.compare import (
     PATIENTS_TO_FLIP,
     PATIENTS_TO_RESAMPLE,
@@ -72,8 +72,19 @@ class Table:
     sections: pd.DataFrame
 
 
+def main() -> None:
+    """``stexp-table``: of a sweep, whose other keys are those of ``stexp-train -m``, or of runs as they lie there."""
+    if not any(argument.startswith("sweep=") for argument in sys.argv[1:]):
+        of_runs()
+        return
+    with command():
+        from stexp.paper import main as of_sweep
+
+        of_sweep(sys.argv[1:])
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="table")
-def main(cfg: DictConfig) -> None:
+def of_runs(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "runs"):
             raise InputError("which runs? name folders, as in: stexp-table runs=runs")
@@ -123,8 +134,20 @@ def tabulate_all(
     return tables
 
 
-def tabulate(title: str, runs: list[Run], metric: str, baseline: str | None, allow_missing: bool) -> Table:
+def tabulate(
+    title: str,
+    runs: list[Run],
+    metric: str,
+    baseline: str | None,
+    allow_missing: bool,
+    labels: list[str] | None = None,
+) -> Table:
     """One table, of runs of one data set and protocol.
+
+    Parameters
+    ----------
+    labels
+        Name of each run's method; None: what differs between the runs.
 
     Raises
     ------
@@ -132,7 +155,9 @@ def tabulate(title: str, runs: list[Run], metric: str, baseline: str | None, all
         Runs that do not mean the same by a section; a gap, unless `allow_missing`; a baseline that is no row.
     """
     check_agreement(runs)
-    labels, besides = label_methods([run.settings for run in runs])
+    besides: list[str] = []
+    if labels is None:
+        labels, besides = label_methods([run.settings for run in runs])
     gaps = find_gaps(runs, labels)
     if gaps and not allow_missing:
         who, what, fill = gaps[0]
@@ -202,8 +227,8 @@ def _caption(
     patients, folds = sorted(sections["patient"].unique()), sorted({run.fold for run in runs})
     leaks = sorted({item["name"] for run in runs for item in run.audit["items"] if item["leak"]})
     text = [
-        f"{_count(sections['section'].nunique(), 'section')} of {_count(len(patients), 'patient')} "
-        f"({', '.join(patients)}), {_count(len(folds), 'fold')} ({', '.join(folds)}), "
+        f"{grids.count(sections['section'].nunique(), 'section')} of {grids.count(len(patients), 'patient')} "
+        f"({', '.join(patients)}), {grids.count(len(folds), 'fold')} ({', '.join(folds)}), "
         f"{span(len(run.genes) for run in runs)} genes.",
         "Mean over sections ± standard deviation over sections (over the means of patients).",
         "ACG and HEG50: Pearson correlation per gene over the spots of a section, mean over all genes and over the 50 "
@@ -233,17 +258,17 @@ def explain(table: Table) -> str:
         text.append("No interval: no patient has two sections, and there are fewer than three patients.")
     else:
         text.append(
-            f"95 % interval: bootstrap of the sections within {_count(n_patients, 'patient')}, kept as they are; "
+            f"95 % interval: bootstrap of the sections within {grids.count(n_patients, 'patient')}, kept as they are; "
             "it does not cover what differs between patients."
         )
         sizes = table.sections.groupby("patient")["section"].nunique()
         single = ", ".join(sizes.index[sizes == 1])
         text += [f"With one section, {single} does not vary in it."] if single else []
     best = found.loc[found["n_units"].idxmax()]
-    units = _count(int(best["n_units"]), best["unit"].removesuffix("s"))
+    units = grids.count(int(best["n_units"]), best["unit"].removesuffix("s"))
     smallest, m = smallest_p(int(best["n_units"])), len(found)
     independent = ", taken as independent" if best["unit"] == "sections" and n_sections > n_patients else ""
-    text.append(f"p: signs of {units} flipped{independent}; Holm over {_count(m, 'comparison')}.")
+    text.append(f"p: signs of {units} flipped{independent}; Holm over {grids.count(m, 'comparison')}.")
     if smallest * m >= 0.05:
         after = f", {min(1, smallest * m):.2g} after Holm" if m > 1 else ""
         text.append(f"{units}: smallest possible p {smallest:.2g}{after}, so none can be below 0.05.")
@@ -252,29 +277,29 @@ def explain(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     """A table as text: scores, comparisons, cost, and the compared score in every section."""
-    parts = [f"## {table.title}", "\n".join(table.caption), _markdown(_score_grid(table))]
-    parts += [f"### Against {table.baseline}, {METRICS[table.metric]}"]
+    return "\n\n".join(
+        [f"## {table.title}", "\n".join(table.caption), grids.markdown(_score_grid(table)), details(table)]
+    )
+
+
+def details(table: Table) -> str:
+    """What stands below the scores: comparisons, cost, and the compared score in every section."""
+    parts = [f"### Against {table.baseline}, {METRICS[table.metric]}"]
     if len(table.comparisons):
-        parts += [explain(table), _markdown(_comparison_grid(table))]
+        parts += [explain(table), grids.markdown(_comparison_grid(table))]
     else:
         parts += ["No other method has every section."]
-    parts += ["### What it took", _markdown(_cost_grid(table))]
-    return "\n\n".join([*parts, f"### {METRICS[table.metric]} by section", _markdown(_section_grid(table))])
+    parts += ["### What it took", grids.markdown(_cost_grid(table))]
+    return "\n\n".join([*parts, f"### {METRICS[table.metric]} by section", grids.markdown(_section_grid(table))])
 
 
 def latex(table: Table) -> str:
     """Scores and comparisons as two booktabs tables."""
-    grids = [(f"{table.title}. {' '.join(table.caption)}", _score_grid(table))]
+    parts = [(f"{table.title}. {' '.join(table.caption)}", _score_grid(table))]
     if len(table.comparisons):
         caption = f"Against {table.baseline}, {METRICS[table.metric]}. {explain(table)}"
-        grids.append((caption, _comparison_grid(table)))
-    out = ["% needs booktabs"]
-    for caption, grid in grids:
-        head, *rows = [" & ".join(map(_tex, line)) + r" \\" if line else r"\midrule" for line in grid]
-        out += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(caption)}}}"]
-        out += [rf"\begin{{tabular}}{{l{'r' * (len(grid[0]) - 1)}}}", r"\toprule", head, r"\midrule", *rows]
-        out += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(out)
+        parts.append((caption, _comparison_grid(table)))
+    return "\n".join(["% needs booktabs", *(grids.latex(grid, caption) for caption, grid in parts)])
 
 
 def write(tables: list[Table], text: str, folder: Path) -> None:
@@ -322,18 +347,18 @@ def _cost_grid(table: Table) -> list[list[str]]:
     grid = [[*head, "time of a run", "memory", "on"]]
     for _, row in table.rows[table.rows["kind"] == "method"].iterrows():
         counts = [f"{row[key]:.0f}" for key in ("n_sections", "n_patients", "n_seeds")]
-        memory = _number(row["peak_memory_gb"], "{:.1f} GB")
+        memory = grids.number(row["peak_memory_gb"], "{:.1f} GB")
         if pd.notna(row["peak_gpu_memory_gb"]):
             memory += f", GPU {row['peak_gpu_memory_gb']:.1f} GB"
         cells = [
             row["label"],
             *counts,
-            _number(row.get(f"{table.metric}_sd_seeds")),
+            grids.number(row.get(f"{table.metric}_sd_seeds")),
             row["leaks"],
             f"{row['epochs']:.0f}",
         ]
-        cells += [_number(row[key], "{:.2f} M", 1e-6) for key in ("parameters", "trained_parameters")]
-        grid.append([*cells, _duration(row["seconds"]), memory, row["hardware"]])
+        cells += [grids.number(row[key], "{:.2f} M", 1e-6) for key in ("parameters", "trained_parameters")]
+        grid.append([*cells, grids.duration(row["seconds"]), memory, row["hardware"]])
     return grid
 
 
@@ -343,56 +368,15 @@ def _section_grid(table: Table) -> list[list[str]]:
     values = table.sections.pivot(index=["patient", "section"], columns="label", values=table.metric)
     return [
         ["section", "patient", *labels],
-        *([section, patient, *map(_number, row[labels])] for (patient, section), row in values.iterrows()),
+        *([section, patient, *map(grids.number, row[labels])] for (patient, section), row in values.iterrows()),
     ]
 
 
 def _mean(row: pd.Series, metric: str) -> str:
     mean, spread, patients = (row.get(metric + end) for end in ("", "_sd_sections", "_sd_patients"))
-    text = _number(mean)
+    text = grids.number(mean)
     text += f" ± {spread:.3f}" if pd.notna(spread) else ""
     return text + (f" ({patients:.3f})" if pd.notna(patients) else "")
-
-
-def _number(value: float | None, form: str = "{:.3f}", scale: float = 1) -> str:
-    return "–" if pd.isna(value) else form.format(value * scale)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("s" if n != 1 else "")
-
-
-def _markdown(grid: list[list[str]]) -> str:
-    head, *rows = [line for line in grid if line]
-    widths = [max(3, *(len(line[i]) for line in (head, *rows))) for i in range(len(head))]
-    lines = [
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in (head, *rows)
-    ]
-    lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _tex(text: str) -> str:
-    bold = re.fullmatch(r"\*\*(.*)\*\*", text)
-    if bold:
-        return rf"\textbf{{{_tex(bold[1])}}}"
-    text = re.sub(r"[\\{}_&%$#~^<±–↓]", lambda m: _TEX.get(m[0], "\\" + m[0]), text)
-    return re.sub(r"(?<![\w.-])([-+])(?=\d)", r"$\1$", text)
-
-
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$"}
-_TEX |= {"±": r"$\pm$", "–": "--", "↓": r"$\downarrow$"}
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def _ready(
 
     from stexp import distributed, hardware
     from stexp.checkpoints import WholeCheckpoints
-    from stexp.data.features import frozen_features, surrounding_features
+    from stexp.data.features import UNTUNED, frozen_features, surrounding_features
 
     # runs are seeded, and what differs between machines is chosen and said
     kind = hardware.accelerator_of(cfg.trainer.accelerator)
@@ -226,7 +226,7 @@ def _ready(
     with stages("floors"):
         # an encoder of their own: what the weights are worth before any training
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-        frozen = build(cfg.image_encoder)
+        frozen = build({**to_plain(cfg.image_encoder), **UNTUNED})
         features = frozen_features(data, frozen, device, autocast)
     with stages("model"):
         pl.seed_everything(cfg.seed, verbose=False)

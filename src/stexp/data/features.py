@@ -21,6 +21,9 @@ from stexp.models.image_encoders import ImageEncoder
 
 log = logging.getLogger(__name__)
 
+UNTUNED = {"frozen": True, "tuning": "all"}
+"""Keys of an image encoder as it is before any training: without the random updates of low rank that LoRA adds."""
+
 Stain = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 """What names a stain normalisation of a section, and does it to tiles (B, px, px, 3) uint8."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from stexp import InputError
-from stexp.data.section import _outside, _what_would_fit
+from stexp.data.section import n_outside, what_would_fit
 from stexp.data.slide import Slide
 from stexp.data.tables import POSITIONS, TEXT, read_positions, read_table
 from stexp.data.tissue import Tissue
@@ -154,11 +154,11 @@ def read_coordinates(path: str | Path, slide: Slide | None = None) -> Grid:
     twice = table.index[table.index.duplicated()].unique()
     if len(twice):
         raise InputError(f"coordinates {path}: {len(twice)} ids occur twice (first: {twice[0]})")
-    if slide is not None and (n := _outside(xy, *slide.size)):
+    if slide is not None and (n := n_outside(xy, *slide.size)):
         width, height = slide.size
         raise InputError(
             f"coordinates {path}: {n} of {len(xy)} lie outside the image ({width} x {height} px); "
-            + _what_would_fit(pd.DataFrame(xy, index=table.index), width, height)
+            + what_would_fit(pd.DataFrame(xy, index=table.index), width, height)
         )
     step = spacing(xy)
     if "array_x" in table:

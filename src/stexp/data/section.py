@@ -98,11 +98,11 @@ class Section:
         spots.obs[["array_x", "array_y"]] = array.astype(np.int64)
         if self.slide is not None:
             width, height = self.slide.size
-            outside = _outside(xy, width, height)
+            outside = n_outside(xy, width, height)
             if outside:
                 raise InputError(
                     f"section {name}: {outside} of {len(xy)} spots lie outside the image ({width} x {height} px); "
-                    + _what_would_fit(pd.DataFrame(xy, index=spots.obs_names, dtype=float), width, height)
+                    + what_would_fit(pd.DataFrame(xy, index=spots.obs_names, dtype=float), width, height)
                 )
 
     def _check_scale(self) -> None:
@@ -220,15 +220,15 @@ def _some(names: Iterable, n: int = 3) -> str:
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
-def _outside(xy: np.ndarray, width: int, height: int) -> int:
+def n_outside(xy: np.ndarray, width: int, height: int) -> int:
     return int(((xy < 0) | (xy >= (width, height))).any(axis=1).sum())
 
 
-def _what_would_fit(positions: pd.DataFrame, width: int, height: int) -> str:
+def what_would_fit(positions: pd.DataFrame, width: int, height: int) -> str:
     xy = positions.to_numpy()
-    if _outside(xy[:, ::-1], width, height) == 0:
+    if n_outside(xy[:, ::-1], width, height) == 0:
         return "with x and y swapped all would fit"
-    outside = _outside(xy, width, height)
+    outside = n_outside(xy, width, height)
     if outside <= max(1, len(xy) // 10):  # another resolution would put more of them outside
         worst = np.maximum(-xy, xy - (width, height)).max(axis=1).argmax()
         x, y = xy[worst]

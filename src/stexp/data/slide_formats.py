@@ -277,7 +277,7 @@ def _on_glass(image: Image.Image) -> Image.Image:
 
 def check_memory(path: Path, need: int) -> None:
     """Refuse what would not fit into the memory that is free."""
-    free = _free_memory()
+    free = free_memory()
     if free is not None and need > free:
         raise InputError(
             f"image {path} decoded whole needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
@@ -285,7 +285,7 @@ def check_memory(path: Path, need: int) -> None:
         )
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

@@ -16,7 +16,7 @@ import torch
 from stexp import InputError
 from stexp.data.slide import Slide, SlideReader
 from stexp.data.slide_formats import BLOCK_PX, PillowImage
-from stexp.data.tiles import _by_region, _corners, _cut
+from stexp.data.tiles import by_region, corners, cut_tile
 
 AHEAD_BYTES = 256 << 20  # of tiles that wait to be taken, beyond two batches
 SPARSE = 0.5  # share of a region that its tiles cover, below which they are read one by one
@@ -142,11 +142,11 @@ class _Part:
     def cut(self, tiles: np.ndarray) -> None:
         out = tiles[self.place : self.place + len(self.corner)]
         if not self.sparse:
-            _cut(self.region.pixels(), self.corner - self.region.low, self.side, self.px, out)
+            cut_tile(self.region.pixels(), self.corner - self.region.low, self.side, self.px, out)
             return
         for i, corner in enumerate(self.corner):
             pixels = self.region.read(corner, np.full(2, self.side))
-            _cut(pixels, np.zeros((1, 2), dtype=np.int64), self.side, self.px, out[i : i + 1])
+            cut_tile(pixels, np.zeros((1, 2), dtype=np.int64), self.side, self.px, out[i : i + 1])
 
 
 def _batches(
@@ -159,14 +159,14 @@ def _batches(
     start: int,
 ) -> Iterator[tuple[np.ndarray, list[_Part]]]:
     """Rows of every batch, and what is to be done for it."""
-    corner, side, level = _corners(xy_px, side_px), side_px, image.level(side_px / px)
+    corner, side, level = corners(xy_px, side_px), side_px, image.level(side_px / px)
     scale = image.downsamples[level]
     if level:
         corner, side = np.round(corner / scale).astype(np.int64), round(side_px / scale)
     # strips are read whole; between the pixels of level 0 OpenSlide interpolates, from where a region begins
     by_tile = image.block == (BLOCK_PX, BLOCK_PX) and scale == round(scale)
     rows, parts, skip = [], [], start
-    for here in _by_region(corner, image.block) if len(xy_px) else ():
+    for here in by_region(corner, image.block) if len(xy_px) else ():
         low = np.maximum(corner[here].min(axis=0), 0)
         high = np.minimum(corner[here].max(axis=0) + side, image.sizes[level])
         region = _Region(readers, low, high, level)

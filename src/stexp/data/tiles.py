@@ -88,12 +88,12 @@ def cut_tiles(image: np.ndarray, xy_px: np.ndarray, side_px: int, px: int, out: 
     int
         Tiles that reach beyond the image, filled there with white.
     """
-    corner = _corners(xy_px, side_px)
-    _cut(image, corner, side_px, px, out)
+    corner = corners(xy_px, side_px)
+    cut_tile(image, corner, side_px, px, out)
     return _n_padded(corner, side_px, image.shape[1::-1])
 
 
-def _corners(xy_px: np.ndarray, side_px: int) -> np.ndarray:
+def corners(xy_px: np.ndarray, side_px: int) -> np.ndarray:
     return np.floor(xy_px).astype(np.int64) - side_px // 2
 
 
@@ -101,7 +101,7 @@ def _n_padded(corner: np.ndarray, side_px: int, size: tuple[int, int]) -> int:
     return int(((corner < 0) | (corner + side_px > np.array(size))).any(axis=1).sum())
 
 
-def _cut(image: np.ndarray, corner: np.ndarray, side_px: int, px: int, out: np.ndarray) -> None:
+def cut_tile(image: np.ndarray, corner: np.ndarray, side_px: int, px: int, out: np.ndarray) -> None:
     height, width = image.shape[:2]
     for i, (x, y) in enumerate(corner):
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side_px, width), min(y + side_px, height)
@@ -172,7 +172,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]) -> None:
     px = shape[1]
-    corner = _corners(section.xy_px, side)
+    corner = corners(section.xy_px, side)
     try:
         with StoreInTheMaking(path, shape) as store, section.slide.open() as image:
             padded = _n_padded(corner, side, image.sizes[0])
@@ -207,14 +207,14 @@ def _read(
     if level:
         scale = image.downsamples[level]
         corner, side = np.round(corner / scale).astype(np.int64), round(side / scale)
-    regions = [rows[wanted[rows]] for rows in _by_region(corner, image.block)]
+    regions = [rows[wanted[rows]] for rows in by_region(corner, image.block)]
     for rows in shown(regions, what):
         low = np.maximum(corner[rows].min(axis=0), 0)
         high = np.minimum(corner[rows].max(axis=0) + side, image.sizes[level])
         region = image.read(*low.tolist(), *(high - low).tolist(), level)
         for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
             tiles = np.empty((len(part), px, px, 3), dtype=np.uint8)
-            _cut(region, corner[part] - low, side, px, tiles)
+            cut_tile(region, corner[part] - low, side, px, tiles)
             yield part, tiles
 
 
@@ -231,7 +231,7 @@ def around(section: Section, spec: TileSpec, k: int) -> tuple[np.ndarray, np.nda
     side = spec.side_px(section)
     steps = np.arange(k) - k // 2
     offset = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
-    corner = _corners(section.xy_px, side)[:, None] + side * offset
+    corner = corners(section.xy_px, side)[:, None] + side * offset
     beyond = ((offset < 0) & (corner < 0)) | ((offset > 0) & (corner + side > np.array(section.slide.size)))
     return corner, ~beyond.any(axis=2)
 
@@ -244,7 +244,7 @@ def tiles_around(section: Section, spec: TileSpec, k: int) -> Iterator[tuple[np.
         yield from _read(image, corner.reshape(-1, 2), spec.side_px(section), spec.px, inside.ravel(), what)
 
 
-def _by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray]:
+def by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray]:
     """Rows of `corner` by the block of the image they lie in, in reading order."""
     cell = corner // np.array(block)
     order = np.lexsort((corner[:, 0], corner[:, 1], cell[:, 0], cell[:, 1]))

@@ -20,6 +20,7 @@ from stexp.models.view_encoders import (
     NeighbourEncoder,
     array_neighbours,
     feature_map,
+    map_model,
     nearest_spots,
 )
 
@@ -137,7 +138,7 @@ class Triplex(pl.LightningModule):
             if not fits:
                 raise InputError(f"model.{name}={value}: a number {what} would fit")
         self.image_encoder = image_encoder
-        self.target_width = _width(image_encoder.model.num_features, dim)
+        self.target_width = _width(map_model(image_encoder).num_features, dim)
         self.neighbour_width, self.global_width = _width(n_features, dim), _width(n_features, dim)
         self.neighbour_encoder = NeighbourEncoder(dim, *encoders["neighbour"], side)
         self.global_encoder = GlobalEncoder(dim, *encoders["global"], kernel_size)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from stexp.data.batches import nearest
 from stexp.models.image_encoders import ImageEncoder
+from stexp.models.pathology import ConchV15
 
 
 class AttentionBlock(nn.Module):
@@ -124,13 +125,19 @@ class NeighbourEncoder(nn.Module):
 
 def feature_map(encoder: ImageEncoder, image: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in 0..1 to the features (B, T, F) that the encoder pools, without class tokens."""
+    model = map_model(encoder)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
-        found = encoder.model.forward_features(encoder.prepare(image))
-    if found.ndim == 4 and found.shape[1] == encoder.model.num_features:
+        found = model.forward_features(encoder.prepare(image))
+    if found.ndim == 4 and found.shape[1] == model.num_features:
         return found.flatten(2).transpose(1, 2)
     if found.ndim == 4:
         return found.flatten(1, 2)
-    return found[:, getattr(encoder.model, "num_prefix_tokens", 0) :]
+    return found[:, getattr(model, "num_prefix_tokens", 0) :]
+
+
+def map_model(encoder: ImageEncoder) -> nn.Module:
+    """The timm model that makes an encoder's feature map; CONCH v1.5 has one inside."""
+    return encoder.model.trunk if isinstance(encoder.model, ConchV15) else encoder.model
 
 
 def nearest_spots(xy: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
