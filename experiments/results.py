@@ -1,7 +1,7 @@
-"""Keep results of finished runs, and write the README's table from those kept.
+"""Keep results of finished runs, and write the README's tables from those kept.
 
 python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
-python experiments/results.py                      rewrite the table in README.md
+python experiments/results.py                      rewrite the tables in README.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
-FLOORS = ("colour_ridge", "knn_features", "ridge_features", "depth_oracle")
 
 
 def add(run: Path) -> Path:
@@ -53,31 +52,57 @@ def add(run: Path) -> Path:
     return path
 
 
-def table() -> str:
-    """Markdown of every kept result, ACG / HEG50, floors beside it."""
-    rows = [
-        "| run | data, protocol, fold | method | score | "
-        + " | ".join(name.replace("_", " ") for name in FLOORS)
-        + " | ceiling | leaks |",
-        "|---|---|---|---|" + "---|" * (len(FLOORS) + 2),
-    ]
-    for path in sorted((HERE / "results").glob("*.json")):
-        kept = json.loads(path.read_text())
-        if "scores" not in kept:
-            continue  # a benchmark
-        floors = kept["floors"]
-        ours, honest = kept["scores"]["pearson_acg"], [floors[f]["pearson_acg"] for f in floors if f != "depth_oracle"]
-        cells = [
-            _pair(kept["scores"], bold=ours > max(honest)),
-            *(_pair(floors.get(name, {})) for name in FLOORS),
-            _pair(kept["ceiling"]),
-            str(len(kept["leaks"])),
-        ]
-        rows.append(
-            f"| [{path.stem}](experiments/results/{path.name}) | {kept['data']}, {kept['protocol']}, {kept['fold']} | "
-            f"{kept['model']} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(rows)
+def tables() -> str:
+    """Markdown: for every data set and protocol, methods and floors in rows, folds in columns."""
+    kept = [json.loads(path.read_text()) | {"name": path.stem} for path in sorted((HERE / "results").glob("*.json"))]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for run in kept:
+        if "scores" in run:  # the others are benchmarks
+            groups.setdefault((run["data"], run["protocol"]), []).append(run)
+    return "\n\n".join(_table(*names, runs) for names, runs in groups.items())
+
+
+def _table(data: str, protocol: str, runs: list[dict]) -> str:
+    folds = sorted({run["fold"] for run in runs})
+    method: dict[str, dict[str, dict]] = {}
+    floors: dict[str, dict[str, dict]] = {}
+    best: dict[str, float] = {}
+    for run in runs:
+        encoder = re.search(r"image_encoder=(\w+)", run["provenance"]["command"])
+        for name, scores in {**run["floors"], "ceiling": run["ceiling"]}.items():
+            label = name.replace("_", " ") + (f" ({encoder[1]})" if name.endswith("_features") and encoder else "")
+            floors.setdefault(label, {})[run["fold"]] = scores
+        # of this run's floors, those that do not read the counts of the test spots
+        best[run["name"]] = max(s["pearson_acg"] for name, s in run["floors"].items() if not name.endswith("_oracle"))
+        how = run["name"].split("-", 3)[3].removeprefix(run["model"]).strip("-")
+        method.setdefault(run["model"] + (f", {how}" if how else ""), {})[run["fold"]] = run
+    rows = []
+    for label, of in method.items():
+        cells = []
+        for fold in folds:
+            scores = of[fold]["scores"] if fold in of else {}
+            cells.append(_pair(scores, fold in of and scores["pearson_acg"] > best[of[fold]["name"]]))
+        mean = _mean([of[fold]["scores"] for fold in folds if fold in of], len(folds))
+        links = " ".join(f"[{fold}](experiments/results/{of[fold]['name']}.json)" for fold in folds if fold in of)
+        rows.append((0, mean, f"| {label} | {' | '.join(cells)} | {_pair(mean)} | {links} |"))
+    for label, of in floors.items():
+        if set(of) < set(folds):
+            continue  # of an encoder that few runs have
+        mean = _mean(list(of.values()), len(folds))
+        kind = 3 if label == "ceiling" else 2 if label.endswith("oracle") else 1
+        title = {1: f"*floor: {label}*", 2: f"*oracle: {label.removesuffix(' oracle')}*", 3: "*ceiling*"}[kind]
+        cells = [_pair(of[fold]) for fold in folds]
+        rows.append((kind, mean, f"| {title} | {' | '.join(cells)} | {_pair(mean)} | |"))
+    rows.sort(key=lambda row: (row[0], -(row[1].get("pearson_acg") or -1)))
+    head = f"| {data}, `protocol={protocol}`: fold | {' | '.join(folds)} | mean | records |"
+    return "\n".join([head, f"|---|{'---|' * (len(folds) + 2)}", *(text for *_, text in rows)])
+
+
+def _mean(scores: list[dict], n: int) -> dict:
+    """Means over folds; nothing where a fold is missing, since a mean of other folds would not compare."""
+    keys = ("pearson_acg", "pearson_heg50")
+    whole = len(scores) == n and all(part.get(key) is not None for part in scores for key in keys)
+    return {key: sum(part[key] for part in scores) / n for key in keys} if whole else {}
 
 
 def _pair(scores: dict, bold: bool = False) -> str:
@@ -96,8 +121,8 @@ def main(arguments: list[str]) -> None:
         return
     before, rest = README.read_text().split(START)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{table()}\n{END}{after}")
-    print(f"wrote the results table of {README}")
+    README.write_text(f"{before}{START}\n{tables()}\n{END}{after}")
+    print(f"wrote the results tables of {README}")
 
 
 if __name__ == "__main__":

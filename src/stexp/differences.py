@@ -87,7 +87,6 @@ def draw(table: pd.DataFrame, maps: ad.AnnData, path: Path) -> Path:
 
     from stexp.overlay import save
 
-    maps.uns.setdefault("stexp", {})
     place = places(maps)[0]
     genes = list(table.loc[table["section"] == place.name, "gene"].iloc[:DRAWN])
     low, high = place.xy.min(axis=0) - place.spacing, place.xy.max(axis=0) + place.spacing

@@ -36,14 +36,16 @@ def main(arguments: Sequence[str]) -> None:
     InputError
         A cell without a finished run, unless ``allow_missing=true``.
     """
-    keys = [override.get_key_element() for override in parse(arguments)]
-    own = [text for text, key in zip(arguments, keys, strict=True) if key in OWN]
-    rest = [
-        text for text, key in zip(arguments, keys, strict=True) if key not in (*OWN, "dry_run") and "hydra" not in key
-    ]
-    given = {key for key in keys if key in OWN}
+    own, rest, given = [], [], {}
+    for override, text in zip(parse(arguments), arguments, strict=True):
+        key = override.get_key_element()
+        if key in OWN:
+            given[key] = override.value()
+            own += [] if key == "sweep" else [text]  # to Hydra this is the name of a folder of configs
+        elif key != "dry_run" and not key.startswith("hydra"):
+            rest.append(text)
     cfg = compose("table", own)
-    names = [cfg.sweep] if isinstance(cfg.sweep, str) else list(cfg.sweep)
+    names = given["sweep"] if isinstance(given["sweep"], list) else [given["sweep"]]
     names = list(BUILT) if names == ["all"] else names
     unknown = [str(name) for name in names if name not in BUILT]
     if unknown:
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"metric={cfg.metric}: choose {', '.join(tables.METRICS)}")
     if len(names) > 1 and cfg.output_dir is not None:
         raise InputError("output_dir is the folder of one table; several go to tables/<name>")
-    runs = str(cfg.runs) if "runs" in given else "runs"
+    runs = str(given.get("runs") or "runs")
     for name in names:
         try:
             result, cells = build(name, rest, runs, cfg.metric, cfg.baseline, cfg.allow_missing)
