@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench results clean
+# of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" trainer.max_epochs=1'
+PAPER := table1 tableS2 tableS3 tableS4 tableS5 tableS6 tableS7 figS1 figS2 figS3 figS4
+DATA ?= her2st cscc alex10x
+RUNS ?= runs
+.PHONY: help setup demo test test-all lint bench results clean tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +27,18 @@ demo: $(READY)  ## train mclSTExp on generated sections, predict a held-out pati
 data-%: $(READY)  ## download, verify, check and tile: data-her2st, data-cscc, data-alex10x
 	$(BIN)/stexp-prepare data=$*
 
+table1: $(DATA:%=data-%)  ## Table 1 of the paper, from download to LaTeX; so tableS2 to tableS7 and figS1 to figS4
+tableS4 tableS5 tableS6 tableS7 figS2 figS4: $(DATA:%=data-%)
+tableS2 figS3: $(patsubst %,data-%,$(filter her2st,$(DATA)))
+tableS3: $(patsubst %,data-%,$(filter cscc,$(DATA)))
+figS1: $(patsubst %,data-%,$(filter her2st cscc,$(DATA)))
+$(PAPER): $(READY)
+	$(BIN)/stexp-train -m sweep=$@ output_dir=$(RUNS) $(ARGS)
+	$(BIN)/stexp-table sweep=$@ runs=$(RUNS) $(ARGS)
+
+tables: $(READY)  ## all of these again from the finished runs, without training; ARGS=allow_missing=true prints gaps
+	$(BIN)/stexp-table sweep=all runs=$(RUNS) $(ARGS)
+
 test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a folder
 	$(BIN)/pytest -n 2 -m "not slow"
 
@@ -38,8 +54,8 @@ bench: $(READY)  ## speed and memory as ratios against plain alternatives, in on
 	$(BIN)/python experiments/bench_prepare.py
 	$(BIN)/python experiments/bench_predict.py
 
-results: $(READY)  ## the README's results table from experiments/results
+results: $(READY)  ## the README's results table and experiments/README.md from experiments/results
 	$(BIN)/python experiments/results.py
 
-clean:  ## delete runs, caches and the environment; not data
-	rm -rf .venv runs cache build dist .pytest_cache .ruff_cache
+clean:  ## delete runs, tables, caches and the environment; not data
+	rm -rf .venv runs tables cache build dist .pytest_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Keep results of finished runs, and write the README's tables from those kept.
 
 python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
-python experiments/results.py                      rewrite the tables in README.md
+python experiments/results.py add tables/table1    the same for a table or figure of the paper
+python experiments/results.py                      rewrite the tables in README.md, and experiments/README.md
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import re
 import sys
 from pathlib import Path
 
+import of_paper
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
 
 
 def add(run: Path) -> Path:
-    """Scores, floors, ceiling, audit and provenance of a run, under one name."""
+    """Scores, floors, ceiling, audit and provenance of a run, or the cards of a table, under one name."""
+    if (run / "cards.json").is_file():
+        return of_paper.add(run)
     if not (run / "provenance.json").is_file():
         raise SystemExit(f"{run} is not a finished run: it has no provenance.json")
     metrics, audit, provenance = (
@@ -43,8 +48,7 @@ def add(run: Path) -> Path:
     }
     kept["sections"] = {name: part["scores"] for name, part in metrics["sections"].items()}
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
-    # folders of the machine that ran it say nothing to others
-    provenance["command"] = re.sub(r"=/\S*/([^/\s]+)", r"=\1", provenance["command"])
+    provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
     path = HERE / "results" / f"{run.name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -123,6 +127,8 @@ def main(arguments: list[str]) -> None:
     after = rest.split(END)[1]
     README.write_text(f"{before}{START}\n{tables()}\n{END}{after}")
     print(f"wrote the results tables of {README}")
+    of_paper.README.write_text(of_paper.readme() + "\n")
+    print(f"wrote {of_paper.README}")
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ def main() -> None:
     floors = floors_without_images(sections, protocol, panel)
     seconds["floors"] = round(time.perf_counter() - start - sum(seconds.values()), 1)
 
-    cfg.data.sections = list(printed["figS3"]["values"]["her2st"])
-    labelled = load_sections(cfg, protocol)
     goal = {name: columns["observed"] for name, columns in printed["figS3"]["values"]["her2st"].items()}
+    labelled = [section for section in sections if section.name in goal]
     grid = clusters.search(labelled, panel, goal)
-    best = {key: grid.iloc[0][key] for key in clusters.OBSERVED}
+    best = {key: grid.to_dict("records")[0][key] for key in clusters.OBSERVED}
     over_seeds = {section.name: _over_seeds(section, panel, best) for section in labelled}
     seconds["clusters"] = round(time.perf_counter() - start - sum(seconds.values()), 1)
 

@@ -73,7 +73,12 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "score", "floors", "prepare", "report"])
+COMMANDS = {"tables": "table"} | {
+    name: name for name in ("train", "score", "floors", "prepare", "report", "predict", "export", "analyse")
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_teaches_without_importing_torch(name: str) -> None:
     code = (
         f"import sys, runpy\nsys.argv = ['stexp-{name}', '--help']\n"
@@ -82,7 +87,7 @@ def test_help_teaches_without_importing_torch(name: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"stexp-{name}" in done.stdout and len(done.stdout.splitlines()) > 3
+    assert f"stexp-{COMMANDS[name]}" in done.stdout and len(done.stdout.splitlines()) > 3
 
 
 def test_prepare_and_floors_print_what_they_found(demo: Path, tmp_path: Path) -> None:

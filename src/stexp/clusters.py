@@ -13,7 +13,7 @@ from stexp.data.section import Section
 from stexp.protocol import Protocol
 
 COMPONENTS = 9
-STARTS = 200
+STARTS = 400
 UNDETERMINED = "undetermined"
 OBSERVED = {"genes": "panel", "library": "panel", "target_sum": 1e4, "scale": "none", "spots": "all"}
 """How the observed expression is scaled here: of all in `definitions`, the nearest to the paper's column."""

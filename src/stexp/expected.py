@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 
 from stexp import predictions
 from stexp.floors import ORACLES
 from stexp.metrics import pearson_per_gene
 from stexp.results import floors_under
-from stexp.retrieval import ReferenceIndex
 
 if TYPE_CHECKING:
-    from stexp.export import Run
+    from stexp.finished_run import Run
 
 log = logging.getLogger(__name__)
 
@@ -78,23 +76,13 @@ def _outside(run: Run, genes: list[str]) -> list[str]:
     if run.protocol.truth == "spot" and run.protocol.library == "panel":
         log.warning("libraries are those of the panel: the accuracy of genes outside it is not measured")
         return []
-    common = set.intersection(*(set(section.genes) for section in run.data.sections)) - set(run.panel)
-    return [gene for gene in genes if gene in common]
+    return run.outside(genes)
 
 
 def _retrieved(run: Run, genes: list[str]) -> dict[str, pd.DataFrame]:
-    data, rows, test = run.data_of(genes), run.references(), run.data.rows("test")
-    table = data.spots.iloc[rows]
-    index = ReferenceIndex(
-        torch.from_numpy(run.kept.obsm["spot_embedding"][rows]),
-        table["section"].to_numpy(str),
-        table["patient"].to_numpy(str),
-    )
-    query = torch.from_numpy(run.kept.obsm["image_embedding"][test])
-    neighbours = index.search(query, run.chosen["k"], run.cfg.model.distance, run.cfg.model.weighting)
-    predicted, _ = index.average(neighbours, torch.from_numpy(data.target[rows]), spread=False)
+    data, predicted, _ = run.retrieve(genes)
     floors, _ = floors_under(run.protocol, data, run.kept.obsm["features"], run.kept.obsm["colour"])
-    return _per_section(run, genes, data.target[test], predicted.numpy(), floors)
+    return _per_section(run, genes, data.target[data.rows("test")], predicted, floors)
 
 
 def _per_section(

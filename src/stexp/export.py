@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from dataclasses import asdict
@@ -13,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import hydra
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, __version__, construct, model_folder, predictions
-from stexp.config import CONF, build_data, command, load_run, load_sections, to_plain
-from stexp.data.batches import SpotIndex
+from stexp.config import CONF, command, to_plain
 from stexp.data.tiles import file_digest
 from stexp.metrics import mean_pearson
 from stexp.model_folder import Bank
 from stexp.report_pictures import BANK_TILES, Sheet, sheet
 
 if TYPE_CHECKING:
+    import torch
+
+    from stexp.finished_run import Run
     from stexp.trained import TrainedMethod
 
 log = logging.getLogger(__name__)
@@ -43,17 +42,20 @@ def main(cfg: DictConfig) -> None:
         output, plain = Path(cfg.output), to_plain(cfg)
         if output.exists() and not (cfg.overwrite and (output / "model.json").exists()):
             raise InputError(f"{output} exists; choose another output, or overwrite=true where it is an exported model")
-        facts = export(Path(cfg.run), output, bank=cfg.bank, prototypes=cfg.prototypes, folds=plain["folds"])
+        facts = export(
+            Path(cfg.run), output, bank=cfg.bank, prototypes=cfg.prototypes, folds=plain["folds"], alpha=cfg.alpha
+        )
         print("\n".join(lines(facts)))
         print(f"wrote {output}")
 
 
 def exported_run(run: Path) -> Path:
-    """``<run>/model.stexp``, exported first where it is not there or of an earlier training."""
+    """``<run>/model.stexp``, exported first where it is not there, or of an earlier training or format."""
     folder = run / "model.stexp"
     if (folder / "model.json").is_file():
-        trained = predictions.read_json(folder / "model.json").get("trained", {})
-        if trained.get("checkpoint") == file_digest(_checkpoint(run)):
+        facts = predictions.read_json(folder / "model.json")
+        of_checkpoint = facts.get("trained", {}).get("checkpoint") == file_digest(_checkpoint(run))
+        if of_checkpoint and facts.get("format") == model_folder.FORMAT:
             return folder
     log.info("%s is exported to %s", run, folder)
     export(run, folder)
@@ -61,7 +63,12 @@ def exported_run(run: Path) -> Path:
 
 
 def export(
-    run: Path, output: Path, bank: str = "float32", prototypes: int | None = None, folds: list[str] | None = None
+    run: Path,
+    output: Path,
+    bank: str = "float32",
+    prototypes: int | None = None,
+    folds: list[str] | None = None,
+    alpha: float | None = 0.1,
 ) -> dict:
     """Write a finished run as a folder that :func:`stexp.load_model` reads.
 
@@ -74,7 +81,11 @@ def export(
     prototypes
         Keep only so many references: those nearest to the centres of as many clusters of their embeddings.
     folds
-        Further runs of the same method, whose held-out sections count for the accuracy to expect of a gene.
+        Further runs of the same method, whose held-out sections count for the accuracy to expect of a gene and for
+        intervals.
+    alpha
+        Share of spots that may lie outside of an interval, see :func:`stexp.conformal.calibrate`; None: none. A
+        compressed bank keeps the intervals of the full one.
 
     Returns
     -------
@@ -87,7 +98,9 @@ def export(
         The run is not finished, its data changed, or its method needs more than tiles; or the exported model does
         not predict the held-out spots as the run did.
     """
+    from stexp import confidence
     from stexp.expected import expected_accuracy
+    from stexp.finished_run import Run
     from stexp.trained import TrainedMethod
 
     if bank not in ("float32", "float16"):
@@ -106,7 +119,9 @@ def export(
     runs = [source, *(Run(Path(fold)) for fold in folds or [])]
     _check_folds(runs)
     accuracy, sections = expected_accuracy(runs, list(genes.index))
-    genes = genes.join(accuracy)
+    known_of, calibration, known = confidence.learn(runs, model, list(genes.index), alpha)
+    facts |= known_of
+    genes = genes.join(accuracy).join(calibration)
     facts["expected"] = {"runs": [each.folder.resolve().name for each in runs], "sections": sections}
     if references is not None:
         facts["bank"] = {"spots": len(references), "of": len(references), "embedding": bank}
@@ -115,82 +130,10 @@ def export(
             loss = _loss(source, model, TrainedMethod(facts, weights, references))
             facts["bank"] |= {"spots": len(references), "loss": loss}
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts["digest"] = model_folder.write(output, facts, weights, references, genes, bank, _tiles(source, references))
+    facts["digest"] = model_folder.write(
+        output, facts, weights, references, genes, bank, _tiles(source, references), known
+    )
     return facts
-
-
-class Run:
-    """A finished run and its data, as the run read them.
-
-    Attributes
-    ----------
-    before : AnnData
-        ``predictions.h5ad``.
-    kept : AnnData or None
-        ``embeddings.h5ad`` of a method that retrieves.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from stexp.rescore import NEEDED
-        from stexp.results import changed_data
-
-        self.folder, self.cfg = folder, load_run(folder)
-        self.before = predictions.read(folder / "predictions.h5ad", "uns/stexp/chosen", "layers/predicted")
-        self.record = predictions.read_json(folder / "provenance.json", "command", "precision", "data_manifest")
-        self.protocol = predictions.protocol_of(self.before)
-        self.panel = list(self.before.var_names)
-        self.chosen = json.loads(self.before.uns["stexp"]["chosen"])
-        self.sections = load_sections(self.cfg, self.protocol)
-        changed = changed_data(folder, self.sections)
-        if changed:
-            raise InputError(
-                f"the data under {self.cfg.data.root} changed since {folder} ({', '.join(changed[:5])}); train again"
-            )
-        self.data = self.data_of(self.panel)
-        self.kept = None
-        if (folder / "embeddings.h5ad").is_file():
-            self.kept = predictions.read(folder / "embeddings.h5ad", *NEEDED)
-            if list(self.data.spots.index) != list(self.kept.obs_names):
-                raise InputError(f"the spots under {self.cfg.data.root} are no longer those of {folder}; train again")
-
-    def data_of(self, panel: list[str]):
-        """The data module of the run, with other genes."""
-        return build_data(self.cfg, self.sections, self.protocol, str(self.cfg.fold), panel=panel)
-
-    def references(self) -> np.ndarray:
-        """Rows of the data's spots that are retrieved from."""
-        from stexp.retrieval import choose_references
-
-        rows = np.flatnonzero(~np.isnan(self.kept.obsm["spot_embedding"]).any(axis=1))
-        which = OmegaConf.to_container(OmegaConf.create([self.cfg.model.reference]))[0]
-        return rows[choose_references(self.data.spots.iloc[rows], which)]
-
-    def bank(self) -> Bank | None:
-        """The references with all genes that they and every section that trained measure."""
-        if self.kept is None:
-            return None
-        data, rows = self.data, self.references()
-        spots = data.spots.iloc[rows]
-        used = {*spots["section"], *data.names("train", "validation")}
-        genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
-        counts, rest = [], []
-        for section in data.sections:
-            here = data.spots["section"].to_numpy() == section.name
-            chosen = np.isin(np.flatnonzero(here), rows)
-            if chosen.any():
-                x = section.spots.X[:, section.genes.get_indexer(genes)]
-                counts.append(x[chosen])
-                rest.append(sp.csr_matrix(x[~chosen].sum(axis=0)))
-        return Bank(
-            embedding=self.kept.obsm["spot_embedding"][rows].astype(np.float32),
-            section=spots["section"].to_numpy(str),
-            patient=spots["patient"].to_numpy(str),
-            spot=spots["spot"].to_numpy(str),
-            counts=sp.vstack(counts, format="csr"),
-            total_counts=spots["total_counts"].to_numpy(np.float64),
-            genes=genes,
-            rest=sp.vstack(rest, format="csr") if self.protocol.truth == "gene" else None,
-        )
 
 
 def _tiles(source: Run, references: Bank | None) -> Sheet | None:
@@ -304,6 +247,10 @@ def _licence(encoder: dict) -> str:
 
 def _check(source: Run, model: TrainedMethod) -> dict:
     """Whether the model predicts held-out spots from their tiles as the run did; by how much it differs."""
+    import torch
+
+    from stexp.data.batches import SpotIndex
+
     rows = source.data.rows("test")[:CHECKED]
     made = []
     for part in np.array_split(rows, math.ceil(len(rows) / 64)):
@@ -373,6 +320,8 @@ def _loss(source: Run, full: TrainedMethod, small: TrainedMethod) -> dict:
 
 def lines(facts: dict) -> list[str]:
     """What was exported, for the terminal."""
+    from stexp import confidence
+
     out = [f"{facts['method']} of {facts['data']}, fold {facts['fold']}: {len(facts['panel'])} genes trained"]
     check = facts["reproduces"]
     out.append(
@@ -389,6 +338,7 @@ def lines(facts: dict) -> list[str]:
                 f"ACG {loss['pearson_acg_full']:.4f} -> {loss['pearson_acg']:.4f}"
             )
     out.append(f"  accuracy to expect: from {len(facts['expected']['sections'])} held-out section(s)")
+    out += confidence.lines(facts)
     return [*out, *(f"  licence of the {key}: {text}" for key, text in facts["licences"].items())]
 
 

@@ -9,8 +9,10 @@
     Of a method that retrieves: the reference spots.
 ``references.jpg``
     Small tiles of some of them, which reports show.
+``known.safetensors``
+    Of a method that embeds tiles: embeddings of the training's; see :mod:`stexp.out_of_distribution`.
 ``genes.csv``
-    Every gene that can be predicted, with the accuracy to expect.
+    Every gene that can be predicted, with the accuracy to expect and the width of its interval.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stexp import InputError
+from stexp.conformal import COLUMNS
 from stexp.data.genes import normalise
+from stexp.out_of_distribution import KnownTiles
 from stexp.protocol import Protocol
 from stexp.report_pictures import Sheet
 
-FORMAT = "stexp-model 1"
-ACCURACY = ("expected_pearson", "expected_floor")
+FORMAT = "stexp-model 2"
+NUMBERS = ("expected_pearson", "expected_floor", *COLUMNS)
 AGAIN = "export it again, or copy it again"
 
 
@@ -129,7 +133,10 @@ class ExportedModel:
         ``model.json``, with ``digest``, by which everything made with the model names it.
     genes
         Index gene; ``in_panel``, ``expected_pearson``, ``expected_floor``, ``expected_floor_name``,
-        ``beats_floor``, ``n_held_out_sections``.
+        ``beats_floor``, ``n_held_out_sections``; with intervals ``interval_quantile``, ``interval_offset``,
+        ``coverage_measured``.
+    known
+        Tiles of the training, of a method that embeds tiles.
     """
 
     facts: dict
@@ -137,6 +144,7 @@ class ExportedModel:
     bank: Bank | None
     genes: pd.DataFrame
     tiles: Sheet | None = None
+    known: KnownTiles | None = None
 
     @property
     def digest(self) -> str:
@@ -151,6 +159,7 @@ def write(
     genes: pd.DataFrame,
     embedding_dtype: str = "float32",
     tiles: Sheet | None = None,
+    known: KnownTiles | None = None,
 ) -> str:
     """Write a folder beside its place and rename it when whole, in place of one that is there; returns its digest."""
     if folder.exists() and not (folder / "model.json").is_file():
@@ -167,6 +176,9 @@ def write(
     if tiles is not None:
         (part / "references.jpg").write_bytes(tiles.jpeg)
         facts = {**facts, "reference_tiles": tiles.names}
+    if known is not None:
+        arrays = {"embedding": known.embedding, "distance": known.distance, "k": np.array(known.k)}
+        safetensors.numpy.save_file(arrays, part / "known.safetensors")
     for path in part.iterdir():
         path.chmod(0o644)  # safetensors lets no one else read
     genes.to_csv(part / "genes.csv", index_label="gene", float_format="%.6g", lineterminator="\n")
@@ -214,18 +226,24 @@ def read(folder: str | Path) -> ExportedModel:
     try:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         bank = _unpack(folder / "bank.safetensors") if "bank.safetensors" in facts["files"] else None
+        known = _known(folder / "known.safetensors") if "known.safetensors" in facts["files"] else None
         genes = pd.read_csv(
             folder / "genes.csv",
             dtype={"gene": str, "expected_floor_name": str},
             keep_default_na=False,  # NA may be a gene
-            na_values={key: [""] for key in ACCURACY},
+            na_values={key: [""] for key in NUMBERS},
         ).set_index("gene")
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}); {AGAIN}") from error
     tiles = None
     if "references.jpg" in facts["files"]:
         tiles = Sheet(facts["reference_tiles"], (folder / "references.jpg").read_bytes())
-    return ExportedModel(facts, weights, bank, genes, tiles)
+    return ExportedModel(facts, weights, bank, genes, tiles, known)
+
+
+def _known(path: Path) -> KnownTiles:
+    arrays = safetensors.numpy.load_file(path)
+    return KnownTiles(arrays["embedding"], arrays["distance"], int(arrays["k"]))
 
 
 def _digest(facts: dict) -> str:

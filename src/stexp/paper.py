@@ -153,9 +153,8 @@ def known_causes(number: dict[str, Any], causes: list[dict[str, Any]]) -> list[s
     by_section = number.get("section") is not None
     if of is not None and n < of and not by_section and number["value"] is not None:
         found.insert(0, f"{n} of the paper's {grids.count(of, 'section')}")
-    trained = [text for text in number["command"].split() if text.startswith(("trainer.max_epochs=", "data.sections="))]
-    if trained:
-        found.insert(0, f"not the published set-up: {', '.join(trained)}")
+    if number["changed"]:
+        found.insert(0, f"not the published set-up: {number['changed']}")
     return found
 
 
@@ -187,7 +186,8 @@ def cards(result: Result, cells: Cells) -> str:
             shown = [grids.number(number[key], form) for key in ("value", "paper")]
             off = grids.number(number["difference"], form.replace(":", ":+"))
             grid.append([TITLES[number["metric"]], *shown, off])
-        made = [f"{first['n_sections']} sections", grids.count(first["seeds"], "seed")]
+        made = [grids.count(first["n_sections"], "section")]
+        made += [grids.count(first["seeds"], "seed")] if first["seeds"] else []
         made += [f"{first['missing_cells']} of {first['cells']} cells missing"] if first["missing_cells"] else []
         lines = [f"- Of: {', '.join(made)}.", f"- Command: `{first['command']}`"]
         lines += [f"- Commit: {first['commit']}"] if first["commit"] else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from stexp.data.section import Section
 from stexp.exports import Place, places
 from stexp.paper_tables import TITLES, TOP, Cells, Result, missing_of, rank_genes, record, score_tables
 from stexp.sweeps import Job
+from stexp.tables import LOWER_IS_BETTER
+
+log = logging.getLogger(__name__)
 
 DPI = 200
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#6a51a3", "#8c6d31", "#636363")
@@ -75,8 +80,10 @@ def genes_on_tissue(cells: Cells) -> Result:
 def _gene_figure(title: str, panels: list[tuple[str, Place, list[np.ndarray], float | None, float | None]]) -> Figure:
     across = 2 if len(panels) > 1 else 1
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.6 * across, 2.95 * down + 0.5), dpi=DPI, layout="constrained")
-    blocks = np.ravel(figure.subfigures(down, across, wspace=0.04, hspace=0.02))
+    tall = max(np.divide(*np.ptp(place.xy, axis=0)[::-1]) for _, place, *_ in panels)
+    high = float(np.clip(2.2 * tall, 1.2, 4.5)) + 0.75
+    figure = Figure(figsize=(5.6 * across, high * down + 0.4), dpi=DPI, layout="constrained")
+    blocks = np.ravel(figure.subfigures(down, across, wspace=0.04, hspace=0.0))
     for block, (gene, place, both, r, paper) in zip(blocks, panels, strict=False):
         beside = "" if paper is None else f" (paper {paper:.3f})"
         text = f"{gene}, section {place.name}: r = {'–' if r is None else f'{r:.3f}'}{beside}"
@@ -85,14 +92,14 @@ def _gene_figure(title: str, panels: list[tuple[str, Place, list[np.ndarray], fl
             drawn = draw_spots(ax, place)
             drawn.set(array=values, cmap="magma", clim=np.percentile(values, [2, 98]))
             ax.set_title(what, fontsize=9)
-            bar = block.colorbar(drawn, ax=ax, shrink=0.75, aspect=18, pad=0.02)
+            bar = block.colorbar(drawn, ax=ax, shrink=0.8, aspect=18, pad=0.02)
             bar.ax.tick_params(labelsize=7)
             bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=11)
     return figure
 
 
-def draw_spots(ax: Axes, place: Place, faint: float = 0.35) -> EllipseCollection:
+def draw_spots(ax: Axes, place: Place, faint: float = 0.6) -> EllipseCollection:
     """The tissue, paled, and its spots, without colours yet; the part of the slide that has spots."""
     low, high = place.xy.min(axis=0) - 1.5 * place.spacing, place.xy.max(axis=0) + 1.5 * place.spacing
     ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
@@ -192,22 +199,26 @@ def neighbours(cells: Cells, metric: str, baseline: str | None) -> Result:
         methods = methods.assign(k=methods["row"].astype(int)).dropna(subset="value").sort_values("k")
         for ax, name in zip(line, shown, strict=True):
             mine = methods[methods["metric"] == name]
-            for label, part in mine.groupby(mine["label"].str.replace(r"k = \d+ ?", "", regex=True)):
-                ax.plot(part["k"], part["value"], "o-", color=COLOURS[0], markersize=4, label=label or "mclSTExp")
+            for colour, (label, part) in zip(COLOURS, mine.groupby(mine["label"].map(_curve)), strict=False):
+                text = label or cells.reference["curve"]
+                ax.plot(part["k"], part["value"], "o-", color=colour, markersize=4, label=text)
             floors = here[(here["kind"] == "floor") & (here["metric"] == name)].dropna(subset="value")
             if len(floors):
-                least = name in ("mse", "mae")
+                least = name in LOWER_IS_BETTER
                 floor = floors.loc[floors["value"].idxmin() if least else floors["value"].idxmax()]
-                ax.axhline(floor["value"], color="#777777", linestyle=":", label=f"best floor: {floor['row']}")
+                ax.axhline(floor["value"], color="#777777", linestyle=":", label="best floor")
+                at = {"xy": (1, floor["value"]), "xycoords": ("axes fraction", "data")}
+                near = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "color": "#555555"}
+                ax.annotate(floor["row"], **at, **near, fontsize=8)
             if best is not None:
-                ax.axvline(best, color=COLOURS[5], linestyle="--", linewidth=1, label=f"the paper's best, {best}")
+                ax.axvline(best, color="#d55e00", linestyle="--", linewidth=1, label="the paper's best k")
+            ax.margins(y=0.08)
             ax.set_title(f"{data}: {TITLES[name]}", fontsize=10)
             ax.set_xlabel("k", fontsize=9)
             ax.tick_params(labelsize=8)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", color="#eeeeee")
             ax.set_axisbelow(True)
-            ax.legend(fontsize=7, frameon=False)
         acg = methods[methods["metric"] == "pearson_acg"]
         if len(acg):
             top = acg.loc[acg["value"].idxmax()]
@@ -217,9 +228,16 @@ def neighbours(cells: Cells, metric: str, baseline: str | None) -> Result:
             title, caption, *rest = next(p for p in out.parts if p[0] == f"{data}, protocol {protocol}")
             said = f"Highest ACG at k = {top['k']}{told}, chosen on the test sections, in the paper as here."
             out.parts[out.parts.index((title, caption, *rest))] = (title, [*caption, said], *rest)
-    figure.suptitle("Number of retrieved neighbours", fontsize=11)
+    handles, texts = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False, fontsize=9)
+    figure.suptitle("Scores against the number of retrieved neighbours", fontsize=11)
     out.figures["neighbours"] = figure
     return out
+
+
+def _curve(label: str) -> str:
+    """What a row is besides its k."""
+    return re.sub(r"k = \d+ ?", "", label)
 
 
 def clusters_of_sections(cells: Cells) -> Result:
@@ -239,33 +257,38 @@ def clusters_of_sections(cells: Cells) -> Result:
             )
         sections = build(OmegaConf.merge(cfg.data.reader, {"sections": names}))
         panel = panel_of(cfg, build(cfg.protocol))
+        order = list(cells.reference["rows"].values())
         labels = list(dict.fromkeys(map(cells.label, jobs)))
-        heads = ["observed", *labels]
+        heads = [head for head in order if head in ("observed", *labels)]
+        heads += [label for label in labels if label not in heads]
         grid = [["section", "spots", "labels", *(text for head in heads for text in (head, "paper"))]]
         drawn = []
         for section in sections:
+            log.info("%s: clusters of %s", section.name, ", ".join(heads))
             known = clusters.labels_of(section)
             line = [section.name, str(int((known != "").sum())), str(len(set(known) - {""}))]
-            rows: list[tuple[str, np.ndarray | None, float | None, float | None]] = []
+            rows: list[tuple[np.ndarray | None, str]] = []
             for head in heads:
                 job = run_of.get((head, section.name))
                 key = "observed" if head == "observed" else _model_of(jobs, cells, head)
                 found = _clustered(section, known, head, job, panel)
                 paper = printed.get(section.name, {}).get(key, (None, None))
                 line += [_pair(found[1:]), _pair(paper)]
-                rows.append((head, *found))
+                rows.append((found[0], f"{_pair(found[1:])}\n(paper {_pair(paper)})" if found[0] is not None else ""))
                 of = [each for each in jobs if cells.label(each) == head and section.name in _sections_of(each)]
                 for metric, value, other in zip(("ari", "nmi"), found[1:], paper, strict=True):
                     what = {"row": key, "label": f"{head}, {section.name}", "kind": "method", "metric": metric}
                     number = record(cells, of or jobs, **what, section=section.name, value=value, paper=other)
                     if head == "observed":
-                        number |= {"command": f"stexp-table sweep={cells.name}", "commit": None, "hours": 0.0}
+                        made = {"command": f"stexp-table sweep={cells.name} allow_missing=true", "commit": None}
+                        number |= {**made, "hours": 0.0, "hardware": None, "seeds": 0, "cells": 0, "missing_cells": 0}
+                        number["n_sections"] = 1
                     out.numbers.append(number)
             grid.append(line)
             drawn.append((section, known, rows))
         caption = [
-            "ARI / NMI of k-means (200 starts) on nine principal components with the pathologist's labels, as many "
-            "clusters as labels; all spots are clustered, those labelled undetermined are not compared.",
+            f"ARI / NMI of k-means ({clusters.STARTS} starts) on nine principal components with the pathologist's "
+            "labels, as many clusters as labels; all spots are clustered, those labelled undetermined not compared.",
             "Observed: ln(1 + 10,000 x share of the panel) per spot, the nearest to the paper's column of all "
             "definitions that were tried (experiments/results/without-images.json).",
             *missing_of(jobs),
@@ -291,28 +314,30 @@ def _clustered(
         if (rows < 0).any():
             raise InputError(f"{job.output_dir} lacks {int((rows < 0).sum())} spots of section {section.name}")
         values = np.asarray(adata.layers["predicted"])[here][rows]
-    return clusters.against_labels(values, known, clusters.OBSERVED["scale"], clusters.OBSERVED["spots"])
+    chosen = clusters.OBSERVED
+    return clusters.against_labels(values, known, chosen["scale"], chosen["spots"], starts=clusters.STARTS)
 
 
 def _cluster_figure(heads: list[str], drawn: list[tuple[Section, np.ndarray, list]]) -> Figure:
     names = sorted({label for _, known, _ in drawn for label in known if label})
     colour = dict(zip(names, COLOURS, strict=False)) | {"": UNLABELLED}
-    figure = Figure(figsize=(2.0 * (1 + len(heads)), 2.25 * len(drawn) + 0.7), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(2.0 * (1 + len(heads)), 2.3 * len(drawn) + 0.8), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(drawn), 1 + len(heads), squeeze=False)
     for line, (section, known, rows) in zip(axes, drawn, strict=True):
         xy = section.xy_px
         place = Place(section.name, np.arange(len(xy)), xy, predictions.spacing(xy), 1.0, section.um_per_px, None, 1.0)
         draw_spots(line[0], place).set(facecolor=[colour[label] for label in known])
-        line[0].set_title("pathologist" if line is axes[0] else "", fontsize=9)
         line[0].set_ylabel(section.name, fontsize=11, rotation=0, ha="right", va="center")
-        for ax, (head, found, ari, nmi) in zip(line[1:], rows, strict=True):
+        for ax, (found, text) in zip(line[1:], rows, strict=True):
+            ax.set_title(text, fontsize=8)
             if found is None:
                 ax.axis("off")
                 ax.text(0.5, 0.5, "no run", ha="center", va="center", color="#777777", transform=ax.transAxes)
-            else:
-                of = clusters.matched(found, known)
-                draw_spots(ax, place).set(facecolor=[colour[of.get(each, "")] for each in found])
-            ax.set_title((f"{head}\n" if line is axes[0] else "") + _pair((ari, nmi)), fontsize=9)
+                continue
+            of = clusters.matched(found, known)
+            draw_spots(ax, place).set(facecolor=[colour[of.get(each, "")] for each in found])
+    for ax, head in zip(axes[0], ["pathologist", *heads], strict=True):
+        ax.set_title("\n".join(filter(None, [head, ax.get_title()])), fontsize=9)
     handles = [
         Line2D([], [], marker="o", linestyle="", color=colour[name], label=name or "undetermined") for name in colour
     ]

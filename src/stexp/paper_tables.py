@@ -16,7 +16,7 @@ from stexp import InputError, grids, predictions
 from stexp.floors import ORACLES
 from stexp.metrics import pearson_per_gene
 from stexp.runs import read_run
-from stexp.sweeps import Job, read_plan
+from stexp.sweeps import NOT_IN_NAME, Job, read_plan
 from stexp.tables import LOWER_IS_BETTER, METRICS, Table, details, tabulate
 
 if TYPE_CHECKING:
@@ -81,6 +81,14 @@ class Cells:
             out.setdefault(key, []).append(job)
         return out
 
+    @property
+    def changed(self) -> list[str]:
+        """What was given that makes other numbers, besides fewer cells."""
+        keys = [text.partition("=")[0] for text in self.overrides]
+        axes = {*self.jobs[0].cell, "trainer", "logger", "callbacks", "data.root", "data.sections"}
+        pairs = zip(keys, self.overrides, strict=True)
+        return [text for key, text in pairs if key not in axes and not key.startswith(NOT_IN_NAME)]
+
     def command(self, jobs: list[Job]) -> str:
         """What makes these cells, or goes on with them."""
         axes = {key: list(dict.fromkeys(job.cell[key] for job in jobs)) for key in ["data", "protocol", *self.varied]}
@@ -141,6 +149,7 @@ def record(cells: Cells, jobs: list[Job], **what: Any) -> dict[str, Any]:
         "n_sections": len({section for job in done for section in cells.facts(job)[1]}),
         "paper_sections": cells.sizes.get(jobs[0].data, {}).get("sections"),
         "seeds": len({job.seed for job in done}),
+        "changed": ", ".join(cells.changed),
         "command": cells.command(jobs),
         "commit": ", ".join(sorted(commits)) or None,
         "hours": sum(each.get("seconds", 0) for each in known) / 3600,
@@ -175,7 +184,8 @@ def score_tables(cells: Cells, metric: str, baseline: str | None) -> Result:
             table = tabulate(title, runs, metric, baseline, True, [cells.label(job) for job in done])
             out.details.append(table)
             gaps = [line for line in table.caption if line.startswith("Gap: ")]
-            caption = [line for line in table.caption if line not in gaps] + caption + gaps
+            told = [line for line in table.caption if line not in gaps and not line.startswith("Mean over sections")]
+            caption = ["Means over sections; their spread: sections.csv.", *told, *caption, *gaps]
             rows, below = table.rows, details(table)
         by_label = rows.set_index("label")
         grid = [["", *(head for key in reference["metrics"] for head in _heads(key)), "floors beaten", "leaks"]]
@@ -184,19 +194,20 @@ def score_tables(cells: Cells, metric: str, baseline: str | None) -> Result:
             key = mine[0].cell[cells.varied[0]]
             found = by_label.loc[label] if label in by_label.index else None
             printed = reference["values"].get(data, {}).get(key, [None] * len(reference["metrics"]))
-            facts = {"row": key, "label": label, "kind": "method"}
-            line = [label]
+            beaten, leaks, line = "–", None, [label]
+            if found is not None:
+                leaks = str(found["leaks"])
+                if pd.notna(found["floors_beaten"]):
+                    beaten = f"{found['floors_beaten']:.0f} of {found['n_floors']:.0f}"
+                    line[0] = f"**{label}**" if found["floors_beaten"] == found["n_floors"] else label
+            facts = {"row": key, "label": label, "kind": "method", "leaks": leaks, "floors_beaten": beaten}
             for name, paper in zip(reference["metrics"], printed, strict=True):
                 value = None if found is None or pd.isna(found[name]) else float(found[name])
                 spread = None if found is None else found.get(f"{name}_sd_sections")
                 what = {"metric": name, "value": value, "paper": paper, "sd_sections": _plain(spread)}
                 out.numbers.append(record(cells, mine, **facts, **what))
                 line += _beside(value, paper)
-            beaten = "–"
-            if found is not None and pd.notna(found["floors_beaten"]):
-                beaten = f"{found['floors_beaten']:.0f} of {found['n_floors']:.0f}"
-                line[0] = f"**{label}**" if found["floors_beaten"] == found["n_floors"] else label
-            grid.append([*line, beaten, "–" if found is None else str(found["leaks"])])
+            grid.append([*line, beaten, leaks or "–"])
         kind = "method"
         for _, row in rows[rows["kind"] != "method"].iterrows():
             grid += [[]] if row["kind"] != kind else []

@@ -132,6 +132,7 @@ def _predict(model, cfg: dict, path: Path, folder: Path) -> Path:
     write_atomically(record, json.dumps(_provenance(model, adata, settings, path, began), indent=1))
     write_report(folder)
     shutil.rmtree(work)
+    print(f"{path.name}: {adata.uns['stexp']['verdict']}")
     return folder
 
 
@@ -160,6 +161,7 @@ def _provenance(model, adata, settings: dict, path: Path, began: float) -> dict:
         **hardware.peak_memory(),
         "hardware": hardware.describe(),
         "precision": facts["precision"],
+        "verdict": facts["verdict"],
         "versions": versions(),
         "settings": settings,
         "slide": path.name,

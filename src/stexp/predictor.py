@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from stexp import InputError, model_folder, predictions
+from stexp import InputError, confidence, model_folder, predictions
 from stexp.data.grid import Grid, make_grid, read_coordinates
 from stexp.data.slide import Slide
 from stexp.data.slide_formats import free_memory
@@ -73,13 +73,15 @@ class Model:
         Reference spots of a method that retrieves.
     reference_tiles : Sheet or None
         Small tiles of reference spots.
+    known : KnownTiles or None
+        What the tiles of training look like to a method that embeds tiles.
     method : TrainedMethod
         Tiles to embeddings, embeddings to expression.
     """
 
     def __init__(self, exported: ExportedModel) -> None:
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
-        self.reference_tiles = exported.tiles
+        self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
         self.method = TrainedMethod(self.facts, exported.weights, self.bank)
 
@@ -131,10 +133,13 @@ class Model:
         AnnData, N spots x G genes
             ``X`` and ``layers["predicted"]``: expression on the scale the model was trained on;
             ``layers["uncertainty"]``: its standard deviation among the retrieved references, NaN for methods that
-            do not retrieve. ``obs``: position, and of a method that retrieves where a prediction comes from. ``var``:
-            accuracy to expect of each gene. ``obsm["spatial"]`` in level-0 pixels, ``obsm["image_embedding"]``,
-            ``obsm["neighbours"]``, see :func:`~stexp.predictions.add_neighbours`, and the image in
-            ``uns["spatial"]``, as scanpy and squidpy plot it.
+            do not retrieve; ``layers["lower"]``, ``layers["upper"]``: its interval. ``obs``: position, of a method
+            that retrieves where a prediction comes from, and of one that embeds tiles how unlike those of training a
+            tile is. ``var``: accuracy to expect of each gene, and how often its interval held. ``uns["stexp"]``:
+            ``verdict`` on the slide and the ``checks`` behind it, see :func:`stexp.confidence.add`.
+            ``obsm["spatial"]`` in level-0 pixels, ``obsm["image_embedding"]``, ``obsm["neighbours"]``, see
+            :func:`~stexp.predictions.add_neighbours`, and the image in ``uns["spatial"]``, as scanpy and squidpy
+            plot it.
 
         Raises
         ------
@@ -149,7 +154,10 @@ class Model:
         side = self._side_px(slide, um)
         where = _lay_out(slide, um, grid, spacing_um, coordinates)
         self._check_memory(len(where.xy_px), len(names))
-        normaliser = self._normaliser(slide, where, side, batch_size)
+        some = self._some_tiles(slide, where, side, batch_size)
+        normaliser = None
+        if self.facts["stain"] is not None:
+            normaliser = StainNormaliser.towards(self.facts["stain"], slide.path.name, some, len(where.xy_px))
         # what is kept of tiles depends on all this, and on nothing else
         what = (
             self.facts["digest"],
@@ -184,6 +192,7 @@ class Model:
             "stain": (self.facts["stain"] or {}).get("method", "none"),
             "precision": self.method.precision(device),
         }
+        confidence.add(adata, self.facts, self.genes, self.known, some, slide, um, side)
         return adata
 
     # what was asked for, judged against what the model is
@@ -239,16 +248,15 @@ class Model:
             )
         return side
 
-    def _normaliser(self, slide: Slide, where: Grid, side: int, batch_size: int) -> StainNormaliser | None:
-        if self.facts["stain"] is None:
-            return None
+    def _some_tiles(self, slide: Slide, where: Grid, side: int, batch_size: int) -> dict[int, np.ndarray]:
+        """Those by which a slide is judged, as they are."""
         rows = measured_tiles(len(where.xy_px))
         batches = tile_batches(slide, where.xy_px[rows], side, self.facts["tile"]["px"], batch_size)
-        tiles = {int(rows[i]): tile for part, tiles in batches for i, tile in zip(part, tiles, strict=True)}
-        return StainNormaliser.towards(self.facts["stain"], slide.path.name, tiles, len(where.xy_px))
+        found = {int(rows[i]): tile for part, tiles in batches for i, tile in zip(part, tiles, strict=True)}
+        return {row: found[row] for row in sorted(found)}
 
     def _check_memory(self, n: int, n_genes: int) -> None:
-        per_gene = 12 * n  # X and two layers
+        per_gene = 4 * n * (3 if self.facts["interval"] is None else 5)  # X and two layers, or four
         width = 0 if self.bank is None else 2 * self.bank.embedding.shape[1] + 2 * self.method.k
         rest = 4 * n * (width if self.bank is not None else 2 * len(self.panel))
         need, free = rest + per_gene * n_genes, free_memory()
