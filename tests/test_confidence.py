@@ -119,8 +119,8 @@ def test_the_command_prints_and_keeps_the_verdict(tmp_path, capsys):
             )
         )
     predict(cfg, find_slides(cfg["slide"]))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blurred.png: ")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blurred.jpg: ")]
     verdict = json.loads((tmp_path / "out" / "blurred" / "provenance.json").read_text())["verdict"]
-    assert line == f"blurred.png: {verdict}" and verdict.startswith("Do not trust this prediction: ")
+    assert line == f"blurred.jpg: {verdict}" and verdict.startswith("Do not trust this prediction: ")
     page = (tmp_path / "out" / "blurred" / "report.html").read_text()
     assert "Do not trust this prediction" in page and "it is less sharp than in training" in page

@@ -52,6 +52,6 @@ WRONG: dict[str, Callable[[Image.Image], Image.Image]] = {
 def write(name: str, right: Path, folder: Path) -> Path:
     with Image.open(right) as image:
         wrong = WRONG[name](image.convert("RGB"))
-    path = folder / f"{name}.png"
-    wrong.save(path, compress_level=1)
+    path = folder / f"{name}.jpg"
+    wrong.save(path, quality=92)
     return path

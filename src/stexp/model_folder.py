@@ -40,7 +40,7 @@ from stexp.protocol import Protocol
 from stexp.report_pictures import Sheet
 
 FORMAT = "stexp-model 2"
-NUMBERS = ("expected_pearson", "expected_floor", *COLUMNS)
+ACCURACY = ("expected_pearson", "expected_floor")
 AGAIN = "export it again, or copy it again"
 
 
@@ -231,7 +231,7 @@ def read(folder: str | Path) -> ExportedModel:
             folder / "genes.csv",
             dtype={"gene": str, "expected_floor_name": str},
             keep_default_na=False,  # NA may be a gene
-            na_values={key: [""] for key in NUMBERS},
+            na_values={key: [""] for key in (*ACCURACY, *COLUMNS)},
         ).set_index("gene")
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}); {AGAIN}") from error
