@@ -8,6 +8,7 @@ Parameters are counted on models built as the configs say; seconds come from the
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -120,8 +121,9 @@ def seconds_per_epoch() -> dict[str, float]:
     for path in sorted((HERE / "results").glob("her2st-strict-B-*.json")):
         kept = json.loads(path.read_text())
         record = kept["provenance"]
-        if "image_encoder.frozen=true" in record["command"] and "stages" in record and record.get("epochs"):
-            out[kept["model"]] = record["stages"]["fit"] / record["epochs"]
+        epochs = record.get("epochs") or int(re.search(r"max_epochs=(\d+)|$", record["command"])[1] or 0)
+        if "image_encoder.frozen=true" in record["command"] and "stages" in record and epochs:
+            out[kept["model"]] = record["stages"]["fit"] / epochs
     return out
 
 

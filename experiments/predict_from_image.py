@@ -97,6 +97,7 @@ def _flags(said: pd.DataFrame, own: pd.DataFrame) -> dict:
 
 
 def _spoilt(model: Model, section, folder: Path) -> dict:
+    Image.MAX_IMAGE_PIXELS = None  # whole slides are larger than what Pillow takes for harmless
     with Image.open(section.slide.path) as image:
         image = image.convert("RGB")
     hue, saturation, value = image.convert("HSV").split()

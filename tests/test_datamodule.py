@@ -175,6 +175,22 @@ def test_order_and_augmentation_follow_seed_and_epoch_alone():
     assert rows_of(ShuffledBatches(np.arange(60), 16, 0)).tolist() != list(range(60))
 
 
+def test_loaders_draw_nothing_from_the_global_generator(sections, tmp_path):
+    """A resumed run starts its loader elsewhere, and must draw the same dropout."""
+    data = module(sections, tmp_path)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(data.train_dataloader())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_digest_covers_what_methods_read(sections, tmp_path):
+    before = module(sections, tmp_path).digest
+    sections[0].spots.obs["array_x"] = sections[0].spots.obs["array_x"].to_numpy()[::-1]
+    assert module(sections, tmp_path).digest != before
+
+
 def test_loaders_carry_indices_only(sections, tmp_path):
     data = module(sections, tmp_path)
     data.setup()

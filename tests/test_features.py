@@ -9,6 +9,7 @@ import pytest
 import torch
 from sections import make_section, make_sections
 
+from stexp import InputError
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.features import FrozenEncoder, frozen_features, surrounding_features
 from stexp.data.slide_formats import WHITE
@@ -26,7 +27,7 @@ def encoder() -> ImageEncoder:
 
 
 def forbidden(*args, **kwargs):
-    raise AssertionError("computed again")
+    raise LookupError("computed again")
 
 
 def make_data(folder: Path, **kwargs) -> SpotDataModule:
@@ -121,7 +122,7 @@ def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, mon
     again = make_data(tmp_path)
     np.testing.assert_array_equal(surrounding_features(again, encoder, 3, CPU)[rows], served)
     np.testing.assert_array_equal(frozen_features(again, encoder, CPU), own)
-    with pytest.raises(AssertionError, match="computed again"):
+    with pytest.raises(LookupError, match="computed again"):
         surrounding_features(again, encoder, 5, CPU)
 
 
@@ -137,6 +138,21 @@ def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):
     own, around = frozen_features(data, encoder, CPU)[rows], surrounding_features(data, encoder, 3, CPU)[rows]
     np.testing.assert_allclose(around[:, 4], own, rtol=1e-4, atol=1e-4)
     assert np.abs(surrounding_features(plain, encoder, 3, CPU)[rows][:, 4] - own).max() > 1e-3
+
+
+def test_what_weights_do_not_show_is_part_of_the_key(tmp_path):
+    def key(**model_args) -> str:
+        torch.manual_seed(0)
+        vit = ImageEncoder("test_vit", pretrained=False, model_args=model_args)
+        return FrozenEncoder(vit, CPU, None, tmp_path).key
+
+    keys = [key(global_pool="avg"), key(global_pool="max"), key(global_pool="avg", num_heads=1)]
+    assert len(set(keys)) == 3 and key(global_pool="avg") == keys[0]
+
+
+def test_tiles_of_a_size_that_the_encoder_does_not_take_are_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"vit_tiny_patch16_224 does not take tiles of 3x16x16.*input_size"):
+        frozen_features(make_data(tmp_path), ImageEncoder("vit_tiny_patch16_224", pretrained=False), CPU)
 
 
 def test_precision_is_part_of_the_key(tmp_path, encoder):

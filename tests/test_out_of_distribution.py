@@ -73,10 +73,8 @@ def test_a_model_knows_its_training_tiles():
 
 
 def test_of_one_section_its_blocks_are_compared():
-    tiles, xy = (
-        np.random.default_rng(4).normal(size=(100, 6)).astype(np.float32),
-        np.random.default_rng(5).random((100, 2)),
-    )
+    rng = np.random.default_rng(4)
+    tiles, xy = rng.normal(size=(100, 6)).astype(np.float32), rng.random((100, 2))
     spots = pd.DataFrame({"patient": "A", "section": "A1"}, index=range(100))
     roles = {"train": np.arange(50), "validation": np.arange(50, 80), "test": np.arange(80, 100)}
     data = SimpleNamespace(

@@ -154,7 +154,10 @@ def test_a_slide_without_scale_is_asked_for_it(model):
         ({"grid": "round"}, "grid=round: choose hexagonal or square"),
         ({"spacing_um": 0}, "spacing_um=0: a number above 0"),
         ({"coordinates": np.zeros((4, 3))}, r"coordinates of shape \(4, 3\)"),
-        ({"coordinates": np.full((4, 2), 1e6)}, "places lie outside of it"),
+        ({"coordinates": np.eye(4)[:, :2][:2] * 1e6 + 1e6}, "places lie outside of it"),
+        ({"coordinates": np.full((4, 2), 50.0)}, "coordinates hold a place twice"),
+        ({"genes": None}, "genes=None: give panel, all, or a list"),
+        ({"device": "meta"}, "device=meta: choose auto, cpu or cuda"),
         ({"coordinates": "nowhere.csv"}, "nowhere.csv do not exist"),
     ],
 )

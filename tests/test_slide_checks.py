@@ -73,6 +73,9 @@ def test_structures_of_another_size_are(tiles, training):
 def test_what_is_no_tissue_is(tiles, training):
     white = verdicts(np.full_like(tiles["A1"], 250), training)
     assert white["tissue"] == white["stain"] == white["stain_colour"] == "do_not_trust"
+    blank = [each | look(np.full_like(tiles["A1"], 250), TILE_UM / PX) for each in training]
+    unknown = verdicts(tiles["A1"], blank)
+    assert {unknown[name] for name in ("size", "stain", "stain_colour", "sharpness")} == {"caution"}
     noise = np.random.default_rng(0).integers(0, 256, tiles["A1"].shape, dtype=np.uint8)
     found = verdicts(noise, training)
     assert found["size"] == found["stain_colour"] == "do_not_trust"

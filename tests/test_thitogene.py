@@ -210,9 +210,11 @@ def test_layers_start_as_published():
 
 
 @torch.no_grad()
-def test_a_section_of_one_spot_has_a_prediction():
+def test_a_section_of_one_spot_is_predicted_and_does_not_train():
     image = torch.rand(1, 3, 44, 44, generator=torch.Generator().manual_seed(4))
-    assert make_model()(image, torch.tensor([[1, 2]])).isfinite().all()
+    model = make_model()
+    assert model(image, torch.tensor([[1, 2]])).isfinite().all()
+    assert model.training_step([image], 0) is None  # of one spot
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

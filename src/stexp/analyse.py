@@ -41,10 +41,15 @@ def wanted(cfg: dict) -> bool:
 
 def check(cfg: dict) -> None:
     """InputError for what can be told wrong before anything is predicted."""
-    formats = cfg["exports"]
-    cfg["exports"] = [formats] if isinstance(formats, str) else list(formats or [])
-    exports.check(cfg["exports"])
     chosen = cfg["downstream"]
+    for keys, key in ((cfg, "exports"), (cfg, "export_genes"), (chosen, "neighbours")):
+        if keys[key] is not None and keys[key] != "all":
+            several = keys[key] if isinstance(keys[key], list) else [keys[key]]
+            keys[key] = [str(each) for each in several]
+    cfg["exports"] = cfg["exports"] or []
+    exports.check(cfg["exports"])
+    if chosen["gene_sets"] is not None:
+        chosen["gene_sets"] = str(chosen["gene_sets"])
     for key, known in (("domains", (None, *downstream.DOMAINS)), ("method", downstream.METHODS)):
         if chosen[key] not in known:
             raise InputError(f"downstream.{key}={chosen[key]}: choose {', '.join(name for name in known if name)}")

@@ -75,5 +75,10 @@ def build(node: Any, **extra: Any) -> Any:
         return found(**arguments, **{key: value for key, value in extra.items() if key in known})
     except InputError:
         raise
-    except (TypeError, ValueError, ImportError) as error:  # a value that no one checked, a package not installed
+    except MemoryError:
+        raise
+    except (TypeError, ValueError, ImportError, ArithmeticError, AssertionError, LookupError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which may not be imported here
+            raise
+        # a value that no one checked, a package not installed
         raise InputError(f"{target}: {' '.join(str(error).split())[:300]}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,16 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from stexp import InputError, __version__, construct, model_folder, predictions
+from stexp import InputError, __version__, construct, predictions
 from stexp.config import CONF, command, to_plain
-from stexp.data.tiles import file_digest
 from stexp.metrics import mean_pearson
-from stexp.model_folder import Bank
 from stexp.report_pictures import BANK_TILES, Sheet, sheet
 
 if TYPE_CHECKING:
     import torch
 
     from stexp.finished_run import Run
+    from stexp.model_folder import Bank
     from stexp.trained import TrainedMethod
 
 log = logging.getLogger(__name__)
@@ -51,6 +50,9 @@ def main(cfg: DictConfig) -> None:
 
 def exported_run(run: Path) -> Path:
     """``<run>/model.stexp``, exported first where it is not there, or of an earlier training or format."""
+    from stexp import model_folder
+    from stexp.data.tiles import file_digest
+
     folder = run / "model.stexp"
     if (folder / "model.json").is_file():
         facts = predictions.read_json(folder / "model.json")
@@ -98,7 +100,7 @@ def export(
         The run is not finished, its data changed, or its method needs more than tiles; or the exported model does
         not predict the held-out spots as the run did.
     """
-    from stexp import confidence
+    from stexp import confidence, model_folder
     from stexp.expected import expected_accuracy
     from stexp.finished_run import Run
     from stexp.trained import TrainedMethod
@@ -160,6 +162,7 @@ def _checkpoint(run: Path) -> Path:
 def _facts(source: Run) -> tuple[dict, dict[str, torch.Tensor]]:
     """``model.json`` and the weights."""
     from stexp.checkpoints import load_checkpoint
+    from stexp.data.tiles import file_digest
 
     cfg, path = source.cfg, _checkpoint(source.folder)
     checkpoint = load_checkpoint(path)
@@ -258,9 +261,8 @@ def _check(source: Run, model: TrainedMethod) -> dict:
             batch = source.data.batch(SpotIndex(torch.from_numpy(part), image=False))
             made.append(model.encode(source.data.tiles(part), batch.xy_um, batch.array_xy))
         except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:150]
             raise InputError(
-                f"{model.facts['method']} cannot predict a slide: it needs more than the tile of a spot ({reason})"
+                f"{model.facts['method']} cannot predict a slide: it needs more than the tile of a spot"
             ) from error
     arrays = {key: torch.cat([each[key] for each in made]).numpy() for key in made[0]}
     if model.bank is not None:
@@ -302,7 +304,7 @@ def _compress(bank: Bank, dtype: str, prototypes: int | None) -> Bank:
         clusters = MiniBatchKMeans(prototypes, random_state=0, n_init=1, batch_size=4096).fit(bank.embedding)
         bank = bank.take(np.unique(cKDTree(bank.embedding).query(clusters.cluster_centers_)[1]))
     # as they come back from the file
-    return Bank(**{**vars(bank), "embedding": bank.embedding.astype(dtype).astype(np.float32)})
+    return replace(bank, embedding=bank.embedding.astype(dtype).astype(np.float32))
 
 
 def _loss(source: Run, full: TrainedMethod, small: TrainedMethod) -> dict:

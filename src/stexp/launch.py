@@ -59,7 +59,7 @@ def sweep(arguments: Sequence[str]) -> int:
         else:
             (of_hydra if override.key_or_group.startswith("hydra") else rest).append(text)
     name, dry = own.get("sweep"), own.get("dry_run", False)
-    if not (isinstance(name, str | None) and isinstance(dry, bool)):
+    if name == "" or not (isinstance(name, str | None) and isinstance(dry, bool)):
         raise InputError("give one sweep=NAME, and dry_run=true or false")
     cells = jobs(name, rest)
     everything = with_needs(cells)

@@ -30,6 +30,7 @@ import safetensors.numpy
 import safetensors.torch
 import scipy.sparse as sp
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from stexp import InputError
@@ -164,6 +165,26 @@ def write(
     """Write a folder beside its place and rename it when whole, in place of one that is there; returns its digest."""
     if folder.exists() and not (folder / "model.json").is_file():
         raise InputError(f"{folder} is there and no exported model; choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            return _write(folder, facts, weights, bank, genes, embedding_dtype, tiles, known)
+    except Timeout:
+        raise InputError(f"another process writes {folder}; wait for it, or choose another output") from None
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{folder}: {error}") from None
+
+
+def _write(
+    folder: Path,
+    facts: dict,
+    weights: dict[str, torch.Tensor],
+    bank: Bank | None,
+    genes: pd.DataFrame,
+    embedding_dtype: str,
+    tiles: Sheet | None,
+    known: KnownTiles | None,
+) -> str:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -218,6 +239,8 @@ def read(folder: str | Path) -> ExportedModel:
         raise InputError(f"{path} is of format {known!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
     if not intact:
         raise InputError(f"{path} was changed or damaged: its checksum is another; {AGAIN}")
+    if not {"model.safetensors", "genes.csv"} <= {*facts["files"]}:
+        raise InputError(f"{path} does not name all its files; {AGAIN}")
     for name, checksum in facts["files"].items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")

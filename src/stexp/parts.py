@@ -35,7 +35,9 @@ class Parts:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.safetensors")):
-            if int(path.stem) != self.done:  # one before it is gone, or was longer when it was done again
+            if (
+                not path.stem.isdigit() or int(path.stem) != self.done
+            ):  # one before it is gone, or was longer when it was done again
                 continue
             try:
                 part = safetensors.numpy.load_file(path)
@@ -62,7 +64,10 @@ class Parts:
         together = {key: np.concatenate([values[key] for _, values in self._unsaved]) for key in self._unsaved[0][1]}
         path = self.folder / f"{self.done - len(rows):012d}.safetensors"
         part = path.with_suffix(".part")
-        safetensors.numpy.save_file({"rows": rows, **together}, part)
+        try:
+            safetensors.numpy.save_file({"rows": rows, **together}, part)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path}: {error}") from None
         os.replace(part, path)
         self._unsaved, self._saved_at = [], time.monotonic()
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import hydra
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, predictions, report_pictures
@@ -50,6 +51,7 @@ def main(cfg: DictConfig) -> None:
             if OmegaConf.is_missing(cfg, key):
                 raise InputError(f"{key} is not given: {key}= names {example}")
         plain = to_plain(cfg)
+        plain["coordinates"] = None if cfg.coordinates is None else str(cfg.coordinates)
         check(plain)
         slides = find_slides(plain["slide"])
         if cfg.coordinates is not None and len(slides) > 1:
@@ -99,6 +101,15 @@ def predict(cfg: dict, slides: dict[str, Path]) -> list[Path]:
 
 
 def _predict(model, cfg: dict, path: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _predict_alone(model, cfg, path, folder)
+    except Timeout:
+        raise InputError(f"another process is at work in {folder}; wait for it, or choose another output_dir") from None
+
+
+def _predict_alone(model, cfg: dict, path: Path, folder: Path) -> Path:
     from stexp.data.tiles import file_digest
 
     given = cfg["coordinates"]
@@ -122,7 +133,6 @@ def _predict(model, cfg: dict, path: Path, folder: Path) -> Path:
             write_report(folder)
         return folder
     began, work = time.perf_counter(), folder / ".work"
-    folder.mkdir(parents=True, exist_ok=True)
     for old in (record, folder / "report.html"):  # the first says that the prediction beside it is finished
         old.unlink(missing_ok=True)
     keys = ("um_per_px", "grid", "spacing_um", "coordinates", "genes", "device", "batch_size")
@@ -180,10 +190,13 @@ def find_slides(given: str | list[str]) -> dict[str, Path]:
         Nothing there, or two images of one name.
     """
     slides: dict[str, Path] = {}
-    for item in [given] if isinstance(given, str | int) else given:
+    items = given if isinstance(given, list) else [given]
+    if not items:
+        raise InputError("slide=[] names no slide")
+    for item in items:
         item = Path(str(item))
         if item.is_dir():
-            found = sorted(path for path in item.iterdir() if path.suffix.lower() in SUFFIXES)
+            found = sorted(path for path in item.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
         else:
             found = [item] if item.exists() else sorted(Path(path) for path in glob.glob(str(item)))
         if not found:

@@ -33,6 +33,9 @@ from stexp.trained import TrainedMethod
 
 log = logging.getLogger(__name__)
 
+NEEDED = ("method", "model", "sizes", "features_by", "k", "panel", "protocol", "data", "fold", "tile", "stain")
+"""Keys of ``model.json`` without which nothing is predicted."""
+
 
 def load_model(path: str | Path) -> Model:
     """A model that ``stexp-export`` wrote, or that of a finished run.
@@ -81,6 +84,9 @@ class Model:
 
     def __init__(self, exported: ExportedModel) -> None:
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
+        lacking = sorted({*NEEDED} - {*self.facts})
+        if lacking:
+            raise InputError(f"model.json does not say {', '.join(lacking)}; {model_folder.AGAIN}")
         self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
         self.method = TrainedMethod(self.facts, exported.weights, self.bank)
@@ -200,6 +206,8 @@ class Model:
     def _names(self, genes: str | Sequence[str]) -> list[str]:
         if isinstance(genes, str) and genes in ("panel", "all"):
             return self.panel if genes == "panel" else list(self.genes.index)
+        if genes is None or isinstance(genes, int | float):
+            raise InputError(f"genes={genes}: give panel, all, or a list of names")
         names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
         if not names or len(set(names)) < len(names):
             raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
@@ -331,6 +339,8 @@ def _device(name: str) -> torch.device:
         device = torch.device("cuda" if name == "gpu" else name)
     except RuntimeError:
         raise InputError(f"device={name}: choose auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={name}: choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={name}: torch sees no GPU here; take cpu or auto")
     return device
@@ -346,6 +356,8 @@ def _lay_out(
     xy = np.asarray(coordinates, dtype=np.float64)
     if xy.ndim != 2 or xy.shape[1] != 2 or not len(xy) or not np.isfinite(xy).all():
         raise InputError(f"coordinates of shape {xy.shape}: rows of x and y in pixels would fit")
+    if len(np.unique(xy, axis=0)) < len(xy):
+        raise InputError("coordinates hold a place twice")
     pitch = predictions.spacing(xy)
     array_xy = np.round((xy - xy.min(axis=0)) / max(pitch, 1.0)).astype(np.int64)
     return Grid(xy, array_xy, None, pitch, "given")

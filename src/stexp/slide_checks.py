@@ -176,6 +176,8 @@ def _size(slide: dict, training: Sequence[dict]) -> dict:
 def _strength(slide: dict, training: Sequence[dict], normalised: bool) -> dict:
     if slide["od_red"] is None:
         return _check("stain", None, None, "do_not_trust", "no stained tissue was found on its tiles")
+    if all(each["od_red"] is None for each in training):
+        return _check("stain", None, None, "caution", "no stained tissue was found on the training tiles")
     found = {name: _z(slide[name], training, name) for name in CHANNELS}
     worst = max(found, key=lambda name: abs(found[name][0]))
     z, middle, spread = found[worst]

@@ -75,8 +75,15 @@ class Job:
     @property
     def method(self) -> str:
         """The method's name in the folder's path, and what was retrieved again."""
-        run = (self.needs or self).output_dir
-        return " ".join([run.parent.name, *([self.output_dir.name] if self.needs else [])])
+        folder = (self.needs or self).output_dir.parent.name
+        if self.model not in folder:  # given by hand
+            rest = (
+                f"{key}={value}"
+                for key, value in self.cell.items()
+                if key not in ("data", "protocol", "model", "fold", "seed")
+            )
+            folder = " ".join([self.model, *rest])
+        return " ".join([folder, *([self.output_dir.name] if self.needs else [])])
 
     @property
     def label(self) -> str:
@@ -91,6 +98,10 @@ class Job:
     def arguments(self) -> list[str]:
         """The same as a process that ends with the sweep."""
         return [sys.executable, "-m", "stexp.launch", self.command, *self.overrides]
+
+
+NAMED = ("data", "protocol", "model", "image_encoder")
+"""Groups whose configs have a name."""
 
 
 def names() -> list[str]:
@@ -141,6 +152,8 @@ def jobs(name: str | None, overrides: Sequence[str] = ()) -> list[Job]:
         else:
             where[key] = values
     seeds = axes.pop("seed", ["0"])
+    if wrong := [seed for seed in seeds if not str(seed).isdigit()]:
+        raise InputError(f"seed={wrong[0]}: a whole number of at least 0 would fit")
     folds = [_text(fold) for fold in axes.pop("fold", ["all" if name else "null"])]
     if not name:
         return _plain({**axes, "seed": seeds, "fold": folds}, fixed)
@@ -348,7 +361,7 @@ def _plain(axes: Mapping[str, list[str]], fixed: Mapping[str, str]) -> list[Job]
             if cell["fold"] == "all":
                 output_dir /= fold
             if output_dir in out:
-                varied = [key for key in cell if key not in ("fold", "seed")]
+                varied = [f"{key}.name" if key in NAMED else key for key in cell if key not in ("fold", "seed")]
                 raise InputError(
                     f"two jobs would write into {output_dir}; give output_dir what varies, as in "
                     f"output_dir='runs/{'-'.join(f'${{{key}}}' for key in varied)}-${{fold}}-s${{seed}}'"

@@ -122,7 +122,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         logs.begin(logger, to_plain(cfg))
         with stages("fit"):
             if last.exists():
-                load_checkpoint(last)
+                data.load_state_dict(load_checkpoint(last)["SpotDataModule"])  # before weights that may not fit
                 if len(data.rows("validation")) and not best.exists():
                     raise InputError(f"{best} is gone, and {last} alone cannot bring it back; give overwrite=true")
                 log.info("going on from %s", last)
@@ -280,6 +280,10 @@ def _ready(
 
 
 def _check_numbers(cfg: DictConfig) -> None:
+    """What would else be found wrong after the tiles are cut, or the features computed."""
+    tuning = cfg.image_encoder.get("tuning", "all")
+    if cfg.image_encoder.frozen and tuning != "all":
+        raise InputError(f"image_encoder.frozen=true trains nothing; tuning={tuning} needs image_encoder.frozen=false")
     for key, value, least in (
         ("trainer.max_epochs", cfg.trainer.max_epochs, 1),
         ("hardware.threads", 1 if cfg.hardware.threads is None else cfg.hardware.threads, 1),

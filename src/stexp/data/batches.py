@@ -110,7 +110,9 @@ def part_of(n: int, rank: int, world: int) -> slice:
 
 
 def index_loader(batches, shuffled: Sampler | None = None) -> DataLoader:
-    return DataLoader(_AsGiven(), batch_size=None, sampler=shuffled if shuffled is not None else batches, num_workers=0)
+    # a generator of its own: an iterator draws a number when it starts, and of a resumed run it starts elsewhere
+    order, own = batches if shuffled is None else shuffled, torch.Generator()
+    return DataLoader(_AsGiven(), batch_size=None, sampler=order, num_workers=0, generator=own)
 
 
 def nearest(xy: np.ndarray, n: int) -> np.ndarray:

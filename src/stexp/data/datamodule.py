@@ -240,7 +240,9 @@ class SpotDataModule(pl.LightningDataModule):
     def digest(self) -> str:
         """Hash of what the run learns from: counts, positions, roles, images and how their stain is normalised."""
         digest = hashlib.blake2b((self.stain or "").encode(), digest_size=16)
-        for array in (self.counts, self.xy_px, self.spots["role"].to_numpy(str)):
+        array_xy = self.spots[["array_x", "array_y"]].to_numpy()
+        sides = np.array([0 if s.slide is None else self.tile.side_px(s) for s in self.sections])
+        for array in (self.target, self.counts, self.xy_px, array_xy, sides, self.spots["role"].to_numpy(str)):
             digest.update(np.ascontiguousarray(array).tobytes())
         for section in self.sections:
             digest.update(b"-" if section.slide is None else file_digest(section.slide.path).encode())

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stexp import InputError
 from stexp.data.augment import augment
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.kept import kept_array
 from stexp.data.section import Section
 from stexp.data.tile_store import JpegTiles
 from stexp.data.tiles import TileSpec, around, shown, tiles_around
-from stexp.models.image_encoders import ImageEncoder
+from stexp.models.image_encoders import ImageEncoder, one_line
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,17 @@ class FrozenEncoder:
                     part = slice(start, start + self.batch_size)
                     raw = torch.from_numpy(np.array(tiles[part])).to(self.device)
                     image = augment(stain[1](raw) if stain else raw, "none", 0)
-                    with self.context:
-                        out[rows[part]] = self.encoder(image).float().cpu().numpy()
+                    try:
+                        with self.context:
+                            out[rows[part]] = self.encoder(image).float().cpu().numpy()
+                    except torch.OutOfMemoryError:
+                        raise
+                    except (AssertionError, RuntimeError, ValueError) as error:
+                        size = "x".join(map(str, image.shape[1:]))
+                        raise InputError(
+                            f"{self.encoder.name} does not take tiles of {size}: {one_line(error)}; another "
+                            f"image_encoder.input_size may fit"
+                        ) from error
             return out
 
         return kept_array(path, (n, self.encoder.num_features), encode)
@@ -187,7 +197,7 @@ def _with_image(data: SpotDataModule) -> Iterable[tuple[Section, np.ndarray | Jp
 
 def _weights_digest(encoder: ImageEncoder, precision: torch.dtype | None) -> str:
     # the printed layers name what weights do not: padding, activations, pooling
-    what = f"{encoder.name} {encoder.output} {encoder.input_size} {encoder.model}"
+    what = f"{encoder.name} {encoder.output} {encoder.input_size} {encoder.built_as} {encoder.model}"
     digest = hashlib.blake2b(what.encode(), digest_size=8)
     digest.update(str(precision or torch.float32).encode())
     for name, tensor in sorted({**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}.items()):

@@ -154,6 +154,9 @@ def read_coordinates(path: str | Path, slide: Slide | None = None) -> Grid:
     twice = table.index[table.index.duplicated()].unique()
     if len(twice):
         raise InputError(f"coordinates {path}: {len(twice)} ids occur twice (first: {twice[0]})")
+    same = pd.DataFrame(xy, index=table.index).duplicated().to_numpy()
+    if same.any():
+        raise InputError(f"coordinates {path}: {same.sum()} places are given twice (first: {table.index[same][0]})")
     if slide is not None and (n := n_outside(xy, *slide.size)):
         width, height = slide.size
         raise InputError(

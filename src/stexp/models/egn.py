@@ -13,7 +13,7 @@ from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.losses import correlation_loss
-from stexp.models.blocks import TransformerBlock
+from stexp.models.blocks import GeneHead, TransformerBlock
 
 APART = ("section", "patient", "spot")
 RESIDUALS = ("given", "revised")
@@ -136,7 +136,7 @@ class EGN(pl.LightningModule):
             }
         )
         self.pool = AttentionPool(dim)
-        self.head = nn.Sequential(nn.LayerNorm(2 * dim), nn.Linear(2 * dim, n_genes))
+        self.head = nn.Sequential(nn.LayerNorm(2 * dim), GeneHead(2 * dim, n_genes))
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.n_exemplars, self.apart, self.correlation_weight = n_exemplars, apart, correlation_weight

@@ -15,7 +15,7 @@ from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFli
 from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.losses import zinb_nll
-from stexp.models.blocks import ArrayEmbedding, TransformerBlock, central, neighbour_graph, start_as_mean
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph, start_as_mean
 
 
 class Hist2ST(pl.LightningModule):
@@ -115,9 +115,9 @@ class Hist2ST(pl.LightningModule):
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, head_dim, dim, dropout) for _ in range(depth))
         self.graph_blocks = nn.ModuleList(GraphBlock(dim) for _ in range(graph_depth))
         self.over_depth = nn.LSTM(dim, dim, 2)
-        self.gene_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, n_genes))
+        self.gene_head = nn.Sequential(nn.LayerNorm(dim), GeneHead(dim, n_genes))
         if zinb_weight > 0:
-            self.mean_head, self.dispersion_head, self.zero_head = (nn.Linear(dim, n_genes) for _ in range(3))
+            self.mean_head, self.dispersion_head, self.zero_head = (GeneHead(dim, n_genes) for _ in range(3))
         if n_views > 0:
             self.view_weight = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
             self.change = Compose([RandomGrayscale(0.1), RandomRotation(90), RandomHorizontalFlip(0.2)])

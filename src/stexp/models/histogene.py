@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
-from stexp.models.blocks import ArrayEmbedding, TransformerBlock, central, start_as_mean
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, start_as_mean
 
 
 class HisToGene(pl.LightningModule):
@@ -75,7 +75,7 @@ class HisToGene(pl.LightningModule):
         self.position = ArrayEmbedding(n_positions, dim) if positions else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, head_dim, hidden, dropout) for _ in range(depth))
-        self.gene_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, n_genes))
+        self.gene_head = nn.Sequential(nn.LayerNorm(dim), GeneHead(dim, n_genes))
 
     def forward(self, image: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
         """Tiles (N, 3, H, W) in 0..1 and array coordinates (N, 2) of a section to expression (N, G)."""

@@ -142,6 +142,8 @@ class ImageEncoder(nn.Module):
         args = {"num_classes": 0, **(model_args or {})}
         if output != "pooled":
             args["global_pool"] = ""  # all tokens, normalised
+        # what names features that are kept: neither weights nor printed layers hold all of it
+        self.built_as = f"{architecture or name} {sorted(args.items())} {final_activation}"
         weights = _Weights(name, hub, hub_file, checkpoint, self.card) if pretrained else None
         self.model = _create(architecture or name, weights, args)
         if not final_activation:
@@ -301,6 +303,9 @@ def _check_fits(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     missing = sorted(key for key in needed if key not in state)
     if missing:
         raise KeyError(f"{len(missing)} of its {len(needed)} tensors are not in the file, {missing[0]} for one")
+    patch = "patch_embed.proj.weight"  # timm would resample patches of another size
+    if patch in known and state[patch].ndim == 4 and state[patch].shape[2:] != model.state_dict()[patch].shape[2:]:
+        raise KeyError(f"the file is of a model with patches of {state[patch].shape[-1]} px")
     # a deeper model of the same widths holds all that is needed, and more of the same parts
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -14,6 +14,7 @@ from torch import nn
 from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
 from stexp.data.datamodule import SpotDataModule
+from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.spot_encoder import sinusoid
 
@@ -91,7 +92,7 @@ class SEPAL(pl.LightningModule):
             if not value > 0:
                 raise InputError(f"model.{name}={value}: a number above 0 would fit")
         self.image_encoder = image_encoder
-        self.image_head = nn.Linear(image_encoder.num_features, n_genes)
+        self.image_head = GeneHead(image_encoder.num_features, n_genes)
         self.graph = LocalGraphNet(image_encoder.num_features, n_genes, before, hidden, head, operator, position)
         # a checkpoint says what it is of
         self.register_buffer("mean", torch.zeros(n_genes))
@@ -204,7 +205,7 @@ class LocalGraphNet(nn.Module):
         convolution = GCNConv if operator == "gcn" else GraphConv
         self.convolutions = nn.ModuleList(convolution(a, b) for a, b in pairwise(widths))
         self.score = GraphConv(widths[-1], 1)
-        self.head = nn.Linear(widths[-1], n_genes) if head else None
+        self.head = GeneHead(widths[-1], n_genes) if head else None
 
     def forward(
         self, features: torch.Tensor, offset: torch.Tensor, edges: torch.Tensor, is_node: torch.Tensor

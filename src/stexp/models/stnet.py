@@ -9,6 +9,7 @@ from torch import nn
 from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 
 SCALES = ("train", "image_encoder")
@@ -62,7 +63,7 @@ class STNet(pl.LightningModule):
             if not fits:
                 raise InputError(f"model.{name}={value}: a number {what} would fit")
         self.image_encoder = image_encoder
-        self.head = nn.Linear(image_encoder.num_features, n_genes)
+        self.head = GeneHead(image_encoder.num_features, n_genes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         # of the training tiles; buffers, since a reloaded model has no training tiles

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
-from stexp.models.blocks import ArrayEmbedding, TransformerBlock, central, neighbour_graph, start_as_mean
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph, start_as_mean
 
 
 class THItoGene(pl.LightningModule):
@@ -93,7 +93,7 @@ class THItoGene(pl.LightningModule):
         self.graph_in = GraphAttention(dim, graph_hidden, graph_heads, dropout)
         self.graph_out = GraphAttention(graph_heads * graph_hidden, graph_dim, 1, dropout)
         self.gene_head = nn.Sequential(
-            nn.Linear(graph_dim, 1024), nn.ReLU(), nn.LayerNorm(1024), nn.Linear(1024, n_genes)
+            nn.Linear(graph_dim, 1024), nn.ReLU(), nn.LayerNorm(1024), GeneHead(1024, n_genes)
         )
 
     def forward(self, image: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,9 @@ class THItoGene(pl.LightningModule):
         if self.start_from_mean and self.trainer.ckpt_path is None:
             start_as_mean(self.gene_head[-1], self.trainer.datamodule)
 
-    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor | None:
+        if len(batch) == 1:
+            return None  # batch normalisation has nothing to compare with: such a section does not train
         loss = F.mse_loss(self(batch.image, batch.array_xy).float(), batch.target)
         self.log("train/mse", loss, prog_bar=True, batch_size=len(batch))
         return loss

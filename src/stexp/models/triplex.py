@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
+from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.view_encoders import (
     AttentionBlock,
@@ -145,9 +146,7 @@ class Triplex(pl.LightningModule):
         depth, *sizes = encoders["fusion"]
         self.fusion = nn.ModuleList(AttentionBlock(dim, *sizes) for _ in range(depth))
         self.fusion_norm = nn.LayerNorm(dim)
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(dim, n_genes) for name in ("fused", "target", "neighbour", "whole")}
-        )
+        self.heads = nn.ModuleDict({name: GeneHead(dim, n_genes) for name in ("fused", "target", "neighbour", "whole")})
         steps = torch.arange(side, dtype=torch.float32)
         self.register_buffer("grid", torch.cartesian_prod(steps, steps).flip(1), persistent=False)  # left to right
         self.neighbours, self.side, self.kernel_size, self.alpha = neighbours, side, kernel_size, alpha
