@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from stexp import config
 
@@ -75,14 +76,19 @@ METHODS = {
 }
 """Method -> source, loss, what differs from the original."""
 
+FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "mean"}
+"""Methods that predict from a tile alone, which is what `stexp-export` takes."""
+
 
 def methods() -> str:
     """Every yaml of conf/model, built at published size."""
     seconds = seconds_per_epoch()
+    files = (config.CONF / "image_encoder").glob("*.yaml")
+    yaml_of = {OmegaConf.load(path).get("name"): path.stem for path in files}
     rows = [
-        "| `model=` | source | loss | a batch | image encoder | differs from the original | parameters | of them image "
-        "encoder | s/epoch |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| `model=` | source | loss | a batch | image encoder | predicts slides | differs from the original "
+        "| parameters | of them image encoder | s/epoch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         for name in METHODS:
@@ -105,9 +111,10 @@ def methods() -> str:
                 source,
                 loss,
                 "all at once" if closed else batch,
-                f"{cfg.image_encoder.name}{'' if of_encoder else ', frozen'}" if reads else "",
+                f"`{yaml_of[cfg.image_encoder.name]}`{'' if of_encoder else ', frozen'}" if reads else "",
+                "yes" if name in FROM_A_TILE else "no",
                 differs,
-                f"{sum(sizes.values()):,}",
+                "closed form" if closed else f"{sum(sizes.values()):,}",
                 f"{of_encoder:,}",
                 f"{seconds[name]:.3g}" if name in seconds and not closed else "",
             ]
