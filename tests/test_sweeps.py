@@ -292,7 +292,11 @@ def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again
 
 
 def test_an_interrupted_sweep_ends_its_jobs(tmp_path, monkeypatch):
-    endless = "import time, sys, pathlib; (pathlib.Path(sys.argv[1]) / 'began').touch()\nwhile True: time.sleep(1)"
+    endless = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where this test was started with &
+(pathlib.Path(sys.argv[1]) / 'began').touch()
+while True: time.sleep(1)"""
     started = []
 
     def start(job: Job, slot: launch.Slot) -> launch.Local:

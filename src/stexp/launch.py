@@ -269,6 +269,7 @@ def child(command: str, arguments: list[str]) -> None:
     """A command as a job of a sweep: it ends with the sweep, even where that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the sweep was started with & or nohup
     sys.argv = [f"stexp-{command}", *arguments]
     import_module(f"stexp.{command}").main()
 

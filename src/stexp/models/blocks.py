@@ -37,7 +37,7 @@ class GeneHead(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., F) -> (..., G) float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 
 class TransformerBlock(nn.Module):
