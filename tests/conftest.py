@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from stexp.data.datamodule import SpotDataModule
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +49,16 @@ def strict(demo: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "strict"
     run(demo, out, "trainer.max_epochs=4")
     return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> SpotDataModule:
+    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
+    from sections import make_data
+
+    from stexp.protocol import Protocol
+
+    return make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from stexp.data.slide import Slide
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
     from stexp.data.datamodule import SpotDataModule
 
 
@@ -103,3 +105,13 @@ def make_data(folder: Path, protocol: Protocol) -> SpotDataModule:
     panel, cache = [f"g{i:02d}" for i in range(30)], str(folder / "cache")
     sections = make_sections(folder, n_spots=25)
     return SpotDataModule(sections, protocol, "C", cache_dir=cache, augmentation="none", panel=panel, **sizes)
+
+
+def make_trainer(folder: Path, epochs: int = 1, **kwargs) -> pl.Trainer:
+    """A trainer on the CPU that writes and says nothing."""
+    import pytorch_lightning as pl
+
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
+    return pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=folder, **quiet | kwargs
+    )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+import json
 import os
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 from omegaconf import OmegaConf
+from sections import make_section
 
-from stexp import InputError, sweeps
-from stexp.config import CONF, to_plain
+from stexp import InputError, distributed, hardware, sweeps
+from stexp.config import CONF, build, to_plain
+from stexp.construct import get_object
+from stexp.data.splits import assign_roles, folds
 from stexp.overrides import compose
 
 NAMES = {
@@ -35,29 +43,67 @@ SIZES = {
 """Cells of every sweep under the paper's protocol (folds 32, 12, 9) and under strict (patients 8, 4, 8)."""
 
 
-def check(data: str, model: str, protocol: str, trainer: str) -> None:
-    plain = to_plain(compose("train", [f"data={data}", f"model={model}", f"protocol={protocol}", f"trainer={trainer}"]))
-    assert (plain["data"]["name"], plain["protocol"]["name"], plain["model"]["name"]) == (data, protocol, model)
-    assert plain["trainer"]["_target_"] == "pytorch_lightning.Trainer"
+@functools.cache
+def built(model: str) -> torch.nn.Module:
+    """The method of a resolved config, without memory for its weights."""
+    with torch.device("meta"):
+        return build(json.loads(model), n_genes=40, n_positions=64, n_features=32)
+
+
+def assert_builds(data: str, model: str, protocol: str, trainer: str) -> None:
+    """What such a run is made of comes out of its config."""
+    choices = [f"data={data}", f"model={model}", f"protocol={protocol}", f"trainer={trainer}"]
+    plain = to_plain(compose("train", [*choices, "image_encoder.pretrained=false"]))
+    assert (plain["data"]["name"], plain["protocol"]["name"], plain["model"].pop("name")) == (data, protocol, model)
     if "image_encoder" in plain["model"]:
         assert plain["model"]["image_encoder"] == plain["image_encoder"]
+    method = built(json.dumps(plain["model"]))
+    assert isinstance(method, pl.LightningModule) and len(method.state_dict()) > 0
+    assert build(plain["protocol"]).name == protocol
+    assert distributed.devices_of({**plain["trainer"], "devices": 1}, "cpu") == [0]
+    assert isinstance(build({**plain["trainer"], "accelerator": "cpu", "devices": 1}, logger=False), pl.Trainer)
+    assert inspect.signature(get_object(plain["data"]["reader"]["_target_"])).parameters
 
 
 @pytest.mark.parametrize("model", NAMES["model"])
-def test_every_model_composes_with_every_data_protocol_and_trainer(model):
-    """Each two choices together; :func:`test_all_combinations_compose` takes all four at once."""
+def test_every_model_builds_with_every_data_protocol_and_trainer(model):
+    """Each two choices together; :func:`test_all_combinations_build` takes all four at once."""
     shift = NAMES["model"].index(model)
     for i, data in enumerate(NAMES["data"]):
         choices = (NAMES[group][(i + shift) % len(NAMES[group])] for group in ("protocol", "trainer"))
-        check(data, model, *choices)
+        assert_builds(data, model, *choices)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NAMES["model"])
 @pytest.mark.parametrize("trainer", NAMES["trainer"])
-def test_all_combinations_compose(model, trainer):
+def test_all_combinations_build(model, trainer):
     for data, protocol in itertools.product(NAMES["data"], NAMES["protocol"]):
-        check(data, model, protocol, trainer)
+        assert_builds(data, model, protocol, trainer)
+
+
+@pytest.mark.parametrize("model", NAMES["model"])
+def test_methods_that_need_one_device_refuse_several(model, data):
+    plain = to_plain(compose("train", ["data=demo", f"model={model}", "image_encoder.pretrained=false"]))
+    method = built(json.dumps({key: value for key, value in plain["model"].items() if key != "name"}))
+    if model in ("mclstexp", "bleep"):
+        return distributed.check(method, data, 2)
+    with pytest.raises(InputError, match=r" trains on one device; take trainer\.devices=1"):
+        distributed.check(method, data, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_trainer_for_gpus_says_that_there_is_none():
+    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu: torch sees no GPU here; take cpu or auto"):
+        hardware.accelerator_of(to_plain(compose("train", ["data=demo", "trainer=gpu"]))["trainer"]["accelerator"])
+
+
+@pytest.mark.parametrize("protocol", ["strict", "paper"])
+def test_whole_sections_cannot_be_held_out_of_one(protocol, tmp_path):
+    only = [make_section(tmp_path)]
+    protocol = build(to_plain(compose("train", ["data=visium", f"protocol={protocol}"]))["protocol"])
+    with pytest.raises(InputError, match="no section with an image is left to train on; protocol=blocks holds out"):
+        assign_roles(only, protocol, folds(only, protocol)[0])
 
 
 @pytest.mark.parametrize("model", NAMES["model"])

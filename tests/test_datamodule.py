@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sections import make_section, make_sections
 
 from stexp import InputError
+from stexp.checkpoints import check_checkpoint
 from stexp.data.augment import augment
 from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, nearest
-from stexp.data.datamodule import SpotDataModule, check_checkpoint
+from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.data.section import Section
 from stexp.data.tiles import TileSpec, cut_tiles

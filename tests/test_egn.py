@@ -8,23 +8,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import erf, expit, softmax
-from sections import make_data
 
 from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.losses import correlation_loss
 from stexp.models.egn import EGN, nearest_exemplars, restarts
-from stexp.protocol import Protocol
 
 SMALL = {"tile_px": 16, "patch_px": 8, "dim": 12, "depth": 2, "heads": 3, "head_dim": 5, "hidden": 20}
 BRIDGE = {"bridge_heads": 2, "bridge_dim": 7, "projector_depth": 2}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    data = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
+def data(data: SpotDataModule) -> SpotDataModule:
     data.features = np.random.default_rng(0).normal(size=(len(data.spots), 9)).astype(np.float32)
     return data
 
@@ -306,7 +302,7 @@ def test_restarts_go_up_for_100_steps_and_down_to_a_fifth():
         ({"tile_px": 20}, "model.patch_px=8: tiles have 20 px; a divisor of that would fit"),
         ({"apart": "block"}, "model.apart=block: choose section, patient, spot"),
         ({"schedule": "step"}, "model.schedule=step: choose cosine, restarts, none"),
-        ({"bridge_residual": "none"}, "model.bridge_residual=none: choose given, revised"),
+        ({"bridge_residual": "none"}, "model.bridge_residual=none: choose given or revised"),
         ({"n_exemplars": 0}, "model.n_exemplars=0: a whole number of at least 1 would fit"),
         ({"correlation_weight": -1.0}, "model.correlation_weight=-1.0: a number of at least 0 would fit"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sections import make_data
 from slow_transformer import load, random_state, shapes, slow_block
 from torch.nn import functional as F
 
@@ -15,15 +14,13 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.losses import zinb_nll
 from stexp.models.blocks import neighbour_graph
 from stexp.models.hist2st import Hist2ST
-from stexp.protocol import Protocol
 
 SMALL = {"tile_px": 16, "patch_px": 4, "channels": 8, "depth": 1, "heads": 2, "head_dim": 8, "tile_share": 1.0}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    data = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
+def data(data: SpotDataModule) -> SpotDataModule:
+    """Batches are whole sections."""
     data.batching = "section"
     data.setup()
     return data
@@ -276,7 +273,7 @@ def test_learning_rate_falls_by_a_tenth_every_fifty_epochs():
     [
         ({"channels": 12}, "model.channels=12: a number that 8 divides would fit"),
         ({"tile_px": 3}, "model.tile_px=3: a number of at least model.patch_px=4 would fit"),
-        ({"n_views": -1}, "model.n_views=-1: a number of at least 0 would fit"),
+        ({"n_views": -1}, "model.n_views=-1: a whole number of at least 0 would fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sections import make_data
 from slow_transformer import load, random_state, shapes, slow_block
 
 from stexp import InputError
@@ -12,15 +11,13 @@ from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.blocks import ArrayEmbedding, central, start_as_mean
 from stexp.models.histogene import HisToGene
-from stexp.protocol import Protocol
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "head_dim": 8, "hidden": 24}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    data = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
+def data(data: SpotDataModule) -> SpotDataModule:
+    """Batches are whole sections."""
     data.batching = "section"
     data.setup()
     return data
@@ -166,7 +163,7 @@ def test_overfits_eight_spots(data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tile_share": 1.5}, "model.tile_share=1.5: a number above 0, 1 at most, would fit"),
+        ({"tile_share": 1.5}, "model.tile_share=1.5: a number above 0, up to 1 would fit"),
         ({"dropout": 1.0}, "model.dropout=1.0: a number from 0 to below 1 would fit"),
         ({"lr": 0.0}, "model.lr=0.0: a number above 0 would fit"),
     ],

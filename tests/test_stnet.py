@@ -7,32 +7,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
-from sections import make_data
+from sections import make_trainer
 
 from stexp import InputError
 from stexp.data.batches import SpotIndex
-from stexp.data.datamodule import SpotDataModule
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.stnet import STNet
-from stexp.protocol import Protocol
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    return make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
 
 
 def make_model(n_genes: int = 30, *, seed: int = 0, **kwargs) -> STNet:
     torch.manual_seed(seed)
     return STNet(ImageEncoder("test_resnet", pretrained=False), n_genes, **kwargs).eval()
-
-
-def make_trainer(tmp_path, epochs: int = 1, **kwargs) -> pl.Trainer:
-    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
-    return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path, **quiet | kwargs
-    )
 
 
 def test_published_size():

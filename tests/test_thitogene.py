@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sections import make_data
 from slow_transformer import load, random_state, shapes, slow_block
 from test_hist2st import slow_adjacency
 from torch.nn import functional as F
@@ -13,7 +12,6 @@ from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.thitogene import DynamicConv2d, GraphAttention, THItoGene, squash
-from stexp.protocol import Protocol
 
 SMALL = {
     "tile_px": 44, "tile_share": 1.0, "capsules": 3, "capsule_dim": 8, "depth": 1, "heads": 2, "head_dim": 8,
@@ -22,9 +20,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    data = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
+def data(data: SpotDataModule) -> SpotDataModule:
+    """Batches are whole sections."""
     data.batching = "section"
     data.setup()
     return data
@@ -237,8 +234,8 @@ def test_overfits_eight_spots(data):
     ("arguments", "message"),
     [
         ({"tile_px": 40}, "model.tile_px=40: a number of at least 44 that 4 divides would fit"),
-        ({"capsules": 0}, "model.capsules=0: a number of at least 1 would fit"),
-        ({"n_neighbours": 0}, "model.n_neighbours=0: a number of at least 1 would fit"),
+        ({"capsules": 0}, "model.capsules=0: a whole number of at least 1 would fit"),
+        ({"n_neighbours": 0}, "model.n_neighbours=0: a whole number of at least 1 would fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

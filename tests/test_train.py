@@ -121,7 +121,7 @@ def test_choosing_genes_leaves_the_number_of_threads(demo: Path, tmp_path: Path,
         seen.append(torch.get_num_threads())
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("stexp.data.features.frozen_features", stop)
+    monkeypatch.setattr("stexp.fit.frozen_features", stop)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="far enough"):
         run(demo, tmp_path / "run")

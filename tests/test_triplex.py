@@ -9,7 +9,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
-from sections import make_data
 from torch.nn import functional as F
 
 from stexp import InputError
@@ -19,7 +18,6 @@ from stexp.data.features import frozen_features, surrounding_features
 from stexp.models.image_encoders import ImageEncoder, from_torchvision
 from stexp.models.triplex import Triplex
 from stexp.models.view_encoders import array_neighbours, feature_map, nearest_spots
-from stexp.protocol import Protocol
 
 SMALL = {
     "dim": 16,
@@ -36,9 +34,7 @@ def make_encoder(seed: int = 0) -> ImageEncoder:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> SpotDataModule:
-    """Sections A1, A2, B1, B2 on the training side, one patient's for validation; C1, C2 held out."""
-    data = make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"))
+def data(data: SpotDataModule) -> SpotDataModule:
     data.features = frozen_features(data, make_encoder(), torch.device("cpu"))
     data.surroundings = surrounding_features(data, make_encoder(), 3, torch.device("cpu"))
     return data

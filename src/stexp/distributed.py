@@ -197,7 +197,7 @@ def others(folder: Path, ranks: Ranks) -> Iterator[None]:
 def main(folder: str, rank: str, world: str, port: str) -> None:
     """Take part in the fit of a run as one rank; started by :func:`others`."""
     from stexp.config import command, load_run
-    from stexp.train import take_part
+    from stexp.fit import take_part
 
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     with command():

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from stexp import InputError
 from stexp.config import load_run, write_atomically
+from stexp.grids import duration
 from stexp.overrides import compose, parse
 from stexp.predictions import read_json
 from stexp.sweeps import Job, choose, jobs, read_plan, with_needs
@@ -131,8 +132,8 @@ def run(
                     len(everything),
                     "done  " if job.output_dir in done else "FAILED",
                     job.label,
-                    _time(took[-1]),
-                    f"; about {_time(left)} left" if waiting or running else "",
+                    duration(took[-1]),
+                    f"; about {duration(left)} left" if waiting or running else "",
                 )
             if not ended:
                 time.sleep(0.1)
@@ -383,16 +384,6 @@ def _cost(job: Job) -> tuple[float, float, str] | None:
         hardware = record.get("hardware", {})
         devices.append(", ".join(sorted(set(hardware.get("gpu") or []))) or f"CPU {hardware.get('cpu', '')}".strip())
     return (sum(hours) / len(hours), sum(sizes) / len(sizes), devices[-1]) if hours else None
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from stexp import InputError, clusters, grids, predictions
 from stexp.config import build, panel_of
 from stexp.data.section import Section
 from stexp.exports import Place, places
-from stexp.paper_tables import TITLES, TOP, Cells, Result, missing_of, rank_genes, record, score_tables
+from stexp.paper_tables import TITLES, TOP, Cells, Result, missing_of, rank_genes, record, score_tables, started
 from stexp.sweeps import Job
 from stexp.tables import LOWER_IS_BETTER
 
@@ -35,11 +35,7 @@ UNLABELLED = "#d9d9d9"
 def genes_on_tissue(cells: Cells) -> Result:
     """Observed and predicted expression of the paper's genes on their sections: Figure S1."""
     out = Result(cells.reference["title"])
-    for (data, protocol, label), jobs in cells.groups(by_label=True).items():
-        title, caption = f"{label}, {data}, protocol {protocol}", missing_of(jobs)
-        if not any(job.done for job in jobs):
-            out.parts.append((title, caption, [], ""))
-            continue
+    for (data, protocol, label), jobs, title, caption in started(cells, out):
         table = rank_genes(jobs)
         printed = {gene: tuple(at) for gene, at in cells.reference["values"].get(data, {}).items()}
         shown = [gene for gene in printed if gene in table.index]
@@ -117,11 +113,7 @@ def draw_spots(ax: Axes, place: Place, faint: float = 0.6) -> EllipseCollection:
 def correlations(cells: Cells) -> Result:
     """Correlations between genes, observed and predicted, genes in the order of the observed tree: Figure S2."""
     out = Result(cells.reference["title"])
-    for (data, protocol, label), jobs in cells.groups(by_label=True).items():
-        title, caption = f"{label}, {data}, protocol {protocol}", missing_of(jobs)
-        if not any(job.done for job in jobs):
-            out.parts.append((title, caption, [], ""))
-            continue
+    for (data, protocol, label), jobs, title, caption in started(cells, out):
         genes, both, n = _mean_correlations([job for job in jobs if job.done])
         order = tree_order(both[0])
         upper = np.triu_indices(len(genes), 1)

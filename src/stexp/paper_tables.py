@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,15 +291,21 @@ def rank_genes(jobs: list[Job]) -> pd.DataFrame:
     return table
 
 
+def started(cells: Cells, out: Result) -> Iterator[tuple[tuple[str, str, str], list[Job], str, list[str]]]:
+    """Data set, protocol, label; their cells; title; caption. Those without a finished cell leave an empty part."""
+    for (data, protocol, label), jobs in cells.groups(by_label=True).items():
+        title, caption = f"{label}, {data}, protocol {protocol}", missing_of(jobs)
+        if any(job.done for job in jobs):
+            yield (data, protocol, label), jobs, title, caption
+        else:
+            out.parts.append((title, caption, [], ""))
+
+
 def top_genes(cells: Cells) -> Result:
     """The best predicted genes beside the paper's: Tables S2 and S3."""
     out = Result(cells.reference["title"])
-    for (data, protocol, label), jobs in cells.groups(by_label=True).items():
-        title, caption = f"{label}, {data}, protocol {protocol}", missing_of(jobs)
+    for (data, protocol, label), jobs, title, caption in started(cells, out):
         printed = cells.reference["values"].get(data, {})
-        if not any(job.done for job in jobs):
-            out.parts.append((title, caption, [], ""))
-            continue
         table = rank_genes(jobs)
         caption = [
             "−log10 p: of the Pearson correlation of a gene over the spots of a section, mean over sections. Spots are "

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import hydra
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, predictions, report_pictures
 from stexp.analyse import analyse, check, wanted
-from stexp.config import CONF, command, to_plain, write_atomically
+from stexp.config import CONF, alone_in, command, to_plain, write_atomically
 from stexp.report import write_report
 
 log = logging.getLogger(__name__)
@@ -101,12 +100,8 @@ def predict(cfg: dict, slides: dict[str, Path]) -> list[Path]:
 
 
 def _predict(model, cfg: dict, path: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _predict_alone(model, cfg, path, folder)
-    except Timeout:
-        raise InputError(f"another process is at work in {folder}; wait for it, or choose another output_dir") from None
+    with alone_in(folder):
+        return _predict_alone(model, cfg, path, folder)
 
 
 def _predict_alone(model, cfg: dict, path: Path, folder: Path) -> Path:

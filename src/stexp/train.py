@@ -5,29 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError
-from stexp.config import build, build_data, command, load_run, load_sections, to_plain, write_atomically
+from stexp.config import alone_in, build, command, load_run, load_sections, to_plain, write_atomically
 from stexp.overrides import entry
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from pytorch_lightning import LightningModule, Trainer
-    from pytorch_lightning.loggers import Logger
-
-    from stexp.data.datamodule import SpotDataModule
-    from stexp.distributed import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +63,8 @@ def train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
         Another process is at work in `folder`, or it holds a run with another config or of other data.
     """
     _check_numbers(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _train(cfg, sections, fold, folder)
-    except Timeout:
-        raise InputError(f"another process is at work in {folder}; wait for it, or choose another output_dir") from None
+    with alone_in(folder):
+        return _train(cfg, sections, fold, folder)
 
 
 def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
@@ -95,6 +75,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     from stexp import logs
     from stexp.checkpoints import load_checkpoint
     from stexp.distributed import Ranks, devices_of, others
+    from stexp.fit import fit, ready_to_fit
     from stexp.provenance import Stages, provenance
     from stexp.report import write_report
     from stexp.results import changed_data, write_results
@@ -114,7 +95,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     ranks = Ranks(0, len(devices_of(to_plain(cfg.trainer), hardware.accelerator_of(cfg.trainer.accelerator))))
     stages = Stages(folder)
     logger = build(cfg.logger)  # before the work: its package may not be installed
-    ready = _ready(cfg, sections, folder, ranks, stages, logger)
+    ready = ready_to_fit(cfg, sections, folder, ranks, stages, logger)
     data, model, trainer, device = ready.data, ready.model, ready.trainer, ready.device
     last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
     status = "failed"
@@ -127,7 +108,7 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
                     raise InputError(f"{best} is gone, and {last} alone cannot bring it back; give overwrite=true")
                 log.info("going on from %s", last)
             with others(folder, ranks):
-                _fit(ready, folder)
+                fit(ready, folder)
             if best.exists():
                 kept = load_checkpoint(best)
                 model.load_state_dict(kept["state_dict"])
@@ -156,127 +137,6 @@ def _train(cfg: DictConfig, sections: list, fold: str, folder: Path) -> dict:
     print(summary(metrics))
     print(f"wrote {folder}; look at {report}")
     return metrics
-
-
-def take_part(cfg: DictConfig, folder: Path, ranks: Ranks) -> None:
-    """Train the run in `folder` as another than its first process; write nothing."""
-    from stexp import hardware
-
-    if cfg.hardware.keep_memory:
-        hardware.keep_freed_memory()
-    sections = load_sections(cfg, build(cfg.protocol))
-    _fit(_ready(cfg, sections, folder, ranks, lambda stage: nullcontext(), logger=False), folder)
-
-
-@dataclass
-class _Ready:
-    """What a fit needs, and what came of making it ready."""
-
-    data: SpotDataModule
-    model: LightningModule
-    trainer: Trainer
-    predictor: Trainer  # of one device
-    features: np.ndarray
-    device: torch.device
-    precision: str
-
-
-def _fit(ready: _Ready, folder: Path) -> None:
-    last = folder / "checkpoints" / "last.ckpt"
-    there = last if last.exists() else None
-    ready.trainer.fit(ready.model, datamodule=ready.data, ckpt_path=there, weights_only=True)
-
-
-def _ready(
-    cfg: DictConfig, sections: list, folder: Path, ranks: Ranks, stages: Callable, logger: Logger | bool
-) -> _Ready:
-    import pytorch_lightning as pl
-    import torch
-
-    for chatty in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # their import sets another level
-
-    from stexp import distributed, hardware
-    from stexp.checkpoints import WholeCheckpoints
-    from stexp.data.features import UNTUNED, frozen_features, surrounding_features
-
-    # runs are seeded, and what differs between machines is chosen and said
-    kind = hardware.accelerator_of(cfg.trainer.accelerator)
-    devices = distributed.devices_of(to_plain(cfg.trainer), kind)
-    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, devices[ranks.rank])
-    precision = hardware.choose_precision(cfg.hardware.precision, kind)
-    processes = ranks.world if kind == "cpu" else 1
-    threads = cfg.hardware.threads or max(1, torch.get_num_threads() // processes)
-    torch.set_num_threads(threads)
-    pl.seed_everything(cfg.seed, verbose=False)
-    log.info(
-        "fold %s on %s: %s, %s, %d CPU threads",
-        cfg.fold,
-        kind if ranks.world == 1 else f"{ranks.world} x {kind}",
-        precision,
-        "channels last" if cfg.hardware.channels_last else "channels first",
-        threads,
-    )
-    with stages("data"):
-        data = build_data(cfg, sections, build(cfg.protocol), cfg.fold)
-        data.share = (ranks.rank, ranks.world)
-        data.setup()
-        for line in data.summary():
-            log.info("%s", line)
-    with stages("floors"):
-        # an encoder of their own: what the weights are worth before any training
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-        frozen = build({**to_plain(cfg.image_encoder), **UNTUNED})
-        features = frozen_features(data, frozen, device, autocast)
-    with stages("model"):
-        pl.seed_everything(cfg.seed, verbose=False)
-        model = build(
-            {k: v for k, v in to_plain(cfg.model).items() if k != "name"},
-            n_genes=len(data.panel),
-            n_positions=data.array_size,
-            n_features=features.shape[1],
-        )
-        data.features, data.batching = features, getattr(model, "batching", "spots")
-        if getattr(model, "surroundings", 0):
-            data.surroundings = surrounding_features(data, frozen, model.surroundings, device, autocast)
-        del frozen
-        if cfg.hardware.channels_last:
-            model.to(memory_format=torch.channels_last)
-    distributed.check(model, data, ranks.world)
-
-    callbacks = list(build(cfg.callbacks).values())
-    if len(data.rows("validation")):
-        # before the one that keeps the last epoch, which stores what was best so far
-        callbacks.insert(
-            0,
-            pl.callbacks.ModelCheckpoint(
-                folder / "checkpoints", filename="best", monitor="val/pearson", mode="max", enable_version_counter=False
-            ),
-        )
-    given = {**to_plain(cfg.trainer), "accelerator": kind}
-    sync_batchnorm = given.pop("sync_batchnorm", False)
-    if getattr(model, "closed_form", False):
-        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer or loss
-        given |= {"max_epochs": 1, "limit_train_batches": 1}
-        for message in (".*configure_optimizers. returned .None.", ".*training_step. returned .None."):
-            warnings.filterwarnings("ignore", message=message)
-    of_both = {
-        "precision": precision,
-        "default_root_dir": str(folder),
-        "enable_progress_bar": sys.stderr.isatty() and ranks.rank == 0,
-    }
-    alone = given | {"devices": 1 if kind == "cpu" else [device.index], "strategy": "auto"}
-    plugins = [WholeCheckpoints()]
-    if ranks.world > 1:
-        given["devices"] = ranks.world if kind == "cpu" else devices
-        plugins += [ranks, *([distributed.SyncBatchNorm()] if sync_batchnorm else [])]
-        # what is logged is the same on every device
-        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    else:
-        given = alone
-    trainer = build(given, callbacks=callbacks, plugins=plugins, logger=logger, **of_both)
-    predictor = trainer if ranks.world == 1 else build(alone, logger=False, **of_both)
-    return _Ready(data, model, trainer, predictor, features, device, precision)
 
 
 def _check_numbers(cfg: DictConfig) -> None:

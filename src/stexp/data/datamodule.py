@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from stexp import InputError, __version__
+from stexp.checkpoints import check_checkpoint
 from stexp.data.augment import AUGMENTATIONS, augment
 from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest, part_of
 from stexp.data.genes import choose_panel, drop_unmeasured, normalise
@@ -376,27 +377,3 @@ class SpotDataModule(pl.LightningDataModule):
                 name: torch.from_numpy(np.require(array, requirements="W")).to(device) for name, array in arrays.items()
             }
         return self._on[device]
-
-
-def check_checkpoint(state: dict, panel: list[str], tile: TileSpec, array_size: int) -> None:
-    """Raise InputError unless data with this panel, tile and array fits a checkpoint's `state_dict`."""
-    missing = [gene for gene in state["panel"] if gene not in set(panel)]
-    if missing:
-        raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, {len(missing)} of them are not in the panel of this "
-            f"data: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        )
-    if state["panel"] != panel:
-        raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, the panel of this data has {len(panel)}, "
-            f"or another order"
-        )
-    if (state["tile_px"], state["tile_um"]) != (tile.px, tile.um):
-        raise InputError(
-            f"the checkpoint was trained on tiles of {state['tile_px']} px ({state['tile_um']} um), "
-            f"not {tile.px} px ({tile.um} um)"
-        )
-    if array_size > state["array_size"]:
-        raise InputError(
-            f"the checkpoint knows array coordinates below {state['array_size']}, this data goes up to {array_size - 1}"
-        )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.distributed import gather
 from stexp.losses import soft_info_nce
+from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.retrieval_method import RetrievalMethod
@@ -60,18 +60,11 @@ class BLEEP(RetrievalMethod):
         weight_decay: float = 1e-3,
     ) -> None:
         super().__init__(k, distance, weighting, reference)
-        if not (isinstance(embedding_dim, int) and embedding_dim >= 1):
-            raise InputError(f"model.embedding_dim={embedding_dim}: a whole number of at least 1 would fit")
-        if target_temperature not in ("multiply", "divide"):
-            raise InputError(f"model.target_temperature={target_temperature}: choose multiply or divide")
-        for name, value, fits, what in (
-            ("temperature", temperature, temperature > 0, "above 0"),
-            ("lr", lr, lr > 0, "above 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
-            ("dropout", dropout, 0 <= dropout <= 1, "from 0 to 1"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
+        arguments.whole(embedding_dim=embedding_dim)
+        arguments.one_of(("multiply", "divide"), target_temperature=target_temperature)
+        arguments.within("(0, inf)", temperature=temperature, lr=lr)
+        arguments.within("[0, inf)", weight_decay=weight_decay)
+        arguments.within("[0, 1]", dropout=dropout)
         self.image_encoder = image_encoder
         self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
@@ -96,6 +89,3 @@ class BLEEP(RetrievalMethod):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "bleep", "image_encoder": self.image_encoder.name}

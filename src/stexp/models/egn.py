@@ -13,6 +13,7 @@ from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.losses import correlation_loss
+from stexp.models import arguments
 from stexp.models.blocks import GeneHead, TransformerBlock
 
 APART = ("section", "patient", "spot")
@@ -93,37 +94,17 @@ class EGN(pl.LightningModule):
         weight_decay: float = 1e-4,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("patch_px", patch_px, 1),
-            ("dim", dim, 1),
-            ("depth", depth, 1),
-            ("heads", heads, 1),
-            ("head_dim", head_dim, 1),
-            ("hidden", hidden, 1),
-            ("bridge_every", bridge_every, 1),
-            ("bridge_heads", bridge_heads, 1),
-            ("bridge_dim", bridge_dim, 1),
-            ("projector_depth", projector_depth, 0),
-            ("n_exemplars", n_exemplars, 1),
-        ):
-            if not (isinstance(value, int) and value >= least):
-                raise InputError(f"model.{name}={value}: a whole number of at least {least} would fit")
+        arguments.whole(patch_px=patch_px, dim=dim, depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
+        arguments.whole(bridge_every=bridge_every, bridge_heads=bridge_heads, bridge_dim=bridge_dim)
+        arguments.whole(n_exemplars=n_exemplars)
+        arguments.whole(0, projector_depth=projector_depth)
         if tile_px % patch_px:
             raise InputError(f"model.patch_px={patch_px}: tiles have {tile_px} px; a divisor of that would fit")
-        for name, value, choices in (
-            ("bridge_residual", bridge_residual, RESIDUALS),
-            ("apart", apart, APART),
-            ("schedule", schedule, SCHEDULES),
-        ):
-            if value not in choices:
-                raise InputError(f"model.{name}={value}: choose {', '.join(choices)}")
-        for name, value, fits, what in (
-            ("correlation_weight", correlation_weight, correlation_weight >= 0, "of at least 0"),
-            ("lr", lr, lr > 0, "above 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
+        arguments.one_of(RESIDUALS, bridge_residual=bridge_residual)
+        arguments.one_of(APART, apart=apart)
+        arguments.one_of(SCHEDULES, schedule=schedule)
+        arguments.within("(0, inf)", lr=lr)
+        arguments.within("[0, inf)", correlation_weight=correlation_weight, weight_decay=weight_decay)
         n_patches = (tile_px // patch_px) ** 2
         self.to_patches = nn.Conv2d(3, dim, patch_px, stride=patch_px)
         self.position = nn.Parameter(torch.randn(n_patches, dim))
@@ -236,9 +217,6 @@ class EGN(pl.LightningModule):
 
     def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
         return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "egn"}
 
 
 class Projector(nn.Module):

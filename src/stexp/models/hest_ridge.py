@@ -65,6 +65,3 @@ class HestRidge(ClosedForm):
         """Expression (B, G)."""
         with torch.autocast(batch.features.device.type, enabled=False):  # slopes of opposite sign cancel
             return {"predicted": torch.addmm(self.mean, batch.features - self.centre, self.slope)}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "hest_ridge"}

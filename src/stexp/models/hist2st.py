@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,10 +14,12 @@ from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFli
 from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.losses import zinb_nll
-from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph, start_as_mean
+from stexp.models import arguments
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph
+from stexp.models.section_method import SectionMethod
 
 
-class Hist2ST(pl.LightningModule):
+class Hist2ST(SectionMethod):
     """A spot's tile through convolutions, all spots through self-attention, neighbours through a graph network.
 
     Parameters
@@ -57,8 +58,6 @@ class Hist2ST(pl.LightningModule):
     through both sides of the distillation. A spot without a neighbour, where theirs divides by 0, looks at itself.
     """
 
-    batching = "section"
-
     def __init__(
         self,
         n_genes: int,
@@ -86,23 +85,18 @@ class Hist2ST(pl.LightningModule):
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, fits, what in (
-            ("tile_share", tile_share, 0 < tile_share <= 1, "above 0, 1 at most,"),
-            ("tile_px", tile_px, tile_px >= patch_px, f"of at least model.patch_px={patch_px}"),
-            ("channels", channels, channels >= 8 and channels % 8 == 0, "that 8 divides"),
-            ("graph_depth", graph_depth, graph_depth >= 1, "of at least 1"),
-            ("n_neighbours", n_neighbours, n_neighbours >= 1, "of at least 1"),
-            ("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1"),
-            ("zinb_weight", zinb_weight, zinb_weight >= 0, "of at least 0"),
-            ("n_views", n_views, n_views >= 0, "of at least 0"),
-            ("distillation_weight", distillation_weight, distillation_weight >= 0, "of at least 0"),
-            ("lr", lr, lr > 0, "above 0"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
-        self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
-        self.start_from_mean = start_from_mean
+        super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
+        arguments.whole(patch_px=patch_px, kernel_size=kernel_size, mixer_depth=mixer_depth, n_neighbours=n_neighbours)
+        arguments.whole(depth=depth, heads=heads, head_dim=head_dim, graph_depth=graph_depth)
+        arguments.whole(0, n_views=n_views, recompute_from=recompute_from)
+        arguments.within("[0, 1)", dropout=dropout)
+        arguments.within("[0, inf)", zinb_weight=zinb_weight, distillation_weight=distillation_weight)
+        if max_distance is not None:
+            arguments.within("(0, inf)", max_distance=max_distance)
+        if tile_px < patch_px:
+            raise InputError(f"model.tile_px={tile_px}: a number of at least model.patch_px={patch_px} would fit")
+        if channels < 8 or channels % 8:
+            raise InputError(f"model.channels={channels}: a number that 8 divides would fit")
         self.n_neighbours, self.max_distance = n_neighbours, max_distance
         self.zinb_weight, self.n_views, self.distillation_weight = zinb_weight, n_views, distillation_weight
         self.recompute_from = recompute_from
@@ -143,10 +137,6 @@ class Hist2ST(pl.LightningModule):
         """Tiles (N, 3, H, W) in 0..1 and array coordinates (N, 2) of a section to expression (N, G)."""
         graph = neighbour_graph(array_xy, self.n_neighbours, self.max_distance)
         return self.gene_head(self.embed(central(image, self.tile_share, self.tile_px), array_xy, graph))
-
-    def on_fit_start(self) -> None:
-        if self.start_from_mean and self.trainer.ckpt_path is None:
-            start_as_mean(self.gene_head[-1], self.trainer.datamodule)
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         tiles = central(batch.image, self.tile_share, self.tile_px)
@@ -191,16 +181,6 @@ class Hist2ST(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.9)}
-
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
-        """Expression (N, G) of a section."""
-        return {"predicted": self(batch.image, batch.array_xy).float()}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "hist2st"}
 
 
 class Mixer(nn.Module):

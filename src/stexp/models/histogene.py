@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from stexp import InputError
-from stexp.data.batches import SpotBatch
-from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, start_as_mean
+from stexp.models import arguments
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock
+from stexp.models.section_method import SectionMethod
 
 
-class HisToGene(pl.LightningModule):
+class HisToGene(SectionMethod):
     """Each spot's pixels and array position make a token; the tokens of a section attend to each other.
 
     Parameters
@@ -39,8 +37,6 @@ class HisToGene(pl.LightningModule):
     Loss: mean squared error of a section. As published, a spot's prediction depends on all spots of its section.
     """
 
-    batching = "section"
-
     def __init__(
         self,
         n_genes: int,
@@ -59,18 +55,9 @@ class HisToGene(pl.LightningModule):
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, fits, what in (
-            ("tile_px", tile_px, tile_px >= 1, "above 0"),
-            ("tile_share", tile_share, 0 < tile_share <= 1, "above 0, 1 at most,"),
-            ("pixel_scale", pixel_scale, pixel_scale > 0, "above 0"),
-            ("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1"),
-            ("lr", lr, lr > 0, "above 0"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
-        self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
-        self.start_from_mean = start_from_mean
+        super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
+        arguments.whole(dim=dim, depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
+        arguments.within("[0, 1)", dropout=dropout)
         self.patch_embedding = nn.Linear(3 * tile_px**2, dim)
         self.position = ArrayEmbedding(n_positions, dim) if positions else None
         self.dropout = nn.Dropout(dropout)
@@ -79,33 +66,10 @@ class HisToGene(pl.LightningModule):
 
     def forward(self, image: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
         """Tiles (N, 3, H, W) in 0..1 and array coordinates (N, 2) of a section to expression (N, G)."""
-        pixels = central(image, self.tile_share, self.tile_px).flatten(1) * self.pixel_scale
-        x = self.patch_embedding(pixels)
+        x = self.patch_embedding(self.pixels(image).flatten(1))
         if self.position is not None:
             x = x + sum(self.position(array_xy))
         x = self.dropout(x)[None]
         for block in self.blocks:
             x = block(x)
         return self.gene_head(x[0])
-
-    def on_fit_start(self) -> None:
-        if self.start_from_mean and self.trainer.ckpt_path is None:
-            start_as_mean(self.gene_head[-1], self.trainer.datamodule)
-
-    def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        loss = F.mse_loss(self(batch.image, batch.array_xy).float(), batch.target)
-        self.log("train/mse", loss, prog_bar=True, batch_size=len(batch))
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
-        """Expression (N, G) of a section."""
-        return {"predicted": self(batch.image, batch.array_xy).float()}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "histogene"}

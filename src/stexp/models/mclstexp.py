@@ -13,6 +13,7 @@ from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
 from stexp.distributed import gather
 from stexp.losses import info_nce
+from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
 from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
 from stexp.models.retrieval_method import RetrievalMethod
@@ -88,28 +89,13 @@ class MclSTExp(RetrievalMethod):
         weight_decay: float = 1e-3,
     ) -> None:
         super().__init__(k, distance, weighting, reference)
-        if spot_context not in CONTEXTS:
-            raise InputError(f"model.spot_context={spot_context}: choose {', '.join(CONTEXTS)}")
-        for name, value, least in (
-            ("embedding_dim", embedding_dim, 1),
-            ("n_neighbours", n_neighbours, 0),
-            ("depth", depth, 0),
-            ("heads", heads, 1),
-            ("head_dim", head_dim, 1),
-        ):
-            if not (isinstance(value, int) and value >= least):
-                raise InputError(f"model.{name}={value}: a whole number of at least {least} would fit")
-        for name, value, fits, what in (
-            ("temperature", temperature, temperature > 0, "above 0"),
-            ("lr", lr, lr > 0, "above 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
-            ("dropout", dropout, 0 <= dropout <= 1, "from 0 to 1"),
-            ("image_weight", image_weight, 0 <= image_weight <= 1, "from 0 to 1"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
-        if optimizer not in ("adam", "adamw"):
-            raise InputError(f"model.optimizer={optimizer}: choose adam or adamw")
+        arguments.one_of(CONTEXTS, spot_context=spot_context)
+        arguments.one_of(("adam", "adamw"), optimizer=optimizer)
+        arguments.whole(embedding_dim=embedding_dim, heads=heads, head_dim=head_dim)
+        arguments.whole(0, n_neighbours=n_neighbours, depth=depth)
+        arguments.within("(0, inf)", temperature=temperature, lr=lr)
+        arguments.within("[0, inf)", weight_decay=weight_decay)
+        arguments.within("[0, 1]", dropout=dropout, image_weight=image_weight)
         self.image_encoder = image_encoder
         self.spot_encoder = SpotEncoder(
             n_genes, n_positions, position=position, depth=depth, heads=heads, head_dim=head_dim, dropout=dropout
@@ -193,9 +179,6 @@ class MclSTExp(RetrievalMethod):
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return kind(trained, lr=self.lr, weight_decay=self.weight_decay)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "mclstexp", "image_encoder": self.image_encoder.name}
 
     # the authors' weights
 

@@ -29,6 +29,3 @@ class Mean(ClosedForm):
     def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
         """Expression (B, G), the same in every row."""
         return {"predicted": self.mean.repeat(len(batch), 1)}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "mean"}

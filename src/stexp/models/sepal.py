@@ -14,6 +14,7 @@ from torch import nn
 from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
 from stexp.data.datamodule import SpotDataModule
+from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.spot_encoder import sinusoid
@@ -78,19 +79,15 @@ class SEPAL(pl.LightningModule):
         lr: float = 1e-5,
     ) -> None:
         super().__init__()
-        if not (isinstance(image_epochs, int) and image_epochs >= 0):
-            raise InputError(f"model.image_epochs={image_epochs}: a whole number of at least 0 would fit")
+        arguments.whole(0, image_epochs=image_epochs)
         for name, widths in (("before", before), ("hidden", hidden)):
             if not (isinstance(widths, list | tuple) and all(isinstance(w, int) and w >= 1 for w in widths)):
                 raise InputError(f"model.{name}={widths}: a list of whole numbers of at least 1 would fit")
         if head and not hidden:
             raise InputError("model.hidden=[]: with model.head=true there must be a graph convolution")
-        for name, value, choices in (("operator", operator, OPERATORS), ("position", position, POSITIONS)):
-            if value not in choices:
-                raise InputError(f"model.{name}={value}: choose {' or '.join(choices)}")
-        for name, value in (("image_lr", image_lr), ("lr", lr)):
-            if not value > 0:
-                raise InputError(f"model.{name}={value}: a number above 0 would fit")
+        arguments.one_of(OPERATORS, operator=operator)
+        arguments.one_of(POSITIONS, position=position)
+        arguments.within("(0, inf)", image_lr=image_lr, lr=lr)
         self.image_encoder = image_encoder
         self.image_head = GeneHead(image_encoder.num_features, n_genes)
         self.graph = LocalGraphNet(image_encoder.num_features, n_genes, before, hidden, head, operator, position)
@@ -186,9 +183,6 @@ class SEPAL(pl.LightningModule):
 
     def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
         return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "sepal", "image_encoder": self.image_encoder.name}
 
 
 class LocalGraphNet(nn.Module):

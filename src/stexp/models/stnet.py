@@ -6,9 +6,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 
@@ -53,15 +53,10 @@ class STNet(pl.LightningModule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        if input_scale not in SCALES:
-            raise InputError(f"model.input_scale={input_scale}: choose {' or '.join(SCALES)}")
-        for name, value, fits, what in (
-            ("lr", lr, lr > 0, "above 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
+        arguments.one_of(SCALES, input_scale=input_scale)
+        arguments.within("(0, inf)", lr=lr)
+        arguments.within("[0, 1)", momentum=momentum)
+        arguments.within("[0, inf)", weight_decay=weight_decay)
         self.image_encoder = image_encoder
         self.head = GeneHead(image_encoder.num_features, n_genes)
         nn.init.zeros_(self.head.weight)
@@ -118,6 +113,3 @@ class STNet(pl.LightningModule):
 
     def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
         return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "stnet", "image_encoder": self.image_encoder.name}

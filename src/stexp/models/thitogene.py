@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
-from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph, start_as_mean
+from stexp.models import arguments
+from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, neighbour_graph
+from stexp.models.section_method import SectionMethod
 
 
-class THItoGene(pl.LightningModule):
+class THItoGene(SectionMethod):
     """A spot's tile becomes capsules, to which its two array coordinates are added as two more.
 
     Parameters
@@ -45,8 +46,6 @@ class THItoGene(pl.LightningModule):
     A section of one spot, which has none, looks at itself.
     """
 
-    batching = "section"
-
     def __init__(
         self,
         n_genes: int,
@@ -70,19 +69,13 @@ class THItoGene(pl.LightningModule):
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, fits, what in (
-            ("tile_px", tile_px, tile_px >= 44 and tile_px % 4 == 0, "of at least 44 that 4 divides"),
-            ("tile_share", tile_share, 0 < tile_share <= 1, "above 0, 1 at most,"),
-            ("capsules", capsules, capsules >= 1, "of at least 1"),
-            ("n_neighbours", n_neighbours, n_neighbours >= 1, "of at least 1"),
-            ("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1"),
-            ("lr", lr, lr > 0, "above 0"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
-        self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
-        self.start_from_mean = start_from_mean
+        super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
+        if tile_px < 44 or tile_px % 4:
+            raise InputError(f"model.tile_px={tile_px}: a number of at least 44 that 4 divides would fit")
+        arguments.whole(capsules=capsules, capsule_dim=capsule_dim, n_neighbours=n_neighbours)
+        arguments.whole(depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
+        arguments.whole(graph_heads=graph_heads, graph_hidden=graph_hidden, graph_dim=graph_dim)
+        arguments.within("[0, 1)", dropout=dropout)
         self.n_neighbours = n_neighbours
         self.convolution = DynamicConv2d(3, 16, 4)
         self.capsules = EfficientCapsules(tile_px // 4, capsules, capsule_dim)
@@ -98,8 +91,7 @@ class THItoGene(pl.LightningModule):
 
     def forward(self, image: torch.Tensor, array_xy: torch.Tensor) -> torch.Tensor:
         """Tiles (N, 3, H, W) in 0..1 and array coordinates (N, 2) of a section to expression (N, G)."""
-        tiles = central(image, self.tile_share, self.tile_px) * self.pixel_scale
-        tokens = self.capsules(F.relu(self.convolution(tiles)))
+        tokens = self.capsules(F.relu(self.convolution(self.pixels(image))))
         if self.position is not None:
             tokens = torch.cat([tokens, torch.stack(self.position(array_xy), dim=1)], dim=1)
         x = self.dropout(tokens.flatten(1))[None]
@@ -110,29 +102,9 @@ class THItoGene(pl.LightningModule):
         x = F.elu(self.graph_out(self.dropout(x), *graph))
         return self.gene_head(x)
 
-    def on_fit_start(self) -> None:
-        if self.start_from_mean and self.trainer.ckpt_path is None:
-            start_as_mean(self.gene_head[-1], self.trainer.datamodule)
-
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor | None:
-        if len(batch) == 1:
-            return None  # batch normalisation has nothing to compare with: such a section does not train
-        loss = F.mse_loss(self(batch.image, batch.array_xy).float(), batch.target)
-        self.log("train/mse", loss, prog_bar=True, batch_size=len(batch))
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
-        """Expression (N, G) of a section."""
-        return {"predicted": self(batch.image, batch.array_xy).float()}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "thitogene"}
+        # batch normalisation has nothing to compare one spot with: such a section does not train
+        return None if len(batch) == 1 else super().training_step(batch, batch_idx)
 
 
 class DynamicConv2d(nn.Module):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stexp import InputError
 from stexp.data.batches import SpotBatch
+from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.view_encoders import (
@@ -110,41 +111,33 @@ class Triplex(pl.LightningModule):
         lr_decay: float = 0.9,
     ) -> None:
         super().__init__()
-        if neighbours not in NEIGHBOURS:
-            raise InputError(f"model.neighbours={neighbours}: choose {' or '.join(NEIGHBOURS)}")
+        arguments.one_of(NEIGHBOURS, neighbours=neighbours)
         for name, value in (("side", side), ("kernel_size", kernel_size)):
             if not (isinstance(value, int) and value > 0 and value % 2):
                 raise InputError(f"model.{name}={value}: an odd whole number above 0 would fit")
-        encoders = {
-            "fusion": (fusion_depth, fusion_heads, fusion_hidden, fusion_dropout),
-            "global": (global_depth, global_heads, global_hidden, global_dropout),
-            "neighbour": (neighbour_depth, neighbour_heads, neighbour_hidden, neighbour_dropout),
-        }
-        whole = {"dim": dim, "lr_step": lr_step}
-        for encoder, (depth, heads, hidden, dropout) in encoders.items():
-            whole |= {f"{encoder}_depth": depth, f"{encoder}_heads": heads, f"{encoder}_hidden": hidden}
-            if not 0 <= dropout < 1:
-                raise InputError(f"model.{encoder}_dropout={dropout}: a number from 0 to below 1 would fit")
-        for name, value in whole.items():
-            if not (isinstance(value, int) and value >= 1):
-                raise InputError(f"model.{name}={value}: a whole number of at least 1 would fit")
-        for encoder, (_, heads, _, _) in encoders.items():
+        arguments.whole(dim=dim, lr_step=lr_step)
+        arguments.whole(fusion_depth=fusion_depth, fusion_heads=fusion_heads, fusion_hidden=fusion_hidden)
+        arguments.whole(global_depth=global_depth, global_heads=global_heads, global_hidden=global_hidden)
+        arguments.whole(neighbour_depth=neighbour_depth, neighbour_heads=neighbour_heads)
+        arguments.whole(neighbour_hidden=neighbour_hidden)
+        for name, heads in (("fusion", fusion_heads), ("global", global_heads), ("neighbour", neighbour_heads)):
             if dim % heads:
-                raise InputError(f"model.{encoder}_heads={heads}: a divisor of model.dim={dim} would fit")
-        for name, value, fits, what in (
-            ("alpha", alpha, 0 <= alpha <= 1, "from 0 to 1"),
-            ("lr", lr, lr > 0, "above 0"),
-            ("lr_decay", lr_decay, 0 < lr_decay <= 1, "above 0, up to 1"),
-        ):
-            if not fits:
-                raise InputError(f"model.{name}={value}: a number {what} would fit")
+                raise InputError(f"model.{name}_heads={heads}: a divisor of model.dim={dim} would fit")
+        arguments.within("[0, 1)", fusion_dropout=fusion_dropout, global_dropout=global_dropout)
+        arguments.within("[0, 1)", neighbour_dropout=neighbour_dropout)
+        arguments.within("[0, 1]", alpha=alpha)
+        arguments.within("(0, inf)", lr=lr)
+        arguments.within("(0, 1]", lr_decay=lr_decay)
         self.image_encoder = image_encoder
         self.target_width = _width(map_model(image_encoder).num_features, dim)
         self.neighbour_width, self.global_width = _width(n_features, dim), _width(n_features, dim)
-        self.neighbour_encoder = NeighbourEncoder(dim, *encoders["neighbour"], side)
-        self.global_encoder = GlobalEncoder(dim, *encoders["global"], kernel_size)
-        depth, *sizes = encoders["fusion"]
-        self.fusion = nn.ModuleList(AttentionBlock(dim, *sizes) for _ in range(depth))
+        self.neighbour_encoder = NeighbourEncoder(
+            dim, neighbour_depth, neighbour_heads, neighbour_hidden, neighbour_dropout, side
+        )
+        self.global_encoder = GlobalEncoder(dim, global_depth, global_heads, global_hidden, global_dropout, kernel_size)
+        self.fusion = nn.ModuleList(
+            AttentionBlock(dim, fusion_heads, fusion_hidden, fusion_dropout) for _ in range(fusion_depth)
+        )
         self.fusion_norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleDict({name: GeneHead(dim, n_genes) for name in ("fused", "target", "neighbour", "whole")})
         steps = torch.arange(side, dtype=torch.float32)
@@ -283,9 +276,6 @@ class Triplex(pl.LightningModule):
 
     def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
         return self.predict_step(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["method"] = {"name": "triplex", "image_encoder": self.image_encoder.name}
 
 
 def _width(n_features: int, dim: int) -> nn.Module:
