@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 .DEFAULT_GOAL := help
-# of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" trainer.max_epochs=1'
+# of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" protocol.k=100 trainer.max_epochs=1'
 PAPER := table1 tableS2 tableS3 tableS4 tableS5 tableS6 tableS7 figS1 figS2 figS3 figS4
 DATA ?= her2st cscc alex10x
 RUNS ?= runs

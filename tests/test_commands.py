@@ -90,6 +90,24 @@ def test_help_teaches_without_importing_torch(name: str) -> None:
     assert f"stexp-{COMMANDS[name]}" in done.stdout and len(done.stdout.splitlines()) > 3
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "meant"),
+    [
+        ("train", "model.kk", "model.k"),
+        ("score", "genez", "genes"),
+        ("floors", "protocoll", "protocol"),
+        ("prepare", "data.sectons", "data.sections"),
+        ("predict", "slid", "slide"),
+        ("export", "outputs", "output"),
+        ("analyse", "export", "exports"),
+        ("tables", "baselin", "baseline"),
+    ],
+)
+def test_a_misspelt_key_is_one_line_with_the_one_meant(name: str, key: str, meant: str) -> None:
+    done = command(name, f"{key}=1")
+    assert done.returncode == 2 and done.stderr == f"stexp: error: there is no key {key}; did you mean {meant}?\n"
+
+
 def test_prepare_and_floors_print_what_they_found(demo: Path, tmp_path: Path) -> None:
     common = [f"data.root={demo / 'data'}", "data.reader.patients=3", "data.reader.sections_per_patient=1"]
     folder = tmp_path / "prepared"

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import hydra
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, differences, downstream, exports, predictions
-from stexp.config import CONF, command, to_plain, write_atomically
+from stexp.config import command, to_plain, write_atomically
+from stexp.overrides import entry
 
 log = logging.getLogger(__name__)
 
 NEEDED = ("layers/predicted", "obs/section", "obsm/spatial", "uns/stexp")
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="analyse")
+@entry("analyse")
 def main(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "run"):

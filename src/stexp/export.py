@@ -9,14 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, __version__, construct, predictions
-from stexp.config import CONF, command, to_plain
+from stexp.config import command, to_plain
 from stexp.metrics import mean_pearson
+from stexp.overrides import entry
 from stexp.report_pictures import BANK_TILES, Sheet, sheet
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ CHECKED = 512  # held-out spots that an exported model must predict as its run d
 ALIKE = 0.1  # of the standard deviation of the predictions: more than precision explains
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="export")
+@entry("export")
 def main(cfg: DictConfig) -> None:
     with command():
         for key, example in (("run", "runs/x"), ("output", "model.stexp")):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import hydra
 import numpy as np
 import scipy.sparse as sp
 from omegaconf import DictConfig
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler, normalize
 
 from stexp import InputError
-from stexp.config import CONF, build, command, load_sections, panel_of
+from stexp.config import build, command, load_sections, panel_of
 from stexp.data.genes import choose_panel, normalise
 from stexp.data.section import Section
 from stexp.data.splits import units
 from stexp.metrics import mean_or_none, mean_over_sections, pearson_per_gene, score_section, top_genes
+from stexp.overrides import entry
 from stexp.protocol import Protocol
 from stexp.ridge import RidgeProbe, ridge_slope
 
@@ -254,7 +254,7 @@ def _knn(x_train: np.ndarray, x_test: np.ndarray, expression: np.ndarray, k: int
     return out
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="floors")
+@entry("floors")
 def main(cfg: DictConfig) -> None:
     with command():
         protocol = build(cfg.protocol)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +45,11 @@ def entry(
             many = len(arguments) < len(sys.argv) - 1
             foreign = any(argument.startswith(("-", "hydra/sweeper=", "hydra.mode=")) for argument in arguments)
             if foreign or (many and multirun is None):
-                return of_hydra()
+                try:
+                    return of_hydra()
+                except BrokenPipeError:  # of --help | head; the flush at the end would fail again
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    sys.exit(1)
             with command():
                 if many:
                     sys.exit(multirun(arguments))

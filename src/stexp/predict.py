@@ -9,12 +9,12 @@ import shutil
 import time
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, predictions, report_pictures
 from stexp.analyse import analyse, check, wanted
-from stexp.config import CONF, alone_in, command, to_plain, write_atomically
+from stexp.config import alone_in, command, to_plain, write_atomically
+from stexp.overrides import entry
 from stexp.report import write_report
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ SETTINGS = ("um_per_px", "grid", "spacing_um", "coordinates", "genes")
 """Keys that a prediction depends on."""
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="predict")
+@entry("predict")
 def main(cfg: DictConfig) -> None:
     with command():
         for key, example in (("run", "runs/x or a model of stexp-export"), ("slide", "an image or a folder of them")):

@@ -7,13 +7,13 @@ import logging
 import os
 from pathlib import Path
 
-import hydra
 import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from stexp import InputError
 from stexp.config import CONF, build, command, load_sections, panel_of, to_plain, write_atomically
+from stexp.overrides import entry
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ for _name in sorted(path.stem for path in (CONF / "image_encoder").glob("*.yaml"
     ConfigStore.instance().store(group="features", name=_name, node=_chosen, package="_global_")
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
+@entry("prepare")
 def main(cfg: DictConfig) -> None:
     with command():
         from stexp.data.download import fetch_configured

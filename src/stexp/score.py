@@ -7,13 +7,12 @@ import logging
 from pathlib import Path
 
 import anndata as ad
-import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import InputError, predictions
-from stexp.config import CONF, command, load_run, other_protocols, to_plain, write_atomically
+from stexp.config import command, load_run, other_protocols, to_plain, write_atomically
 from stexp.data.genes import normalise
 from stexp.floors import NO_SCALE, ORACLES
 from stexp.metrics import (
@@ -24,6 +23,7 @@ from stexp.metrics import (
     spearman_per_gene,
     top_genes,
 )
+from stexp.overrides import entry
 from stexp.protocol import Protocol
 from stexp.report import best_floor, write_report
 
@@ -39,7 +39,7 @@ NEEDED = (
 """What scoring reads of ``predictions.h5ad``."""
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="score")
+@entry("score")
 def main(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "run"):

@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +21,8 @@ from stexp.compare import (
     smallest_p,
     summarise,
 )
-from stexp.config import CONF, command, to_plain, write_atomically
+from stexp.config import command, to_plain, write_atomically
+from stexp.overrides import entry
 from stexp.runs import (
     FINISH,
     Run,
@@ -83,7 +83,7 @@ def main() -> None:
         of_sweep(sys.argv[1:])
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="table")
+@entry("table")
 def of_runs(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "runs"):
