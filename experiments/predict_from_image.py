@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,7 @@ def _round(value: float) -> float | None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "Mean of empty slice")  # genes that a section does not measure
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--calibrate", type=Path, nargs="+", required=True, help="other folds of the same method")
