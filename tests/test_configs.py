@@ -120,6 +120,21 @@ def test_a_choice_that_is_not_there_is_said_with_those_that_are(group):
     assert all(name in str(caught.value) for name in NAMES[group]) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (".x=1", "there is no key image_encoder.model_args.x; +image_encoder.model_args.x=VALUE adds it"),
+        ("={x:1}", "image_encoder.model_args holds keys of its own; image_encoder.model_args.NAME=VALUE changes one"),
+    ],
+)
+def test_keys_that_may_be_added_are_said_to_be(given, says):
+    with pytest.raises(InputError) as caught:
+        compose("train", ["image_encoder=timm", f"image_encoder.model_args{given}"])
+    assert str(caught.value).startswith(says)
+    added = compose("train", ["image_encoder=timm", "+image_encoder.model_args.x=1"])
+    assert added.image_encoder.model_args == {"x": 1}
+
+
 @pytest.mark.parametrize("part", ["seed", "data", "protocol", "model", "trainer", "hardware", "image_encoder"])
 def test_a_misspelt_key_is_refused_with_the_one_meant(part):
     plain = to_plain(compose("train", ["data=her2st"]))

@@ -125,11 +125,15 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
         known = list(dict.fromkeys(_keys(_compose(name, chosen))))
     except (HydraException, OmegaConfBaseException):
         known = []
+    if key in known:
+        return f"{key} holds keys of its own; {key}.NAME=VALUE changes one, +{key}.NAME=VALUE adds one"
     parent, _, last = key.rpartition(".")
     same = [other for other in known if other.rpartition(".")[2] == key]
     siblings = [other.rpartition(".")[2] for other in known if parent and other.rpartition(".")[0] == parent]
     if same:
         near = f"; did you mean {same[0]}?"
+    elif parent in known and not siblings:
+        near = f"; +{key}=VALUE adds it"
     elif siblings:
         near = _near(last, siblings, f"{parent}.") or f"; {parent} has {', '.join(siblings)}"
     else:
