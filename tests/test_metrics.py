@@ -8,7 +8,15 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from stexp import InputError
-from stexp.metrics import SCORES, mean_over_sections, pearson_per_gene, score_section, spearman_per_gene, top_genes
+from stexp.metrics import (
+    SCORES,
+    mean_over_sections,
+    pearson_given_depth,
+    pearson_per_gene,
+    score_section,
+    spearman_per_gene,
+    top_genes,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -76,9 +84,11 @@ def test_scores_of_a_section_against_slow_versions():
     observed, predicted = counts_like()
     observed[:, 0], observed[:, 1] = np.nan, 0.5
     heg = top_genes(observed.mean(axis=0), n=3)
-    scores = score_section(observed, predicted, heg)
+    total = np.random.default_rng(5).integers(50, 5000, len(observed))
+    scores = score_section(observed, predicted, heg, total_counts=total)
+    line = np.stack([np.ones(len(total)), np.log1p(total)], axis=1)
 
-    slow = {key: [] for key in ("pearson", "heg", "spearman", "r2", "ccc", "rvd", "squared", "absolute")}
+    slow = {key: [] for key in ("pearson", "heg", "depth", "spearman", "r2", "ccc", "rvd", "squared", "absolute")}
     for gene in range(1, 12):
         o, p = observed[:, gene].astype(float), predicted[:, gene].astype(float)
         slow["squared"] += list((o - p) ** 2)
@@ -87,6 +97,8 @@ def test_scores_of_a_section_against_slow_versions():
         if gene == 1:
             continue
         slow["pearson"].append(stats.pearsonr(o, p).statistic)
+        o_rest, p_rest = (values - line @ np.linalg.lstsq(line, values, rcond=None)[0] for values in (o, p))
+        slow["depth"].append(stats.pearsonr(o_rest, p_rest).statistic)
         slow["spearman"].append(stats.spearmanr(o, p).statistic)
         if gene in heg:
             slow["heg"].append(slow["pearson"][-1])
@@ -97,6 +109,7 @@ def test_scores_of_a_section_against_slow_versions():
     expected = {
         "pearson_acg": mean["pearson"],
         "pearson_heg50": mean["heg"],
+        "pearson_given_depth": mean["depth"],
         "spearman_acg": mean["spearman"],
         "mse": mean["squared"],
         "mae": mean["absolute"],
@@ -112,9 +125,30 @@ def test_scores_of_a_section_against_slow_versions():
 
 def test_perfect_prediction():
     observed, _ = counts_like()
-    assert score_section(observed, observed, np.ones(12, bool)) == pytest.approx(
-        dict.fromkeys(("pearson_acg", "pearson_heg50", "spearman_acg", "r2", "ccc"), 1.0)
+    total = np.arange(len(observed))
+    assert score_section(observed, observed, np.ones(12, bool), total_counts=total) == pytest.approx(
+        dict.fromkeys(("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg", "r2", "ccc"), 1.0)
         | dict.fromkeys(("mse", "mae", "rmse", "rvd", "n_constant_genes"), 0.0)
+    )
+
+
+def test_depth_alone_predicts_nothing_once_depth_is_given():
+    """Genes that are shares of the counts of a spot, and a prediction that is its depth, in float32 as runs keep it."""
+    draws = np.random.default_rng(0)
+    total = draws.integers(20, 20_000, 300)
+    share = draws.uniform(0.001, 0.01, 40) * np.exp(draws.normal(0, 0.5, (300, 40)))
+    observed = np.log1p(1e4 * draws.poisson(share * total[:, None]) / total[:, None])
+    depth = np.broadcast_to(3 * np.log1p(total)[:, None], observed.shape).astype(np.float32)
+    assert pearson_per_gene(observed, depth).mean() > 0.15
+    assert np.array_equal(pearson_given_depth(observed, depth, total), np.zeros(40))
+    # what follows the shares keeps its skill, with depth mixed in or not
+    skill = pearson_given_depth(observed, share, total)
+    assert skill.mean() > 0.3
+    np.testing.assert_allclose(pearson_given_depth(observed, share + depth, total), skill, atol=1e-4)
+    # where depth does not vary it explains nothing
+    same = np.full(300, 1000)
+    np.testing.assert_allclose(
+        pearson_given_depth(observed, share, same), pearson_per_gene(observed, share), atol=1e-12
     )
 
 

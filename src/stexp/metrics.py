@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 from stexp import InputError
 
-CORRELATIONS = ("pearson_acg", "pearson_heg50", "spearman_acg")
+CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg")
 ERRORS = ("mse", "mae", "rmse", "r2", "ccc", "rvd")
 SCORES = CORRELATIONS + ERRORS
 
@@ -52,6 +52,42 @@ def spearman_per_gene(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray
     return _correlation(*ranks, varies, flat)
 
 
+def pearson_given_depth(observed: np.ndarray, predicted: np.ndarray, total_counts: np.ndarray) -> np.ndarray:
+    """Partial correlation of every gene over the spots of one section, given the depth of the spots.
+
+    What is left of the Pearson correlation once both sides are rid of what a straight line on log(1 + total counts)
+    explains. Expression of shallow spots rises with their depth under any normalisation, and images show depth (dense
+    tissue has more of it), so that a correlation alone does not tell a gene from the number of molecules caught.
+
+    Parameters
+    ----------
+    observed, predicted : (Q, G)
+        As `pearson_per_gene`.
+    total_counts : (Q,)
+        Of each spot, over the whole transcriptome.
+
+    Returns
+    -------
+    (G,) float64
+        As `pearson_per_gene`; 0 also where depth explains the prediction wholly.
+    """
+    observed, predicted, measured = _checked(observed, predicted)
+    depth = np.log1p(np.asarray(total_counts, dtype=np.float64))
+    depth = depth - depth.mean()
+    norm = np.linalg.norm(depth)
+    depth = depth / norm if norm else depth
+
+    def rest(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What depth leaves, and where that is nothing but rounding of float32."""
+        values = np.where(measured, values, 0.0)
+        centred = values - values.mean(axis=0)
+        left = centred - np.outer(depth, depth @ centred)
+        return left, _constant(values) | (np.linalg.norm(left, axis=0) <= 1e-5 * np.linalg.norm(centred, axis=0))
+
+    (ours, nothing), (theirs, flat) = rest(observed), rest(predicted)
+    return _correlation(ours, theirs, measured & ~nothing, flat)
+
+
 def mean_pearson(observed: np.ndarray, predicted: np.ndarray, section: np.ndarray) -> float:
     """Pearson per gene over the spots of a section, mean over genes, mean over the sections in `section` (Q,)."""
     per_section = [
@@ -61,7 +97,13 @@ def mean_pearson(observed: np.ndarray, predicted: np.ndarray, section: np.ndarra
     return mean_or_none([np.nan if value is None else value for value in per_section]) or 0.0
 
 
-def score_section(observed: np.ndarray, predicted: np.ndarray, heg: np.ndarray, errors: bool = True) -> dict:
+def score_section(
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    heg: np.ndarray,
+    errors: bool = True,
+    total_counts: np.ndarray | None = None,
+) -> dict:
     """All scores of one section.
 
     Parameters
@@ -72,12 +114,15 @@ def score_section(observed: np.ndarray, predicted: np.ndarray, heg: np.ndarray, 
         The highest expressed genes.
     errors
         False for predictions without a scale, whose errors mean nothing.
+    total_counts : (Q,)
+        Of each spot, for the score that is rid of them.
 
     Returns
     -------
     dict
         ``pearson_acg``, ``spearman_acg`` : mean over the genes that vary in `observed`.
         ``pearson_heg50`` : the same over those of `heg`.
+        ``pearson_given_depth`` : mean of `pearson_given_depth`, None without `total_counts`.
         ``mse``, ``mae``, ``rmse`` : over all spots and measured genes.
         ``r2``, ``ccc`` : 1 - residual / total sum of squares and Lin's concordance, mean over genes that vary.
         ``rvd`` : mean over measured genes of ((var_pred - var_obs) / (var_obs + 0.01))^2.
@@ -89,6 +134,8 @@ def score_section(observed: np.ndarray, predicted: np.ndarray, heg: np.ndarray, 
     scores: dict = dict.fromkeys(SCORES)
     scores["pearson_acg"] = mean_or_none(pearson)
     scores["pearson_heg50"] = mean_or_none(pearson[heg])
+    if total_counts is not None:
+        scores["pearson_given_depth"] = mean_or_none(pearson_given_depth(observed, predicted, total_counts))
     scores["spearman_acg"] = mean_or_none(spearman_per_gene(observed, predicted))
     if errors and measured.any():
         scores |= _errors(observed[:, measured], predicted[:, measured])

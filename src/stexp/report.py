@@ -38,6 +38,7 @@ examples: stexp-report run=runs/x
 SCORES = [
     ("pearson_acg", "Pearson ACG", False),
     ("pearson_heg50", "Pearson HEG50", False),
+    ("pearson_given_depth", "Pearson given depth", False),
     ("spearman_acg", "Spearman", False),
     ("mse", "MSE", True),
     ("mae", "MAE", True),

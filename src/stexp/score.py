@@ -114,13 +114,13 @@ def summary(metrics: dict) -> str:
     """Scores beside floors and ceiling, for the terminal."""
 
     def row(name: str, scores: dict) -> str:
-        return f"  {name:<34}" + _cells(scores, ("pearson_acg", "pearson_heg50", "mse", "mae"))
+        return f"  {name:<34}" + _cells(scores, ("pearson_acg", "pearson_heg50", "pearson_given_depth", "mse", "mae"))
 
     head = (
         f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
         f"{metrics['n_spots']} spots, {metrics['n_genes']} genes, {len(metrics['sections'])} section(s)"
     )
-    blocks = [head, f"  {'':<34}     ACG   HEG50     MSE     MAE"]
+    blocks = [head, f"  {'':<34}     ACG   HEG50 | depth     MSE     MAE"]
     for title, part in (("", metrics), *((f"  scored as {name}", part) for name, part in metrics["scored_as"].items())):
         blocks += [title] if title else []
         blocks.append(row(metrics["model"], part["scores"]))
@@ -192,14 +192,15 @@ def _score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: a
         here = (adata.obs["section"] == name).to_numpy()
         y = observed[here]
         heg = top_genes(np.nan_to_num(y).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0])
-        scores = score_section(y, predicted[here], heg, errors=same_scale)
+        depth = adata.obs["total_counts"].to_numpy()[here]
+        scores = score_section(y, predicted[here], heg, same_scale, depth)
         ceiling = np.asarray(floors.uns["ceiling"][protocol.name][name])
         sections[name] = {
             "scores": {key: value for key, value in scores.items() if not key.startswith("n_")},
             "floors": {
                 floor: {
                     key: value
-                    for key, value in score_section(y, values[here], heg, floor not in NO_SCALE).items()
+                    for key, value in score_section(y, values[here], heg, floor not in NO_SCALE, depth).items()
                     if not key.startswith("n_")
                 }
                 for floor, values in floor_of.items()
