@@ -135,6 +135,31 @@ def test_keys_that_may_be_added_are_said_to_be(given, says):
     assert added.image_encoder.model_args == {"x": 1}
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("overwrite=no", "overwrite=no: true or false would fit"),
+        ("image_encoder.pretrained=null", "image_encoder.pretrained=null: true or false would fit"),
+        ("model.k=true", "model.k=True: it is no switch; by itself it is k=auto"),
+        ("seed=true", "seed=True: it is no switch; by itself it is seed=0"),
+        ("output_dir=", "output_dir=: a name would fit"),
+        ("hydra.verbose=true", "hydra.verbose=true: Hydra's own settings are for sweeps; give -m, or leave it out"),
+        ("hydra/launcher=slurm", "hydra/launcher=slurm: Hydra's own settings are for sweeps"),
+    ],
+)
+def test_values_of_another_kind_are_refused(given, says):
+    with pytest.raises(InputError) as caught:
+        compose("train", [given])
+    assert str(caught.value).startswith(says)
+
+
+def test_what_must_be_given_cannot_be_nothing():
+    for name in ("score", "export", "predict"):
+        with pytest.raises(InputError, match="run=null: a name would fit"):
+            compose(name, ["run=null"])
+    assert compose("score", ["run=x"]).run == "x"
+
+
 @pytest.mark.parametrize("part", ["seed", "data", "protocol", "model", "trainer", "hardware", "image_encoder"])
 def test_a_misspelt_key_is_refused_with_the_one_meant(part):
     plain = to_plain(compose("train", ["data=her2st"]))

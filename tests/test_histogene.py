@@ -165,7 +165,7 @@ def test_overfits_eight_spots(data):
     [
         ({"tile_share": 1.5}, "model.tile_share=1.5: a number above 0, up to 1 would fit"),
         ({"dropout": 1.0}, "model.dropout=1.0: a number from 0 to below 1 would fit"),
-        ({"lr": 0.0}, "model.lr=0.0: a number above 0 would fit"),
+        ({"lr": 0.0}, "model.lr=0.0: a number above 0, up to 1 would fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

@@ -248,7 +248,7 @@ def test_overfits_eight_spots(data, stage):
         ({"hidden": []}, r"model.hidden=\[\]: with model.head=true there must be a graph convolution"),
         ({"before": [0]}, r"model.before=\[0\]: a list of whole numbers of at least 1 would fit"),
         ({"image_epochs": -1}, "model.image_epochs=-1: a whole number of at least 0 would fit"),
-        ({"lr": 0.0}, "model.lr=0.0: a number above 0 would fit"),
+        ({"lr": 0.0}, "model.lr=0.0: a number above 0, up to 1 would fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

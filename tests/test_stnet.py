@@ -140,7 +140,7 @@ def test_a_checkpoint_brings_back_start_and_predictions(tmp_path, data):
     ("arguments", "message"),
     [
         ({"input_scale": "imagenet"}, "model.input_scale=imagenet: choose train or image_encoder"),
-        ({"lr": 0.0}, "model.lr=0.0: a number above 0 would fit"),
+        ({"lr": 0.0}, "model.lr=0.0: a number above 0, up to 1 would fit"),
         ({"momentum": 1.0}, "model.momentum=1.0: a number from 0 to below 1 would fit"),
         ({"weight_decay": -1.0}, "model.weight_decay=-1.0: a number of at least 0 would fit"),
     ],

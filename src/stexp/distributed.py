@@ -127,7 +127,7 @@ def devices_of(trainer: dict, kind: str) -> list[int]:
         raise InputError(f"trainer.num_nodes={trainer['num_nodes']}: a run has the devices of one machine")
     try:
         if kind == "cpu":
-            found = list(range(1 if asked == "auto" else int(asked)))
+            found = list(range(1 if asked == "auto" else int(str(asked))))
         else:
             found = CUDAAccelerator.parse_devices(-1 if asked == "auto" else asked)
     except Exception as error:  # Lightning's own, of several kinds
@@ -186,12 +186,28 @@ def others(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
         for process in started:
             process.wait()
+    except RuntimeError as error:  # of the connection, where a process is gone
+        ended = [rank for rank, process in enumerate(started, start=1) if _ended(process)]
+        if not ended:
+            raise
+        raise InputError(
+            f"the process of device {ended[0]} ended with status {started[ended[0] - 1].returncode}; the same command "
+            f"goes on from the last checkpoint"
+        ) from error
     finally:
         over.set()
         for process in started:
             process.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    """Whether a process failed; the connection may break before its end is seen."""
+    try:
+        return process.wait(2) != 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def main(folder: str, rank: str, world: str, port: str) -> None:

@@ -21,6 +21,8 @@ from stexp import InputError
 from stexp.config import CONF, command
 
 MULTIRUN = {"-m", "--multirun"}
+OF_HYDRA = ("hydra", "hydra/launcher", "hydra/sweeper")
+NAMES_OF_FOLDERS = ("output_dir", "root", "cache_dir")
 
 
 def entry(
@@ -45,6 +47,9 @@ def entry(
             many = len(arguments) < len(sys.argv) - 1
             foreign = any(argument.startswith(("-", "hydra/sweeper=", "hydra.mode=")) for argument in arguments)
             if foreign or (many and multirun is None):
+                if not many and not any(argument.startswith("hydra") for argument in arguments):
+                    with command():  # what is mistyped is said as ever
+                        compose(name, [text for text in arguments if "=" in text and not text.startswith("-")])
                 try:
                     return of_hydra()
                 except BrokenPipeError:  # of --help | head; the flush at the end would fail again
@@ -92,14 +97,50 @@ def compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> Di
     InputError
         A key or choice that is not there, with the nearest that is; or an argument that cannot be read.
     """
-    several = [override for override in parse(overrides) if override.is_sweep_override()]
+    parsed = parse(overrides)
+    of_sweep = [o.input_line for o in parsed if o.get_key_element().lstrip("+~").partition(".")[0] in OF_HYDRA]
+    if of_sweep and not with_hydra:
+        raise InputError(f"{of_sweep[0]}: Hydra's own settings are for sweeps; give -m, or leave it out")
+    several = [override for override in parsed if override.is_sweep_override()]
     if several:
         key = several[0].get_key_element()
         raise InputError(f"{several[0].input_line}: several values need -m; one value that is a list is {key}=[a,b]")
     try:
-        return _compose(name, overrides, with_hydra)
+        config = _compose(name, overrides, with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_explain(name, overrides, error)) from None
+    _check_kinds(name, overrides, config)
+    return config
+
+
+def _check_kinds(name: str, overrides: Sequence[str], config: DictConfig) -> None:
+    """InputError for a switch that is no switch, a value that is one, or a name that is none.
+
+    ``no`` and ``off`` are words to Hydra, and words are true to Python.
+    """
+    base = _compose(name, _choices(overrides))
+    for override in parse(overrides):
+        key = override.get_key_element().lstrip("+~").partition("@")[0]
+        if override.is_delete() or key.partition(".")[0] == "hydra" or (CONF / key).is_dir():
+            continue
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(base, parent) if parent else base
+        if not OmegaConf.is_dict(node) or last not in list(node):  # `in node` leaves out what is still to be given
+            continue  # it was added
+        required = OmegaConf.is_missing(node, last)
+        before, after = None if required else node[last], OmegaConf.select(config, key)
+        given = f"{key}={override.get_value_element_as_str()}"
+        if isinstance(before, bool) and not isinstance(after, bool):
+            raise InputError(f"{given}: true or false would fit")
+        if isinstance(after, bool) and before is not None and not isinstance(before, bool):
+            raise InputError(f"{given}: it is no switch; by itself it is {last}={before}")
+        if after in (None, "") and (required or (before is not None and last in NAMES_OF_FOLDERS)):
+            raise InputError(f"{given}: a name would fit")
+
+
+def _choices(overrides: Sequence[str]) -> list[str]:
+    """Those that choose a file of a folder of conf/, on which the keys depend."""
+    return [text for text in overrides if (CONF / text.partition("=")[0].lstrip("+~").partition("@")[0]).is_dir()]
 
 
 def _compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
@@ -119,10 +160,8 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     key = unknown[1]
     if key in ("sweep", "dry_run"):
         return f"{key}= belongs to a sweep: stexp-train -m sweep=table1"
-    # keys depend on the choices that could be made
-    chosen = [text for text in overrides if (CONF / text.partition("=")[0].lstrip("+~").partition("@")[0]).is_dir()]
     try:
-        known = list(dict.fromkeys(_keys(_compose(name, chosen))))
+        known = list(dict.fromkeys(_keys(_compose(name, _choices(overrides)))))
     except (HydraException, OmegaConfBaseException):
         known = []
     if key in known:

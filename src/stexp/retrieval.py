@@ -88,7 +88,7 @@ class ReferenceIndex:
             raise InputError(f"distance {distance!r}: choose {', '.join(DISTANCES)}")
         if weighting not in WEIGHTINGS:
             raise InputError(f"weighting {weighting!r}: choose {', '.join(WEIGHTINGS)}")
-        if not 1 <= k <= len(self):
+        if isinstance(k, bool) or not 1 <= k <= len(self):
             raise InputError(f"k={k}, but there are {len(self)} reference spots; choose 1 to {len(self)}")
         # a search in bf16 loses a tenth of the neighbours
         with torch.autocast(self.embedding.device.type, enabled=False):
@@ -222,7 +222,7 @@ def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray
     if which == "image":
         chosen = spots["role"] != "reference"
     else:
-        names = [which] if isinstance(which, str) else list(which)
+        names = [str(name) for name in (which if isinstance(which, list | tuple) else [which])]
         there = list(spots["section"].unique())
         unknown = [name for name in names if name not in there]
         if unknown:

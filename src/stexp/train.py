@@ -30,6 +30,7 @@ def main(cfg: DictConfig) -> None:
     with command():
         from stexp.data.splits import folds
 
+        _check_numbers(cfg)  # before sections are read
         protocol = build(cfg.protocol)
         sections = load_sections(cfg, protocol)
         names = folds(sections, protocol)
@@ -149,8 +150,11 @@ def _check_numbers(cfg: DictConfig) -> None:
         ("hardware.threads", 1 if cfg.hardware.threads is None else cfg.hardware.threads, 1),
         ("seed", cfg.seed, 0),
     ):
-        if not (isinstance(value, int) and value >= least):
+        if not (isinstance(value, int) and least <= value < 2**32):
             raise InputError(f"{key}={value}: a whole number of at least {least} would fit")
+    for key in ("fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_predict_batches"):
+        if key in cfg.trainer:
+            raise InputError(f"trainer.{key}: a run takes all its spots; to try something out, take fewer sections")
 
 
 def claim(folder: Path, cfg: DictConfig) -> bool:
@@ -169,7 +173,9 @@ def claim(folder: Path, cfg: DictConfig) -> bool:
     if started and not cfg.overwrite:
         before = OmegaConf.to_container(load_run(folder))
         differing = sorted(_differences(before, OmegaConf.to_container(OmegaConf.create(text))))
-        differing = [key for key in differing if not key.startswith("logger")]  # nothing reads what it wrote
+        # nothing reads what a logger wrote; the folder is the one that was named, however it was
+        elsewhere = ("logger", "output_dir", "callbacks.last.dirpath")
+        differing = [key for key in differing if not key.startswith(elsewhere)]
         if differing:
             raise InputError(
                 f"{folder} holds a run with another config ({', '.join(differing[:5])}); choose another output_dir, "

@@ -62,7 +62,8 @@ class BLEEP(RetrievalMethod):
         super().__init__(k, distance, weighting, reference)
         arguments.whole(embedding_dim=embedding_dim)
         arguments.one_of(("multiply", "divide"), target_temperature=target_temperature)
-        arguments.within("(0, inf)", temperature=temperature, lr=lr)
+        arguments.within("(0, inf)", temperature=temperature)
+        arguments.within("(0, 1]", lr=lr)
         arguments.within("[0, inf)", weight_decay=weight_decay)
         arguments.within("[0, 1]", dropout=dropout)
         self.image_encoder = image_encoder

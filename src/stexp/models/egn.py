@@ -96,14 +96,16 @@ class EGN(pl.LightningModule):
         super().__init__()
         arguments.whole(patch_px=patch_px, dim=dim, depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
         arguments.whole(bridge_every=bridge_every, bridge_heads=bridge_heads, bridge_dim=bridge_dim)
-        arguments.whole(n_exemplars=n_exemplars)
+        arguments.whole(n_exemplars=n_exemplars, tile_px=tile_px)
         arguments.whole(0, projector_depth=projector_depth)
+        if bridge_every > depth:
+            raise InputError(f"model.bridge_every={bridge_every}: there are {depth} blocks, and no bridge to exemplars")
         if tile_px % patch_px:
             raise InputError(f"model.patch_px={patch_px}: tiles have {tile_px} px; a divisor of that would fit")
         arguments.one_of(RESIDUALS, bridge_residual=bridge_residual)
         arguments.one_of(APART, apart=apart)
         arguments.one_of(SCHEDULES, schedule=schedule)
-        arguments.within("(0, inf)", lr=lr)
+        arguments.within("(0, 1]", lr=lr)
         arguments.within("[0, inf)", correlation_weight=correlation_weight, weight_decay=weight_decay)
         n_patches = (tile_px // patch_px) ** 2
         self.to_patches = nn.Conv2d(3, dim, patch_px, stride=patch_px)

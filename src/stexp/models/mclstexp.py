@@ -93,7 +93,8 @@ class MclSTExp(RetrievalMethod):
         arguments.one_of(("adam", "adamw"), optimizer=optimizer)
         arguments.whole(embedding_dim=embedding_dim, heads=heads, head_dim=head_dim)
         arguments.whole(0, n_neighbours=n_neighbours, depth=depth)
-        arguments.within("(0, inf)", temperature=temperature, lr=lr)
+        arguments.within("(0, inf)", temperature=temperature)
+        arguments.within("(0, 1]", lr=lr)
         arguments.within("[0, inf)", weight_decay=weight_decay)
         arguments.within("[0, 1]", dropout=dropout, image_weight=image_weight)
         self.image_encoder = image_encoder

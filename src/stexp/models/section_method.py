@@ -40,7 +40,8 @@ class SectionMethod(pl.LightningModule):
         super().__init__()
         arguments.whole(tile_px=tile_px)
         arguments.within("(0, 1]", tile_share=tile_share)
-        arguments.within("(0, inf)", pixel_scale=pixel_scale, lr=lr)
+        arguments.within("(0, inf)", pixel_scale=pixel_scale)
+        arguments.within("(0, 1]", lr=lr)
         self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
         self.start_from_mean = start_from_mean
 

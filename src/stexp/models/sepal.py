@@ -87,7 +87,7 @@ class SEPAL(pl.LightningModule):
             raise InputError("model.hidden=[]: with model.head=true there must be a graph convolution")
         arguments.one_of(OPERATORS, operator=operator)
         arguments.one_of(POSITIONS, position=position)
-        arguments.within("(0, inf)", image_lr=image_lr, lr=lr)
+        arguments.within("(0, 1]", image_lr=image_lr, lr=lr)
         self.image_encoder = image_encoder
         self.image_head = GeneHead(image_encoder.num_features, n_genes)
         self.graph = LocalGraphNet(image_encoder.num_features, n_genes, before, hidden, head, operator, position)

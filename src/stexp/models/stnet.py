@@ -54,7 +54,7 @@ class STNet(pl.LightningModule):
     ) -> None:
         super().__init__()
         arguments.one_of(SCALES, input_scale=input_scale)
-        arguments.within("(0, inf)", lr=lr)
+        arguments.within("(0, 1]", lr=lr)
         arguments.within("[0, 1)", momentum=momentum)
         arguments.within("[0, inf)", weight_decay=weight_decay)
         self.image_encoder = image_encoder

@@ -126,7 +126,7 @@ class Triplex(pl.LightningModule):
         arguments.within("[0, 1)", fusion_dropout=fusion_dropout, global_dropout=global_dropout)
         arguments.within("[0, 1)", neighbour_dropout=neighbour_dropout)
         arguments.within("[0, 1]", alpha=alpha)
-        arguments.within("(0, inf)", lr=lr)
+        arguments.within("(0, 1]", lr=lr)
         arguments.within("(0, 1]", lr_decay=lr_decay)
         self.image_encoder = image_encoder
         self.target_width = _width(map_model(image_encoder).num_features, dim)
