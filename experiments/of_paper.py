@@ -40,16 +40,19 @@ def add(folder: Path) -> Path:
     commits = [str(card["commit"]) for card in cards if card["value"] is not None and card["row"] != "observed"]
     if not commits or any("None" in commit or "+changes" in commit for commit in commits):
         raise SystemExit(f"{folder} is made from runs of code that no commit holds; commit, then run again")
-    for card in cards:
-        card["command"] = elsewhere(card["command"])
+    cards = elsewhere(cards)
     path = HERE / "results" / f"{folder.name}.json"
     path.write_text(json.dumps({"cards": cards}, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
-def elsewhere(command: str) -> str:
-    """A command without the folders of the machine that ran it, which say nothing to others."""
-    return re.sub(r"=/\S*/([^/\s]+)", r"=\1", command)
+def elsewhere(said: Any) -> Any:
+    """Texts in lists and dicts without the folders of the machine they are from, which say nothing to others."""
+    if isinstance(said, dict):
+        return {key: elsewhere(value) for key, value in said.items()}
+    if isinstance(said, list):
+        return [elsewhere(value) for value in said]
+    return re.sub(r"=/\S*/([^/\s]+)", r"=\1", said) if isinstance(said, str) else said
 
 
 def readme() -> str:

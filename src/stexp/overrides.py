@@ -152,7 +152,7 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         known = [choice for choice in error.options if choice != "default"]
-        return f"{group}={option}: choose {', '.join(known)}{_near(option, known)}"
+        return f"{group}={option}: choose {', '.join(known)}{meant(option, known)}"
     said = str(error).splitlines()[0]
     unknown = re.search(r"(?:override|delete from config\.) '([^'@]+)", said)
     if not unknown:
@@ -174,13 +174,14 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     elif parent in known and not siblings:
         near = f"; +{key}=VALUE adds it"
     elif siblings:
-        near = _near(last, siblings, f"{parent}.") or f"; {parent} has {', '.join(siblings)}"
+        near = meant(last, siblings, f"{parent}.") or f"; {parent} has {', '.join(siblings)}"
     else:
-        near = _near(key, known) or f"; stexp-{name} --cfg job lists them"
+        near = meant(key, [*known, "sweep", "dry_run"]) or f"; stexp-{name} --cfg job lists them"
     return f"there is no key {key}{near}"
 
 
-def _near(key: str, known: list[str], prefix: str = "") -> str:
+def meant(key: str, known: Sequence[str], prefix: str = "") -> str:
+    """``; did you mean X?`` for the nearest of what is known; nothing where none is near."""
     near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 

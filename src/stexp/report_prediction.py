@@ -85,6 +85,8 @@ def _render(predictions: ad.AnnData, provenance: dict, pictures: tuple) -> str:
     statement, most = worth(var)
     checks = json.loads(about["checks"]) if "checks" in about else []
     said = str(about["verdict"]) if "verdict" in about else None
+    found = {check.get("verdict", "ok") for check in checks}
+    worst = "bad" if "do_not_trust" in found else "good" if most and found <= {"ok"} else "warn"
     um = float(about.get("um_per_px", math.nan))
     return render(
         "report_prediction.html.j2",
@@ -101,7 +103,7 @@ def _render(predictions: ad.AnnData, provenance: dict, pictures: tuple) -> str:
         checks=checks,
         said=said,
         statement=statement,
-        good=most and all(check.get("verdict", "ok") == "ok" for check in checks),
+        worst=worst,
         strange=int(predictions.obs["out_of_distribution"].sum()) if "out_of_distribution" in predictions.obs else None,
         expected=json.loads(about["expected"]),
         provenance=provenance,

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stexp import InputError
 from stexp.config import CONF, build, load_sections
-from stexp.overrides import compose, parse, quoted
+from stexp.overrides import compose, meant, parse, quoted
 from stexp.predictions import read_json
 from stexp.train import FINISHED
 
@@ -112,7 +112,7 @@ def names() -> list[str]:
 def read_plan(name: str) -> dict[str, Any]:
     """``conf/sweep/<name>.yaml`` over the one that it says it is made ``of``."""
     if name not in names():
-        raise InputError(f"sweep={name}: choose {', '.join(names())}")
+        raise InputError(f"sweep={name}: choose {', '.join(names())}{meant(str(name), names())}")
     plan = OmegaConf.to_container(OmegaConf.load(CONF / "sweep" / f"{name}.yaml"))
     return {**(read_plan(plan.pop("of")) if "of" in plan else {}), **plan}
 
