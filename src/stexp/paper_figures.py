@@ -129,6 +129,9 @@ def correlations(cells: Cells) -> Result:
         grid += [[f"mean correlation, {what}", f"{v:.3f}", "–"] for what, v in zip(LAYERS, means, strict=True)]
         facts = {"row": jobs[0].model, "label": f"{label}, pairs of genes", "kind": "method"}
         out.numbers.append(record(cells, jobs, **facts, metric="pearson", value=r, paper=None))
+        for what, mean in zip(LAYERS, means, strict=True):
+            facts["label"] = f"{label}, mean over pairs of genes, {what}"
+            out.numbers.append(record(cells, jobs, **facts, metric="pearson", value=mean, paper=None))
         out.parts.append((title, caption, grid, ""))
         figure = Figure(figsize=(10.4, 5.2), dpi=DPI, layout="constrained")
         for ax, what, matrix in zip(figure.subplots(1, 2), LAYERS, both, strict=True):
