@@ -96,7 +96,7 @@ def _rows(name: str) -> list[list[str]]:
             out.append(_row(name, title, "her2st", f"{gene} in {section}, Pearson", paper, facts, "{:.3f}"))
     elif name == "figS2":
         for data in ("her2st", "cscc", "alex10x"):
-            facts = {"metric": "pearson"}
+            facts = {"label": "mclSTExp, pairs of genes"}
             out.append(_row(name, title, data, "pairs of genes, Pearson", None, facts, "{:.3f}"))
     elif name == "figS3":
         values = reference["values"]["her2st"]
