@@ -19,7 +19,7 @@ from torch import nn
 
 from stexp import InputError, callbacks, config
 from stexp.data.batches import ShuffledBatches, SpotIndex, part_of
-from stexp.distributed import SyncBatchNorm, check, devices_of, find_free_network_port, gather
+from stexp.distributed import Ranks, SyncBatchNorm, check, devices_of, find_free_network_port, gather, others
 from stexp.models.bleep import BLEEP
 from stexp.models.image_encoders import ImageEncoder
 from stexp.models.mclstexp import MclSTExp
@@ -211,3 +211,19 @@ def test_what_cannot_train_on_several_devices_is_refused() -> None:
     for given, says in (((3, 9, 9), "batch_size: 3"), ((9, 3, 9), "training spots: 3"), ((9, 9, 1), "validation")):
         with pytest.raises(InputError, match=rf"{says}.* too few for 2 devices"):
             check(model, data(*given), 2)
+
+
+@pytest.mark.parametrize(("status", "error"), [(9, InputError), (0, RuntimeError)])
+def test_a_lost_process_is_one_line_and_other_errors_stay(
+    tmp_path: Path, monkeypatch, status: int, error: type
+) -> None:
+    start = subprocess.Popen
+    child = [sys.executable, "-c", f"raise SystemExit({status})"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: start(child, **given))
+    with pytest.raises(error) as caught, others(tmp_path, Ranks(0, 2)):
+        raise RuntimeError("connection closed by peer")
+    assert str(caught.value) == (
+        "the process of device 1 ended with status 9; the same command goes on from the last checkpoint"
+        if status
+        else "connection closed by peer"
+    )
