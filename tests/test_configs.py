@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import json
-import os
+import re
 from pathlib import Path
 
 import pytest
@@ -192,6 +192,6 @@ def test_the_keys_of_a_sweep_are_those_that_are_read(name):
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
 def test_every_yaml_says_what_it_is_and_names_nothing_of_one_machine(path: Path):
     text = path.read_text()
-    assert os.path.expanduser("~") + "/" not in text and "/work/" not in text
+    assert not re.search(r"[\s=:'\"]/(home|root|Users|tmp|var)/", text), "a folder of somebody's machine"
     if path.parent.name in ("sweep", "launcher"):
         assert text.startswith("# ")

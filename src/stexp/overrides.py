@@ -176,7 +176,10 @@ def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
     elif siblings:
         near = meant(last, siblings, f"{parent}.") or f"; {parent} has {', '.join(siblings)}"
     else:
-        near = meant(key, [*known, "sweep", "dry_run"]) or f"; stexp-{name} --cfg job lists them"
+        near = (
+            meant(key, [*known, *(("sweep", "dry_run") if name == "train" else ())])
+            or f"; stexp-{name} --cfg job lists them"
+        )
     return f"there is no key {key}{near}"
 
 
