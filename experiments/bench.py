@@ -32,14 +32,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from stexp import hardware, train
-from stexp.config import CONF, build, build_data, to_plain
+from stexp import hardware
+from stexp.cli import train
+from stexp.cli.config import CONF, build, build_data, to_plain
 from stexp.data.readers import samplesheet
-from stexp.losses import info_nce
 from stexp.models.blocks import ProjectionHead
+from stexp.models.losses import info_nce
 from stexp.models.mclstexp import SpotEncoder
-from stexp.provenance import git_state, now, versions
-from stexp.retrieval import ReferenceIndex, retrieve
+from stexp.models.retrieval import ReferenceIndex, retrieve
+from stexp.runs.provenance import git_state, now, versions
 
 N_GENES, IMAGE_PX, TILE_PX, FOLD_K = 785, 4000, 224, 100  # small folds have no 200 references
 N_QUERIES, N_REFERENCES, N_GENES_OF_MANY, K = 346, 11_200, 256, 200
@@ -125,7 +126,7 @@ def _config(spec: dict) -> DictConfig:
 
 
 def _ours(spec: dict) -> tuple[DictConfig, pl.LightningDataModule, pl.LightningModule, str]:
-    """Config, data, model and precision, as ``stexp.train`` makes them."""
+    """Config, data, model and precision, as ``stexp.cli.train`` makes them."""
     cfg, sections = _config(spec), samplesheet.read(f"{spec['data']}/sheet.csv")
     data = build_data(cfg, sections, build(cfg.protocol), sections[-1].name)
     data.setup()
@@ -171,7 +172,7 @@ def train_bare(spec: dict, turns: Iterator[int]) -> None:
 
 
 def fold_ours(spec: dict, turns: Iterator[int]) -> dict:
-    """A fold by ``stexp.train.train``: besides the scores it makes floors, ceilings, audit and report."""
+    """A fold by ``stexp.cli.train.train``: besides the scores it makes floors, ceilings, audit and report."""
     for _ in turns:
         sections = samplesheet.read(f"{spec['data']}/sheet.csv")
         train.train(_config(spec), sections, sections[-1].name, Path(spec["scratch"]) / "run")

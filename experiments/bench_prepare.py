@@ -25,12 +25,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from stexp import hardware, overlay
-from stexp.config import CONF, build, load_sections
-from stexp.data import quality, tiles
+from stexp import hardware
+from stexp.cli.config import CONF, build, load_sections
+from stexp.cli.prepare import prepare
+from stexp.data import quality
 from stexp.data.readers import samplesheet
-from stexp.prepare import prepare
-from stexp.provenance import git_state, now, versions
+from stexp.data.slides import tiles
+from stexp.reporting import overlay
+from stexp.runs.provenance import git_state, now, versions
 
 TILE_PX, PITCH_PX, N_GENES = 32, 20, 200
 SPOTS, SECTIONS = (200, 2_000, 20_000), (1, 10, 100)  # spots of one section; sections of 50 spots

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from stexp import hardware
-from stexp.floors import ORACLES
-from stexp.provenance import git_state, now, versions
-from stexp.score import score_run
+from stexp.evaluation.floors import ORACLES
+from stexp.runs.provenance import git_state, now, versions
+from stexp.runs.scoring import score_run
 
 SHOWN = ("pearson_acg", "pearson_given_depth")
 

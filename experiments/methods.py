@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from stexp import config
+from stexp.cli import config
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "conf" / "README.md"

@@ -26,12 +26,12 @@ from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
 from stexp import hardware, load_model
-from stexp.conformal import calibrate
-from stexp.expected import expected_accuracy
-from stexp.export import export
-from stexp.finished_run import Run
-from stexp.predictor import Model
-from stexp.provenance import git_state, manifest, now, versions
+from stexp.inference.expected import expected_accuracy
+from stexp.inference.export import export
+from stexp.inference.intervals import calibrate
+from stexp.inference.predictor import Model
+from stexp.runs.finished import Run
+from stexp.runs.provenance import git_state, manifest, now, versions
 
 GRID_UM, SPOILT_UM = 200.0, 400.0  # spacing of the grids: that of the arrays, and less dense to save time
 BLUR_UM = 3.0

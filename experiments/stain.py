@@ -22,14 +22,14 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from stexp import hardware
-from stexp.config import CONF, build, build_data, load_sections
+from stexp.cli.config import CONF, build, build_data, load_sections
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.features import frozen_features
-from stexp.data.stain import METHODS, TISSUE
-from stexp.floors import colour_statistics
-from stexp.metrics import mean_over_sections, score_section, top_genes
-from stexp.provenance import git_state, manifest, now, versions
-from stexp.results import floors_under
+from stexp.data.slides.stain import METHODS, TISSUE
+from stexp.evaluation.floors import colour_statistics
+from stexp.evaluation.metrics import mean_over_sections, score_section, top_genes
+from stexp.models.encoders.features import frozen_features
+from stexp.runs.provenance import git_state, manifest, now, versions
+from stexp.runs.results import floors_under
 
 FLOORS = ("colour_ridge", "knn_features", "ridge_features")
 PIXELS = ("tiles", "tissue", "lighter")

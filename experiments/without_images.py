@@ -9,11 +9,12 @@ import json
 import time
 from pathlib import Path
 
-from stexp import clusters
-from stexp.config import build, load_sections, panel_of
-from stexp.floors import floors_without_images
-from stexp.overrides import compose
-from stexp.provenance import command_line, git_state, manifest, now, versions
+from paper import clusters
+
+from stexp.cli.compose import compose
+from stexp.cli.config import build, load_sections, panel_of
+from stexp.evaluation.floors import floors_without_images
+from stexp.runs.provenance import command_line, git_state, manifest, now, versions
 
 HERE = Path(__file__).parent
 SEEDS = 3

@@ -7,9 +7,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from stexp import config
+from stexp.cli import config
+from stexp.cli.train import train
 from stexp.data.splits import folds
-from stexp.train import train
 
 
 def configure(root: Path, out: Path, *overrides: str) -> DictConfig:

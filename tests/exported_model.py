@@ -10,8 +10,8 @@ from pathlib import Path
 import demo_run
 import pytest
 
-from stexp.export import export
-from stexp.trained import TrainedMethod
+from stexp.inference.export import export
+from stexp.inference.trained import TrainedMethod
 
 ENCODE = TrainedMethod.encode
 PANEL = 60

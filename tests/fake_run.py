@@ -10,8 +10,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from stexp.predictions import add_neighbours
-from stexp.report_pictures import CELL, NAME, Level, SlidePicture, sheet, to_jpeg, write
+from stexp.data.slides.pictures import CELL, NAME, Level, SlidePicture, sheet, to_jpeg, write
+from stexp.evaluation.predictions import add_neighbours
 
 
 def scores(acg: float | None, heg: float | None, mse: float | None = 0.41) -> dict[str, float | None]:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from stexp.config import build
-from stexp.sweeps import Job, jobs
+from stexp.cli.config import build
+from stexp.sweeps.jobs import Job, jobs
 
 GENES = ("GNAS", "FN1", "FASN", "RPL13", *(f"G{i}" for i in range(26)))
 FLOORS = {"mean": 0.0, "colour_ridge": 0.15, "depth_oracle": 0.6}

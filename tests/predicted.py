@@ -11,7 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from stexp import predictions
+from stexp.evaluation import predictions
 from stexp.protocol import Protocol
 
 UM, SIZE = 0.5, (2600, 2010)  # width, height

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from PIL import Image
 
 from stexp.data.section import Section
-from stexp.data.slide import Slide
+from stexp.data.slides.slide import Slide
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import pytest
 from fakes import alex10x as fake
 from fakes.visium import HIRES
 
-from stexp import InputError
 from stexp.data.readers.alex10x import TENX, read
+from stexp.errors import InputError
 
 
 def test_sections_come_in_the_order_of_the_folds(tmp_path, caplog):

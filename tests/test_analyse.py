@@ -9,9 +9,10 @@ from fake_run import write_run
 from hydra import compose, initialize_config_dir
 from predicted import predicted
 
-from stexp import InputError, predictions
-from stexp.analyse import analyse, check, folders, main, wanted
-from stexp.config import CONF, to_plain
+from stexp.cli.analyse import analyse, check, folders, main, wanted
+from stexp.cli.config import CONF, to_plain
+from stexp.errors import InputError
+from stexp.evaluation import predictions
 
 
 def configure(*overrides: str, name: str = "analyse"):
@@ -97,7 +98,7 @@ def test_bad_input_ends_with_one_line(capsys, overrides, says):
 def test_a_finished_slide_is_exported_without_predicting_it_again(tmp_path, monkeypatch):
     from exported_model import exported, killed_after, slide
 
-    from stexp.predict import find_slides, predict
+    from stexp.cli.predict import find_slides, predict
 
     def command(*overrides: str) -> None:
         common = [f"run={exported()}", f"slide={slide()}", f"output_dir={tmp_path}", "um_per_px=2", "spacing_um=300"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stexp import InputError
-from stexp.data.archives import unpack
+from stexp.data.download.archives import unpack
+from stexp.errors import InputError
 
 FILES = {"a.txt": b"alpha", "deep/b.bin": bytes(range(256)) * 50}
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from stexp.audit import audit
-from stexp.config import build, protocols
+from stexp.cli.config import build, protocols
+from stexp.evaluation.audit import audit
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stexp import InputError
 from stexp.data import augment as module
 from stexp.data.augment import AUGMENTATIONS, augment, colour_jitter, hed_jitter
+from stexp.errors import InputError
 
 
 def tiles(n: int = 6, px: int = 12, seed: int = 0) -> torch.Tensor:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from sections import make_trainer
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
-from stexp.losses import soft_info_nce
+from stexp.errors import InputError
 from stexp.models.bleep import BLEEP
-from stexp.models.image_encoders import ImageEncoder
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.losses import soft_info_nce
 
 
 def make_model(n_genes: int = 30, *, seed: int = 0, **kwargs) -> BLEEP:

@@ -12,16 +12,16 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.metrics import pearson_per_gene
+from stexp.errors import InputError
+from stexp.evaluation.metrics import pearson_per_gene
+from stexp.evaluation.ridge import RidgeProbe
 from stexp.models.closed_form import ClosedForm
 from stexp.models.hest_ridge import HestRidge
 from stexp.models.mean import Mean
 from stexp.protocol import Protocol
-from stexp.results import floors_under
-from stexp.ridge import RidgeProbe
+from stexp.runs.results import floors_under
 
 F = 40
 

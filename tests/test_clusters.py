@@ -8,11 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sections import make_section
-from sklearn.cluster import KMeans
-
-from stexp import InputError
-from stexp.clusters import (
+from paper.clusters import (
     OBSERVED,
     against_labels,
     cluster,
@@ -23,7 +19,11 @@ from stexp.clusters import (
     search,
     settled,
 )
-from stexp.paper import REFERENCE
+from paper.paper import REFERENCE
+from sections import make_section
+from sklearn.cluster import KMeans
+
+from stexp.errors import InputError
 
 
 def spread(x: np.ndarray, clusters: np.ndarray) -> float:

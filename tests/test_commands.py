@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from demo_run import configure
 
-from stexp import InputError, config
-from stexp.train import train
+from stexp.cli import config
+from stexp.cli.train import train
+from stexp.errors import InputError
 
 
 def command(name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
@@ -76,7 +77,7 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-COMMANDS = {"tables": "table"} | {
+COMMANDS = {"table": "table"} | {
     name: name for name in ("train", "score", "floors", "prepare", "report", "predict", "export", "analyse")
 }
 
@@ -103,7 +104,7 @@ def test_help_teaches_without_importing_torch(name: str) -> None:
         ("predict", "slid", "slide"),
         ("export", "outputs", "output"),
         ("analyse", "export", "exports"),
-        ("tables", "baselin", "baseline"),
+        ("table", "baselin", "baseline"),
     ],
 )
 def test_a_misspelt_key_is_one_line_with_the_one_meant(name: str, key: str, meant: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stexp.compare import (
+from stexp.evaluation.compare import (
     bootstrap_interval,
     compare,
     compare_each,

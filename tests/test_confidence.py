@@ -11,11 +11,12 @@ import wrong_slides
 from exported_model import exported, finished_run, slide
 from hydra import compose, initialize_config_dir
 
-from stexp import InputError, load_model
-from stexp.confidence import lines
-from stexp.config import CONF, to_plain
-from stexp.conformal import interval
-from stexp.predict import find_slides, predict
+from stexp import load_model
+from stexp.cli.config import CONF, to_plain
+from stexp.cli.predict import find_slides, predict
+from stexp.errors import InputError
+from stexp.inference.confidence import lines
+from stexp.inference.intervals import interval
 
 OPTIONS = {"spacing_um": 250, "progress": False, "um_per_px": 2.0}
 SEEN_BY = {
@@ -96,7 +97,7 @@ def test_a_prediction_has_its_interval_and_how_often_that_held(model, right, tmp
 
 
 def test_a_method_without_embedding_and_a_run_without_calibration_say_so(tmp_path):
-    from stexp.export import export
+    from stexp.inference.export import export
 
     options = ("model=stnet", "model.lr=0.01", "model.symmetries=false", "trainer.max_epochs=1")
     facts = export(finished_run(*options), tmp_path / "m", alpha=None)

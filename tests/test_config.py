@@ -14,9 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from sections import make_section
 
-from stexp import InputError, config
-from stexp.config import CONF, build, load_run, misread, to_plain
+from stexp.cli import config
+from stexp.cli.config import CONF, build, load_run, misread, to_plain
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
 from stexp.models.mclstexp import MclSTExp
 from stexp.protocol import Protocol
 
@@ -57,17 +58,17 @@ def encoder_overrides(name: str) -> list[str]:
         "subprocess.run",
         "hydra.utils.instantiate",
         "stexp.hardware.os.system",
-        "stexp.train.shutil.rmtree",
-        "stexp.config.OmegaConf.load",
-        "stexp.config.CONF.joinpath",
-        "stexp.config.ALLOWED.count",
-        "stexp.config.build.__call__",
+        "stexp.cli.train.shutil.rmtree",
+        "stexp.cli.config.OmegaConf.load",
+        "stexp.cli.config.CONF.joinpath",
+        "stexp.cli.config.ALLOWED.count",
+        "stexp.cli.config.build.__call__",
         "pytorch_lightning.loggers.csv_logs.os.system",
         "pytorch_lightning.trainer.trainer.torch.load",
         "stexpevil.run",
         "stexp",
-        "stexp.config.CONF",
-        "stexp.config.build.__globals__",
+        "stexp.cli.config.CONF",
+        "stexp.cli.config.build.__globals__",
         "",
         3,
         None,

@@ -15,11 +15,14 @@ import torch
 from omegaconf import OmegaConf
 from sections import make_section
 
-from stexp import InputError, distributed, hardware, sweeps
-from stexp.config import CONF, build, to_plain
+from stexp import hardware
+from stexp.cli.compose import compose
+from stexp.cli.config import CONF, build, to_plain
 from stexp.construct import get_object
 from stexp.data.splits import assign_roles, folds
-from stexp.overrides import compose
+from stexp.errors import InputError
+from stexp.sweeps import jobs as sweeps
+from stexp.training import distributed
 
 NAMES = {
     group: [path.stem for path in sorted((CONF / group).glob("*.yaml")) if path.stem != "default"]

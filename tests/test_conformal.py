@@ -11,11 +11,13 @@ import pandas as pd
 import pytest
 from exported_model import PANEL, exported, finished_run
 
-from stexp import InputError, model_folder, predictions
-from stexp.conformal import calibrate, fit, interval, measure_coverage
-from stexp.export import export
-from stexp.finished_run import Run
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.inference import model_folder
+from stexp.inference.export import export
+from stexp.inference.intervals import calibrate, fit, interval, measure_coverage
 from stexp.protocol import Protocol
+from stexp.runs.finished import Run
 
 
 def test_the_quantile_is_that_of_the_definition():

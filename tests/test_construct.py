@@ -7,7 +7,9 @@ import os.path
 
 import pytest
 
-from stexp import InputError, config, construct
+from stexp import construct
+from stexp.cli import config
+from stexp.errors import InputError
 from stexp.protocol import Protocol
 
 

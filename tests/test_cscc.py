@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from fakes import cscc as fake
 
-from stexp import InputError
 from stexp.data.readers import cscc
+from stexp.errors import InputError
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section, make_sections
 
-from stexp import InputError
-from stexp.checkpoints import check_checkpoint
 from stexp.data.augment import augment
 from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, nearest
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.data.section import Section
-from stexp.data.tiles import TileSpec, cut_tiles
+from stexp.data.slides.tiles import TileSpec, cut_tiles
+from stexp.errors import InputError
 from stexp.protocol import Protocol
+from stexp.training.checkpoints import check_checkpoint
 
 STRICT = Protocol("strict", n_hvg=12, panel_size=10, min_spots=0)
 PAPER = Protocol(

@@ -17,15 +17,17 @@ import torch.distributed as dist
 from demo_run import configure, run
 from torch import nn
 
-from stexp import InputError, callbacks, config
+from stexp.cli import config
+from stexp.cli.train import claim, train
 from stexp.data.batches import ShuffledBatches, SpotIndex, part_of
-from stexp.distributed import Ranks, SyncBatchNorm, check, devices_of, find_free_network_port, gather, others
+from stexp.errors import InputError
+from stexp.evaluation.predictions import read_json
 from stexp.models.bleep import BLEEP
-from stexp.models.image_encoders import ImageEncoder
+from stexp.models.encoders.image import ImageEncoder
 from stexp.models.mclstexp import MclSTExp
 from stexp.models.mean import Mean
-from stexp.predictions import read_json
-from stexp.train import claim, train
+from stexp.training import callbacks
+from stexp.training.distributed import Ranks, SyncBatchNorm, check, devices_of, find_free_network_port, gather, others
 
 SPOTS = 13  # over two devices 7 and 6
 SETTINGS = {

@@ -8,10 +8,10 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import scale
 
-from stexp import InputError
 from stexp.data import demo
 from stexp.data.readers import demo as reader
 from stexp.data.readers import samplesheet
+from stexp.errors import InputError
 
 SMALL = {"patients": 1, "sections_per_patient": 1, "image_px": 500}
 

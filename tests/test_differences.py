@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 from predicted import predicted
 
-from stexp import InputError
-from stexp.differences import compare, draw
+from stexp.errors import InputError
+from stexp.reporting.differences import compare, draw
 
 
 def test_spots_and_genes_are_matched_by_name():

@@ -18,10 +18,10 @@ import requests
 from omegaconf import OmegaConf
 from unreliable import Site, bring, content, stall, stated
 
-from stexp import InputError
-from stexp.data.download import RECORD, fetch, fetch_configured
-from stexp.data.sources import SOURCES, read_source
-from stexp.data.transfer import file_hash
+from stexp.data.download.fetch import RECORD, fetch, fetch_configured
+from stexp.data.download.sources import SOURCES, read_source
+from stexp.data.download.transfer import file_hash
+from stexp.errors import InputError
 
 
 def toy(site: Site) -> dict[str, dict]:

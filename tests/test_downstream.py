@@ -11,8 +11,8 @@ import pytest
 import scipy.sparse as sp
 from predicted import predicted
 
-from stexp import InputError
-from stexp.downstream import (
+from stexp.errors import InputError
+from stexp.reporting.downstream import (
     adjacency,
     agreement,
     gene_set_scores,

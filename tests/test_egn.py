@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy.special import erf, expit, softmax
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.losses import correlation_loss
+from stexp.errors import InputError
 from stexp.models.egn import EGN, nearest_exemplars, restarts
+from stexp.models.losses import correlation_loss
 
 SMALL = {"tile_px": 16, "patch_px": 8, "dim": 12, "depth": 2, "heads": 3, "head_dim": 5, "hidden": 20}
 BRIDGE = {"bridge_heads": 2, "bridge_dim": 7, "projector_depth": 2}

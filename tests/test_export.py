@@ -10,12 +10,15 @@ import pytest
 import torch
 from exported_model import PANEL, exported, finished_run
 
-from stexp import InputError, model_folder, predictions
-from stexp.export import export, exported_run, lines
+from stexp.cli.export import lines
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.inference import model_folder
+from stexp.inference.export import export, exported_run
+from stexp.inference.trained import TrainedMethod
 from stexp.models.mclstexp import MclSTExp
-from stexp.rescore import predict_again
-from stexp.score import score_run
-from stexp.trained import TrainedMethod
+from stexp.runs.rescore import predict_again
+from stexp.runs.scoring import score_run
 
 
 def test_the_folder_says_what_the_model_is():
@@ -146,7 +149,7 @@ def test_a_run_is_exported_once(tmp_path, monkeypatch):
     run = finished_run()
     folder = exported_run(run)
     assert folder == run / "model.stexp" and model_folder.read(folder).facts["trained"]["run"] == run.name
-    monkeypatch.setattr("stexp.export.export", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr("stexp.inference.export.export", lambda *_: pytest.fail("exported again"))
     assert exported_run(run) == folder
 
 

@@ -15,8 +15,9 @@ import tifffile
 from fake_run import write_run
 from predicted import SIZE, UM, predicted
 
-from stexp import InputError, exports
-from stexp.exports import choose_genes, export, places, qupath_origin
+from stexp.errors import InputError
+from stexp.reporting import exports
+from stexp.reporting.exports import choose_genes, export, places, qupath_origin
 
 GENES = ["G3", "G0"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from sections import make_section, make_sections
 
-from stexp import InputError
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.features import FrozenEncoder, frozen_features, surrounding_features
-from stexp.data.slide_formats import WHITE
-from stexp.data.tiles import TileSpec, around, open_tiles, tiles_around
-from stexp.models.image_encoders import ImageEncoder
+from stexp.data.slides.formats import WHITE
+from stexp.data.slides.tiles import TileSpec, around, open_tiles, tiles_around
+from stexp.errors import InputError
+from stexp.models.encoders.features import FrozenEncoder, frozen_features, surrounding_features
+from stexp.models.encoders.image import ImageEncoder
 from stexp.protocol import Protocol
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from stexp import InputError
 from stexp.data.genes import normalise, read_panel
 from stexp.data.readers import her2st
-from stexp.floors import (
+from stexp.errors import InputError
+from stexp.evaluation.floors import (
     NO_SCALE,
     ORACLES,
     SpotTable,
@@ -24,7 +24,7 @@ from stexp.floors import (
     predict_floors,
     unit_square,
 )
-from stexp.metrics import mean_over_sections, pearson_per_gene, score_section, top_genes
+from stexp.evaluation.metrics import mean_over_sections, pearson_per_gene, score_section, top_genes
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from stexp import InputError
+from stexp.errors import InputError
 from stexp.models.mclstexp import MclSTExp
 
 GENES, POSITIONS, HEADS, HEAD_DIM, DIM = 12, 40, 8, 64, 256

@@ -13,8 +13,8 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stexp import InputError
 from stexp.data.gene_names import harmonise
+from stexp.errors import InputError
 
 TP53, CD74, ACTB, MOUSE = "ENSG00000141510", "ENSG00000019582", "ENSG00000075624", "ENSMUSG00000024610"
 TABLE = f"Gene stable ID,Gene name\n{TP53},TP53\n{CD74},CD74\n{ACTB},ACTB\n"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section
 
-from stexp import InputError
 from stexp.data.genes import choose_panel, normalise, read_panel
 from stexp.data.section import Section
+from stexp.errors import InputError
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")

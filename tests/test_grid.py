@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from stexp import InputError
-from stexp.data.grid import make_grid, read_coordinates
-from stexp.data.slide import Slide
-from stexp.data.tissue import Tissue
+from stexp.data.slides.grid import make_grid, read_coordinates
+from stexp.data.slides.slide import Slide
+from stexp.data.slides.tissue import Tissue
+from stexp.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from stexp import InputError
+from stexp.data.readers.formats import _parse_digits, _parse_slowly, read_counts
 from stexp.data.readers.her2st import read
-from stexp.data.tables import _parse_digits, _parse_slowly, read_counts
+from stexp.errors import InputError
 
 GENES = ["FO538757.1", "ERBB2", "CD74", "COL1A1"]
 PIXELS = 30.0

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from fakes import hest as fake
 
-from stexp import InputError
 from stexp.data.readers.hest import array_coordinates, donors, read, read_metadata
+from stexp.errors import InputError
 
 
 def test_sections_are_read_as_laid_out(tmp_path):

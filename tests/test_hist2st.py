@@ -8,12 +8,12 @@ import torch
 from slow_transformer import load, random_state, shapes, slow_block
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch, SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.losses import zinb_nll
+from stexp.errors import InputError
 from stexp.models.blocks import neighbour_graph
 from stexp.models.hist2st import Hist2ST
+from stexp.models.losses import zinb_nll
 
 SMALL = {"tile_px": 16, "patch_px": 4, "channels": 8, "depth": 1, "heads": 2, "head_dim": 8, "tile_share": 1.0}
 

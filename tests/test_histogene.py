@@ -6,9 +6,9 @@ import pytest
 import torch
 from slow_transformer import load, random_state, shapes, slow_block
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
 from stexp.models.blocks import ArrayEmbedding, central, start_as_mean
 from stexp.models.histogene import HisToGene
 

@@ -17,11 +17,11 @@ from encoders import settings, tiles
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from stexp import InputError
-from stexp.config import build
-from stexp.data.features import _weights_digest
-from stexp.models import image_encoders
-from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors
+from stexp.cli.config import build
+from stexp.errors import InputError
+from stexp.models.encoders import image as image_encoders
+from stexp.models.encoders.features import _weights_digest
+from stexp.models.encoders.image import ImageEncoder, from_torchvision, load_tensors
 
 TINY = "test_resnet"
 

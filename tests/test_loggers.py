@@ -18,11 +18,13 @@ import pytest
 import wandb
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from stexp import InputError, config, logs
-from stexp.config import to_plain
-from stexp.predictions import read_json
-from stexp.report import best_floor
-from stexp.train import claim
+from stexp.cli import config
+from stexp.cli.config import to_plain
+from stexp.cli.train import claim
+from stexp.errors import InputError
+from stexp.evaluation.predictions import read_json
+from stexp.evaluation.verdict import best_floor
+from stexp.training import loggers as logs
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ def test_curves_health_and_scores_are_in_the_csv(strict: Path) -> None:
 def test_the_gradient_norm_is_that_of_all_gradients() -> None:
     import torch
 
-    from stexp.callbacks import Health
+    from stexp.training.callbacks import Health
 
     class Model(torch.nn.Linear):
         def log(self, name, value):

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from stexp.losses import info_nce, zinb_nll
+from stexp.models.losses import info_nce, zinb_nll
 
 
 def pair(n: int = 7, dim: int = 5, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

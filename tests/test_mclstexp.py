@@ -10,14 +10,14 @@ import pytorch_lightning as pl
 import torch
 from sections import make_section, make_sections, make_trainer
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch, SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.metrics import mean_pearson
-from stexp.models.image_encoders import ImageEncoder
+from stexp.errors import InputError
+from stexp.evaluation.metrics import mean_pearson
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.spot import POSITIONS, SpotEncoder, sinusoid
 from stexp.models.mclstexp import MclSTExp
 from stexp.models.retrieval_method import K_CANDIDATES
-from stexp.models.spot_encoder import POSITIONS, SpotEncoder, sinusoid
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict", n_hvg=30, min_spots=0.0)

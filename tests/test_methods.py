@@ -16,12 +16,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from stexp import InputError, config
-from stexp.checkpoints import load_checkpoint
-from stexp.data.features import frozen_features, surrounding_features
-from stexp.metrics import mean_pearson
-from stexp.rescore import predict_again
-from stexp.train import train
+from stexp.cli import config
+from stexp.cli.train import train
+from stexp.errors import InputError
+from stexp.evaluation.metrics import mean_pearson
+from stexp.models.encoders.features import frozen_features, surrounding_features
+from stexp.runs.rescore import predict_again
+from stexp.training.checkpoints import load_checkpoint
 
 METHODS = sorted(path.stem for path in (config.CONF / "model").glob("*.yaml"))
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from stexp import InputError
-from stexp.metrics import (
+from stexp.errors import InputError
+from stexp.evaluation.metrics import (
     SCORES,
     mean_over_sections,
     pearson_given_depth,

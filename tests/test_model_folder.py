@@ -11,9 +11,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from stexp import InputError, model_folder
 from stexp.data.genes import normalise
-from stexp.model_folder import ACCURACY, Bank
+from stexp.errors import InputError
+from stexp.inference import model_folder
+from stexp.inference.model_folder import ACCURACY, Bank
 from stexp.protocol import Protocol
 
 RNG = np.random.default_rng(0)

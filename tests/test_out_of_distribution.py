@@ -10,9 +10,9 @@ import pytest
 import torch
 from exported_model import exported
 
-from stexp import model_folder
 from stexp.data.splits import spatial_blocks
-from stexp.out_of_distribution import LIMIT, NEIGHBOURS, KnownTiles, learn
+from stexp.inference import model_folder
+from stexp.inference.out_of_distribution import LIMIT, NEIGHBOURS, KnownTiles, learn
 
 
 def slow(query: np.ndarray, known: np.ndarray, k: int) -> float:

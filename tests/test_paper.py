@@ -13,13 +13,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from paper import paper
+from paper.paper import BUILT, REFERENCE, build, known_causes
+from paper.tables import minus_log10_p, rank_genes
 from paper_runs import GENES, cells, finish
 from scipy.stats import pearsonr
 
-from stexp import InputError, paper
-from stexp.paper import BUILT, REFERENCE, build, known_causes
-from stexp.paper_tables import minus_log10_p, rank_genes
-from stexp.sweeps import names, read_plan
+from stexp.errors import InputError
+from stexp.sweeps.jobs import names, read_plan
 
 FEW = ("data=her2st", "data.sections=[B3,B4,C2]")
 ACG = {"bleep": 0.1, "mclstexp": 0.25}
@@ -211,7 +212,7 @@ def test_there_is_a_make_target_for_each_and_the_readme_is_what_the_script_write
 
 
 def test_the_command_writes_all_without_torch(runs: Path, tmp_path: Path):
-    code = "import sys; from stexp.tables import main; main(); assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys; from stexp.cli.table import main; main(); assert 'torch' not in sys.modules, 'torch'"
     given = ["sweep=[table1,tableS2,tableS3,figS2]", f"runs={runs}", *FEW, "model=mclstexp", "dry_run=false"]
 
     def run(*more: str) -> subprocess.CompletedProcess:

@@ -8,15 +8,17 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from paper import clusters
+from paper import figures as paper_figures
+from paper.figures import draw_spots, tree_order
+from paper.paper import build, cards, text_of
 from paper_runs import GENES, cells, finish
 from test_her2st import write_section
 
-from stexp import InputError, clusters, paper_figures
 from stexp.data.readers import her2st
 from stexp.data.section import Section
-from stexp.exports import places
-from stexp.paper import build, cards, text_of
-from stexp.paper_figures import draw_spots, tree_order
+from stexp.errors import InputError
+from stexp.reporting.exports import places
 
 FEW = ("data=her2st", "data.sections=[B3,B4,C2]", "model=mclstexp")
 TWO = ("data=alex10x", "data.sections=[1142243F,CID4290]")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stexp import parts as module
-from stexp.parts import Parts
+from stexp.inference import parts as module
+from stexp.inference.parts import Parts
 
 VALUES = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 ORDER = np.random.default_rng(1).permutation(50)

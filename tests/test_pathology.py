@@ -14,11 +14,11 @@ from encoders import FOLDER, randomise, settings, tiles
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
-from stexp import InputError
-from stexp.config import build
-from stexp.models import image_encoders
-from stexp.models.image_encoders import ImageEncoder
-from stexp.models.pathology import ConchV15, ConvStem, ctranspath
+from stexp.cli.config import build
+from stexp.errors import InputError
+from stexp.models.encoders import image as image_encoders
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.pathology import ConchV15, ConvStem, ctranspath
 
 # millions of parameters, as LazySlide lists them (src/lazyslide/models/vision at 5ac53f7); CONCH v1.5 alone it does not
 PUBLISHED = {

@@ -11,9 +11,10 @@ import pytest
 from exported_model import exported, killed_after, slide
 from hydra import compose, initialize_config_dir
 
-from stexp import InputError, model_folder
-from stexp.config import CONF, to_plain
-from stexp.predict import find_slides, main, predict
+from stexp.cli.config import CONF, to_plain
+from stexp.cli.predict import find_slides, main, predict
+from stexp.errors import InputError
+from stexp.inference import model_folder
 
 
 def configure(out, *overrides: str):
@@ -47,7 +48,7 @@ def test_a_finished_slide_says_where_its_numbers_come_from(finished):
 
 
 def test_after_a_kill_the_same_command_ends_with_the_same_bytes(finished, monkeypatch, tmp_path):
-    monkeypatch.setattr("stexp.parts.SAVE_EVERY", -1)
+    monkeypatch.setattr("stexp.inference.parts.SAVE_EVERY", -1)
     killed_after(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, f"slide={slide()}")

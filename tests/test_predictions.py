@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from sections import make_sections
 
-from stexp import InputError, predictions
+from stexp.errors import InputError
+from stexp.evaluation import predictions
 from stexp.protocol import Protocol
 
 GENES = 70

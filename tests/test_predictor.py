@@ -12,9 +12,11 @@ import pytest
 from exported_model import PANEL, exported, finished_run, killed_after, root, slide
 from PIL import Image
 
-from stexp import InputError, load_model, predictor
-from stexp.data.slide import Slide
-from stexp.rescore import predict_again
+from stexp import load_model
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
+from stexp.inference import predictor
+from stexp.runs.rescore import predict_again
 
 STNET = (
     "model=stnet",
@@ -178,7 +180,7 @@ def test_what_would_not_fit_in_memory_is_refused_with_what_would(model, monkeypa
 
 
 def test_it_goes_on_after_a_kill_to_the_same_numbers(model, monkeypatch, tmp_path):
-    monkeypatch.setattr("stexp.parts.SAVE_EVERY", -1)
+    monkeypatch.setattr("stexp.inference.parts.SAVE_EVERY", -1)
     options = {"um_per_px": UM, "coordinates": spots(), "batch_size": 20, "progress": False}
     whole = model.predict(slide(), **options)
     killed_after(monkeypatch, 4)
@@ -217,8 +219,8 @@ def test_a_place_that_is_no_model_is_refused(tmp_path):
 
 
 def test_a_model_may_call_nothing_but_methods(model):
-    node = model.facts["model"] | {"_target_": "stexp.data.slide.Slide"}
-    with pytest.raises(InputError, match=r"names stexp.data.slide.Slide, which is no method"):
+    node = model.facts["model"] | {"_target_": "stexp.data.slides.slide.Slide"}
+    with pytest.raises(InputError, match=r"names stexp.data.slides.slide.Slide, which is no method"):
         type(model.method)(model.facts | {"model": node}, {}, None)
 
 

@@ -15,11 +15,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from stexp import InputError, overlay, prepare
-from stexp.config import CONF, build, build_data, load_sections, panel_of
+from stexp.cli import prepare
+from stexp.cli.config import CONF, build, build_data, load_sections, panel_of
 from stexp.data.demo import write_demo
-from stexp.data.features import frozen_features, surrounding_features
 from stexp.data.quality import FLAGS
+from stexp.errors import InputError
+from stexp.models.encoders.features import frozen_features, surrounding_features
+from stexp.reporting import overlay
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from sections import make_section
 
-from stexp import InputError
-from stexp.config import CONF, build, load_sections
+from stexp.cli.config import CONF, build, load_sections
 from stexp.data import quality
 from stexp.data.demo import write_demo
 from stexp.data.quality import FLAGS, OF_TILES, Thresholds, blur, inspect, leave_out, measure, stands_apart, summarise
 from stexp.data.readers import samplesheet
-from stexp.data.tiles import TileSpec, open_tiles
+from stexp.data.slides.tiles import TileSpec, open_tiles
+from stexp.errors import InputError
 
 SPEC = TileSpec(px=96)
 
@@ -280,7 +280,7 @@ def test_leave_out_is_a_key_of_every_command(demo, tmp_path):
 def test_predictions_carry_the_quality_of_their_spots(tmp_path, thresholds):
     from stexp.data.datamodule import SpotDataModule
     from stexp.protocol import Protocol
-    from stexp.results import quality_of_test
+    from stexp.runs.results import quality_of_test
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         protocol: Protocol = build(compose("train").protocol)

@@ -15,10 +15,10 @@ from fakes import visium as visium_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stexp import InputError
 from stexp.data.readers import cscc, her2st, samplesheet, visium
+from stexp.data.readers.formats import read_counts, read_positions
 from stexp.data.section import join
-from stexp.data.tables import read_counts, read_positions
+from stexp.errors import InputError
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # ids that a table reader may take for numbers, missing values or booleans

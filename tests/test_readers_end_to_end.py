@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from stexp import config
+from stexp.cli import config
+from stexp.cli.train import train
+from stexp.data import readers
 from stexp.data.splits import folds
-from stexp.rescore import predict_again
-from stexp.score import score_run
-from stexp.train import train
+from stexp.runs.rescore import predict_again
+from stexp.runs.scoring import score_run
 
 LAYOUTS = sorted(path.stem for path in (Path(__file__).parent / "fakes").glob("*.py"))
 SMALL = ["image_encoder=tiny", "data.tile_px=32", "data.tile_um=null", "data.batch_size=16", "model.k=5"]
@@ -58,6 +59,6 @@ def test_a_data_set_goes_from_files_to_scores(name, tmp_path, caplog):
 
 
 def test_every_reader_has_a_fake_or_is_the_demo():
-    readers = {path.stem for path in (Path(config.__file__).parent / "data" / "readers").glob("*.py")}
-    with_yaml = {path.stem for path in (config.CONF / "data").glob("*.yaml")} & readers
+    names = {path.stem for path in (Path(readers.__file__).parent).glob("*.py")}
+    with_yaml = {path.stem for path in (config.CONF / "data").glob("*.yaml")} & names
     assert with_yaml - {"demo", "her2st", "samplesheet"} == set(LAYOUTS)  # the demo is a sample sheet

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from fake_run import write_run
 
-from stexp import InputError
-from stexp.plots import is_oracle, score_chart
-from stexp.report import FLOORS, main, number, verdict, write_report
-from stexp.report_maps import MISSING
+from stexp.cli.report import main
+from stexp.errors import InputError
+from stexp.evaluation.verdict import is_oracle, number, verdict
+from stexp.reporting.maps import MISSING
+from stexp.reporting.plots import score_chart
+from stexp.reporting.report import FLOORS, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -119,7 +121,7 @@ def test_no_floor_no_claim(run: Path) -> None:
 
 
 def test_floors_that_read_the_test_counts_are_told_by_their_name() -> None:
-    from stexp.floors import ORACLES
+    from stexp.evaluation.floors import ORACLES
 
     assert ORACLES and all(is_oracle(name) for name in ORACLES)
     assert not any(is_oracle(name) for name in set(FLOORS) - ORACLES)
@@ -252,7 +254,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_writes_without_torch(run: Path) -> None:
     code = (
-        f"import sys; from stexp.report import main; main(['run={run}']); "
+        f"import sys; from stexp.cli.report import main; main(['run={run}']); "
         "assert not {'torch', 'scanpy', 'hydra'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

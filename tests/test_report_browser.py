@@ -11,7 +11,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from fake_run import write_pictures, write_prediction, write_run
 
-from stexp.report import write_report
+from stexp.reporting.report import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 

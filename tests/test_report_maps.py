@@ -13,9 +13,9 @@ import pytest
 from fake_run import write_pictures, write_run
 from test_report import page_of, unpack
 
-from stexp.report import write_report
-from stexp.report_maps import MISSING, PAGE_BYTES, STEPS, VALUE_BYTES, make_maps, quantise
-from stexp.report_pictures import Level, SlidePicture, read, sheet
+from stexp.data.slides.pictures import Level, SlidePicture, read, sheet
+from stexp.reporting.maps import MISSING, PAGE_BYTES, STEPS, VALUE_BYTES, make_maps, quantise
+from stexp.reporting.report import write_report
 
 
 def test_quantise_keeps_ends_constants_and_gaps() -> None:
@@ -85,7 +85,7 @@ def test_five_thousand_spots_by_a_thousand_genes_with_pictures_fit(tmp_path: Pat
 
 
 def test_of_very_many_genes_the_best_have_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stexp.report_maps.VALUE_BYTES", 60_000)
+    monkeypatch.setattr("stexp.reporting.maps.VALUE_BYTES", 60_000)
     folder = write_run(tmp_path / "x", sections=("B1",), spots=300, genes=400)
     report = write_report(folder)
     page = page_of(report)

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stexp import InputError
-from stexp.config import load_run
-from stexp.data.slide import Slide
-from stexp.report_pictures import (
+from stexp.cli.config import load_run
+from stexp.data.slides.pictures import (
     CELL,
     NAME,
     REFERENCES,
@@ -28,6 +26,8 @@ from stexp.report_pictures import (
     sheet,
     write,
 )
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 WIDTH, HEIGHT = 2000, 1300
 SPOTS = np.array([[700.0, 600.0], [820.0, 640.0]])

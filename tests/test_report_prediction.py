@@ -11,9 +11,10 @@ import pytest
 from fake_run import write_prediction, write_run
 from test_report import page_of
 
-from stexp import InputError
-from stexp.report import main, write_report
-from stexp.report_prediction import is_prediction, worth
+from stexp.cli.report import main
+from stexp.errors import InputError
+from stexp.reporting.prediction_page import is_prediction, worth
+from stexp.reporting.report import write_report
 
 
 def test_a_prediction_is_told_from_a_run_and_from_nothing(tmp_path: Path) -> None:

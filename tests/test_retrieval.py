@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from stexp import InputError
-from stexp.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
+from stexp.errors import InputError
+from stexp.models.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
 
 N, Q, D, G, K = 60, 11, 6, 9, 7
 
@@ -194,7 +194,7 @@ def test_similarities_are_never_held_for_all_references(monkeypatch):
 def test_memory_does_not_grow_with_queries_times_references():
     code = """if True:
         import resource, sys, numpy as np, torch
-        from stexp.retrieval import ReferenceIndex
+        from stexp.models.retrieval import ReferenceIndex
         torch.set_num_threads(1)
         n, q = int(sys.argv[1]), 512
         draws = torch.Generator().manual_seed(0)

@@ -14,13 +14,14 @@ from demo_run import configure, run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from stexp import InputError, config
-from stexp.provenance import Stages
-from stexp.report import write_report
-from stexp.rescore import predict_again
-from stexp.score import main as score_main
-from stexp.score import score_run
-from stexp.train import train
+from stexp.cli import config
+from stexp.cli.score import main as score_main
+from stexp.cli.train import train
+from stexp.errors import InputError
+from stexp.reporting.report import write_report
+from stexp.runs.provenance import Stages
+from stexp.runs.rescore import predict_again
+from stexp.runs.scoring import score_run
 
 
 def test_finished_run_is_not_run_again_and_another_config_is_refused(strict: Path, demo: Path) -> None:
@@ -44,7 +45,7 @@ def test_a_finished_run_whose_data_changed_is_said_to_be_old(strict: Path, demo:
     ):
         with pytest.raises(InputError, match=rf"is finished, and its data changed since \({changed}\); choose another"):
             train(cfg, sections, "A", strict)
-        monkeypatch.setattr("stexp.rescore.load_sections", lambda *_, sections=sections: sections)
+        monkeypatch.setattr("stexp.runs.rescore.load_sections", lambda *_, sections=sections: sections)
         with pytest.raises(InputError, match=rf"changed since .* \({changed}\); train again"):
             predict_again(strict, {"k": 5}, "panel", str(tmp_path / "again"))
     train(cfg, [a, b, c, replace(b, name="B2", slide=None)], "A", strict)  # which the split may have left out

@@ -14,9 +14,9 @@ import scipy.io
 import scipy.sparse as sp
 from PIL import Image
 
-from stexp import InputError
 from stexp.data.readers import samplesheet
-from stexp.data.tables import read_counts
+from stexp.data.readers.formats import read_counts
+from stexp.errors import InputError
 
 SHEET = "section,patient,image,counts,spots,um_per_px\nS1,P1,s1.png,s1.tsv,s1.csv,0.5\n"
 COUNTS = "\tACTB\tCD3E\n007\t3\t0\nNA\t0\t5\n1x2\t1\t1\n"

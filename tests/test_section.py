@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 from sections import make_section
 
-from stexp import InputError
 from stexp.data.section import Section, check_counts, join
-from stexp.data.slide import Slide
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 
 def spots(counts, ids=None, genes=None, xy=None, array=None) -> ad.AnnData:

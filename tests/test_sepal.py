@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 import torch
 from sections import make_trainer
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
-from stexp.models.image_encoders import ImageEncoder
+from stexp.errors import InputError
+from stexp.models.encoders.image import ImageEncoder
 from stexp.models.sepal import SEPAL, LocalGraphNet, local_graphs, offset_encoding
 
 SPATIAL_TRANSCRIPTOMICS = {"before": [], "hidden": [], "head": False, "operator": "graph", "position": "sum"}

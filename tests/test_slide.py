@@ -11,11 +11,11 @@ import tifffile
 from PIL import Image
 from sections import make_section, slide_pixels
 
-from stexp import InputError
-from stexp.data import slide_formats
-from stexp.data.slide import Slide
-from stexp.data.slide_formats import OpenSlideImage, PillowImage, TiffImage
-from stexp.data.tiles import file_digest
+from stexp.data.slides import formats as slide_formats
+from stexp.data.slides.formats import OpenSlideImage, PillowImage, TiffImage
+from stexp.data.slides.slide import Slide
+from stexp.data.slides.tiles import file_digest
+from stexp.errors import InputError
 
 PIXELS = np.asarray(Image.fromarray(slide_pixels(8, 10)).resize((250, 200), Image.Resampling.BICUBIC))
 APERIO = "Aperio Image Library v11.2.1\r\n250x200 [0,0 250x200] (64x64) JPEG/RGB Q=95|AppMag = 40|MPP = 0.2520"

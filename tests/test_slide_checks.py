@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from stexp import slide_checks
 from stexp.data.readers.samplesheet import read
-from stexp.data.tile_stream import tile_batches
-from stexp.slide_checks import conclude, grain, judge, look, strange
+from stexp.data.slides.stream import tile_batches
+from stexp.inference import slide_checks
+from stexp.inference.slide_checks import conclude, grain, judge, look, strange
 
 PX, TILE_UM = 64, 120.0
 TILE = {"px": PX, "um": TILE_UM, "trained_um_per_px": 1.25, "um_per_px": {"B1": 1.25, "C1": 2.0}}

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from fakes import visium as fake
 
-from stexp import InputError
 from stexp.data.readers.spaceranger import read_10x_counts, read_visium_positions
+from stexp.errors import InputError
 
 
 @pytest.mark.parametrize("layout", ["v2", "v3", "mtx", "mtx.gz", "genes.tsv"])

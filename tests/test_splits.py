@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section, make_sections
 
-from stexp import InputError
 from stexp.data.splits import ROLES, assign_roles, folds, spatial_blocks
+from stexp.errors import InputError
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")

@@ -8,15 +8,15 @@ import torch
 from sections import make_section
 from torch import nn
 
-from stexp import InputError
-from stexp.data import stain as module
 from stexp.data.augment import augment
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.features import frozen_features
 from stexp.data.readers import her2st
 from stexp.data.section import Section
-from stexp.data.stain import METHODS, StainNormaliser, intensity, optical_density
+from stexp.data.slides import stain as module
+from stexp.data.slides.stain import METHODS, StainNormaliser, intensity, optical_density
+from stexp.errors import InputError
+from stexp.models.encoders.features import frozen_features
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict", n_hvg=12, panel_size=10, min_spots=0)

@@ -9,9 +9,9 @@ import torch
 import torchvision
 from sections import make_trainer
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
-from stexp.models.image_encoders import ImageEncoder
+from stexp.errors import InputError
+from stexp.models.encoders.image import ImageEncoder
 from stexp.models.stnet import STNet
 
 

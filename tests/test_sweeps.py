@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from stexp import InputError, launch, sweeps
-from stexp.overrides import compose, parse, quoted
-from stexp.sweeps import NOT_IN_NAME, Job, _flat, jobs, with_needs
-from stexp.train import FINISHED, main
+from stexp.cli.compose import compose, parse, quoted
+from stexp.cli.train import FINISHED, main
+from stexp.errors import InputError
+from stexp.sweeps import jobs as sweeps
+from stexp.sweeps import launching as launch
+from stexp.sweeps.jobs import NOT_IN_NAME, Job, _flat, jobs, with_needs
 
 
 def finish(folder: Path, **files: dict) -> None:
@@ -174,7 +176,7 @@ def test_lists_of_values_without_a_sweep_go_where_the_config_says(tmp_path):
 
 
 def test_what_is_retrieved_again_is_where_stexp_score_puts_it():
-    from stexp.rescore import _name
+    from stexp.runs.rescore import _name
 
     again = next(job for job in jobs("figS4", ["data=her2st"]) if job.command == "score")
     assert again.output_dir == again.needs.output_dir / "rescored" / _name({"k": int(again.cell["model.k"])})

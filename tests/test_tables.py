@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from stexp import InputError
-from stexp.provenance import size
-from stexp.runs import find_runs, label_methods, read_run
-from stexp.tables import FILES, Table, latex, markdown, tabulate_all
+from stexp.errors import InputError
+from stexp.reporting.tables import FILES, Table, latex, markdown, tabulate_all
+from stexp.runs.collection import find_runs, label_methods, read_run
+from stexp.runs.provenance import size
 
 STRICT = {"_target_": "stexp.protocol.Protocol", "name": "strict", "hold_out": "patient", "truth": "spot", "k": "auto"}
 ACG = {"A1": 0.10, "A2": 0.20, "B1": 0.30, "C1": 0.40}
@@ -370,7 +370,7 @@ def test_a_baseline_that_is_no_row_is_refused_with_those_there(runs: list[Path])
 
 
 def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path) -> None:
-    code = "import sys; from stexp.tables import main; main(); assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys; from stexp.cli.table import main; main(); assert 'torch' not in sys.modules, 'torch'"
     arguments = [f"runs={tmp_path}", f"output_dir={tmp_path / 'out'}"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -385,7 +385,7 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
     (runs[0] / "metrics.json").unlink()
     (runs[0] / "checkpoints").mkdir()
     refused = subprocess.run(
-        [sys.executable, "-m", "stexp.tables", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "stexp.cli.table", *arguments], capture_output=True, text=True, check=False
     )
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config" in refused.stderr

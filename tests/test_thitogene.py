@@ -8,9 +8,9 @@ from slow_transformer import load, random_state, shapes, slow_block
 from test_hist2st import slow_adjacency
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
 from stexp.models.thitogene import DynamicConv2d, GraphAttention, THItoGene, squash
 
 SMALL = {

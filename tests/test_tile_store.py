@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from sections import make_section, slide_pixels
 
-from stexp import InputError
-from stexp.data import slide_formats, tile_store
-from stexp.data import tiles as tiles_module
-from stexp.data.tile_store import JpegTiles, StoreInTheMaking
-from stexp.data.tiles import TileSpec, cut_tiles, open_tiles
-from stexp.floors import colour_statistics
+from stexp.data.slides import formats as slide_formats
+from stexp.data.slides import store as tile_store
+from stexp.data.slides import tiles as tiles_module
+from stexp.data.slides.store import JpegTiles, StoreInTheMaking
+from stexp.data.slides.tiles import TileSpec, cut_tiles, open_tiles
+from stexp.errors import InputError
+from stexp.evaluation.floors import colour_statistics
 
 SPEC = TileSpec(px=16)
 KINDS = ["raw", "jpeg"]

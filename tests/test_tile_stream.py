@@ -8,11 +8,12 @@ import tifffile
 from PIL import Image
 from sections import make_section, slide_pixels
 
-from stexp import InputError
-from stexp.data import slide_formats, tile_stream
-from stexp.data.slide import Slide, SlideReader
-from stexp.data.tile_stream import tile_batches
-from stexp.data.tiles import TileSpec, cut_tiles, open_tiles
+from stexp.data.slides import formats as slide_formats
+from stexp.data.slides import stream as tile_stream
+from stexp.data.slides.slide import Slide, SlideReader
+from stexp.data.slides.stream import tile_batches
+from stexp.data.slides.tiles import TileSpec, cut_tiles, open_tiles
+from stexp.errors import InputError
 
 SIZE = (400, 300)
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sections import make_section, slide_pixels
 
-from stexp import InputError
-from stexp.data import slide_formats
-from stexp.data import tiles as tiles_module
-from stexp.data.slide import Slide, SlideReader
-from stexp.data.tiles import TileBank, TileSpec, cut_tiles, open_tiles
+from stexp.data.slides import formats as slide_formats
+from stexp.data.slides import tiles as tiles_module
+from stexp.data.slides.slide import Slide, SlideReader
+from stexp.data.slides.tiles import TileBank, TileSpec, cut_tiles, open_tiles
+from stexp.errors import InputError
 
 # what a tile shows
 

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from stexp import InputError
-from stexp.data.slide import Slide
-from stexp.data.tables import read_positions
-from stexp.data.tissue import Tissue, find_tissue, tissue_mask
+from stexp.data.readers.formats import read_positions
+from stexp.data.slides.slide import Slide
+from stexp.data.slides.tissue import Tissue, find_tissue, tissue_mask
+from stexp.errors import InputError
 
 UM = 4.0  # of the pictures drawn here
 GLASS = {"white": (243, 242, 244), "grey": (168, 168, 170), "pinkish": (240, 220, 236)}

@@ -17,10 +17,12 @@ import torch
 from demo_run import configure, run
 from omegaconf import OmegaConf
 
-from stexp import InputError, callbacks, config
-from stexp.rescore import predict_again
-from stexp.score import score_run
-from stexp.train import main, train
+from stexp.cli import config
+from stexp.cli.train import main, train
+from stexp.errors import InputError
+from stexp.runs.rescore import predict_again
+from stexp.runs.scoring import score_run
+from stexp.training import callbacks
 
 RUN_FOLDER = {
     "config.yaml",
@@ -121,7 +123,7 @@ def test_choosing_genes_leaves_the_number_of_threads(demo: Path, tmp_path: Path,
         seen.append(torch.get_num_threads())
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("stexp.fit.frozen_features", stop)
+    monkeypatch.setattr("stexp.training.fit.frozen_features", stop)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="far enough"):
         run(demo, tmp_path / "run")
@@ -138,7 +140,7 @@ def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, c
 
     made = {"A": scored(0.2, 0.1), "B": scored(0.4, -0.1), "C": scored(None, 0.2)}
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
-    monkeypatch.setattr("stexp.train.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
+    monkeypatch.setattr("stexp.cli.train.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
     main.__wrapped__(configure(demo, tmp_path, "fold=all"))
     head, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert " ".join(head) == "demo, m, protocol strict: 3 folds"
@@ -170,7 +172,8 @@ def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:
 def test_scoring_again_gives_the_same_and_needs_no_torch(strict: Path) -> None:
     before = (strict / "metrics.json").read_bytes()
     code = (
-        f"import sys; from pathlib import Path; from stexp.score import score_run; score_run(Path({str(strict)!r})); "
+        f"import sys; from pathlib import Path; from stexp.runs.scoring import score_run; "
+        f"score_run(Path({str(strict)!r})); "
         "assert 'torch' not in sys.modules, 'scoring imports torch'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

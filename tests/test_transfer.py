@@ -29,8 +29,8 @@ from unreliable import (
     vanish,
 )
 
-from stexp import InputError
-from stexp.data.transfer import Failed, Patience, download
+from stexp.data.download.transfer import Failed, Patience, download
+from stexp.errors import InputError
 
 
 @pytest.mark.parametrize("mishaps", [[], [stall], [drop], [drop, drop], [silence], [vanish], [half], [stall, no_range]])

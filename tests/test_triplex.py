@@ -11,13 +11,13 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.features import frozen_features, surrounding_features
-from stexp.models.image_encoders import ImageEncoder, from_torchvision
+from stexp.errors import InputError
+from stexp.models.encoders.features import frozen_features, surrounding_features
+from stexp.models.encoders.image import ImageEncoder, from_torchvision
+from stexp.models.encoders.views import array_neighbours, feature_map, nearest_spots
 from stexp.models.triplex import Triplex
-from stexp.models.view_encoders import array_neighbours, feature_map, nearest_spots
 
 SMALL = {
     "dim": 16,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from encoders import tiles
 
-from stexp.models.image_encoders import ImageEncoder
-from stexp.models.tuning import LoRALinear
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.tuning import LoRALinear
 
 
 def step(encoder: ImageEncoder, image: torch.Tensor, n: int = 3) -> set[str]:

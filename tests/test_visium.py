@@ -10,8 +10,8 @@ import pytest
 from fakes import visium as fake
 from PIL import Image
 
-from stexp import InputError
 from stexp.data.readers.visium import read
+from stexp.errors import InputError
 
 
 def expected(folder, counts, positions):

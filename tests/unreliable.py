@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stexp.data import sources
-from stexp.data.download import fetch
-from stexp.data.transfer import Patience
+from stexp.data.download import sources
+from stexp.data.download.fetch import fetch
+from stexp.data.download.transfer import Patience
 
 HASTY = Patience(connect=2, stall=0.1, tries=3, pause=0.001, longest_pause=0.05)
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stexp.errors import InputError
+
 if TYPE_CHECKING:
-    from stexp.predictor import load_model
+    from stexp.inference.predictor import load_model
+
+__path__.append(str(Path(__file__).parent / "cli"))  # `python -m stexp.train` runs cli/train.py
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "__version__", "load_model"]
 
 
-class InputError(ValueError):
-    """What a user gave does not fit; the message is one line that says what would."""
-
-
 def __getattr__(name: str) -> object:
     if name == "load_model":  # imports torch, which scores, tables and reports do without
-        from stexp.predictor import load_model
+        from stexp.inference.predictor import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

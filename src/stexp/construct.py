@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import Any
 
-from stexp import InputError
+from stexp.errors import InputError
 
 ALLOWED = ("stexp.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.", "pytorch_lightning.trainer.")
 """Where the classes are defined that a config may call; of functions, only ``read`` of a reader."""

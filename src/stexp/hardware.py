@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 
-from stexp import InputError
+from stexp.errors import InputError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from stexp import InputError
+from stexp.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from stexp import InputError
-from stexp.data.stain import intensity, optical_density
+from stexp.data.slides.stain import intensity, optical_density
+from stexp.errors import InputError
 
 GRAY = torch.tensor([0.299, 0.587, 0.114])
 HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])

@@ -14,20 +14,21 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from stexp import InputError, __version__
-from stexp.checkpoints import check_checkpoint
+from stexp import __version__
 from stexp.data.augment import AUGMENTATIONS, augment
 from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest, part_of
 from stexp.data.genes import choose_panel, drop_unmeasured, normalise
 from stexp.data.section import Section
+from stexp.data.slides.stain import METHODS, StainNormaliser
+from stexp.data.slides.store import SUFFIXES
+from stexp.data.slides.tiles import TileBank, TileSpec, file_digest, open_tiles
 from stexp.data.splits import ROLES, assign_roles, spot_table
-from stexp.data.stain import METHODS, StainNormaliser
-from stexp.data.tile_store import SUFFIXES
-from stexp.data.tiles import TileBank, TileSpec, file_digest, open_tiles
+from stexp.errors import InputError
 from stexp.protocol import Protocol
+from stexp.training.checkpoints import check_checkpoint
 
 if TYPE_CHECKING:
-    from stexp.data.features import Surroundings
+    from stexp.models.encoders.features import Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class SpotDataModule(pl.LightningDataModule):
     protocol, fold
         What is held out, and what may be seen; see :class:`~stexp.protocol.Protocol`.
     tile_px, tile_um
-        See :class:`~stexp.data.tiles.TileSpec`.
+        See :class:`~stexp.data.slides.tiles.TileSpec`.
     batch_size, eval_batch_size
         Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
@@ -53,7 +54,7 @@ class SpotDataModule(pl.LightningDataModule):
     hed_sigma
         Strength of ``hed``.
     stain
-        None, ``reinhard`` or ``macenko``; see :class:`~stexp.data.stain.StainNormaliser`.
+        None, ``reinhard`` or ``macenko``; see :class:`~stexp.data.slides.stain.StainNormaliser`.
     panel
         A published gene list; None: chosen from the sections the protocol names.
     panel_saw_test
@@ -63,9 +64,9 @@ class SpotDataModule(pl.LightningDataModule):
     cache_dir
         Where tiles are kept.
     tile_store
-        ``raw`` or ``jpeg``; see :func:`~stexp.data.tiles.open_tiles`.
+        ``raw`` or ``jpeg``; see :func:`~stexp.data.slides.tiles.open_tiles`.
     placement
-        See :class:`~stexp.data.tiles.TileBank`.
+        See :class:`~stexp.data.slides.tiles.TileBank`.
     seed
         Order of spots and augmentation.
 

@@ -31,7 +31,6 @@ from filelock import FileLock
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from stexp import InputError
 from stexp.data.demo_tissue import (
     CELLS,
     COMPARTMENTS,
@@ -45,6 +44,7 @@ from stexp.data.demo_tissue import (
     random_field,
     values_at,
 )
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

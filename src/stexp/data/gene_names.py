@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from stexp import InputError
-from stexp.data.tables import TEXT, read_table
+from stexp.data.readers.formats import TEXT, read_table
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

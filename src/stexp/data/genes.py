@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stexp import InputError
 from stexp.data.section import Section
+from stexp.errors import InputError
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)

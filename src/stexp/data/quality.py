@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
-from stexp import InputError
-from stexp.data.kept import kept_array
+from stexp.data.cache import kept_array
 from stexp.data.section import Section
-from stexp.data.tiles import TileSpec
+from stexp.data.slides.tiles import TileSpec
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def inspect(section: Section, tiles: np.ndarray | None, spec: TileSpec, threshol
         Its ``spots.obs`` gets the columns ``qc_n_counts``, ``qc_n_genes``, ``qc_tissue``, ``qc_blur``, ``qc_pen``,
         ``qc_fold`` and ``qc_flags``.
     tiles : (n_spots, px, px, 3) uint8, or None
-        The section's tiles, as `stexp.data.tiles.open_tiles` gives them for `spec`; None without an image.
+        The section's tiles, as `stexp.data.slides.tiles.open_tiles` gives them for `spec`; None without an image.
 
     Returns
     -------

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from stexp import InputError
-from stexp.data.slide import Slide
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

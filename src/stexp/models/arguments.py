@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from stexp import InputError
+from stexp.errors import InputError
 
 
 def whole(least: int = 1, **values: object) -> None:

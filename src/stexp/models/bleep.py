@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from stexp.data.batches import SpotBatch
-from stexp.distributed import gather
-from stexp.losses import soft_info_nce
 from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
-from stexp.models.image_encoders import ImageEncoder
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.losses import soft_info_nce
 from stexp.models.retrieval_method import RetrievalMethod
+from stexp.training.distributed import gather
 
 
 class BLEEP(RetrievalMethod):
@@ -27,7 +27,7 @@ class BLEEP(RetrievalMethod):
     dropout
         In both heads.
     temperature, target_temperature
-        See :func:`~stexp.losses.soft_info_nce`.
+        See :func:`~stexp.models.losses.soft_info_nce`.
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`. Published: the plain mean of the
         50 nearest in cosine; ``k=1`` is what the paper calls simple.

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import nearest
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
 
 
 class ProjectionHead(nn.Module):

@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.losses import correlation_loss
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import GeneHead, TransformerBlock
+from stexp.models.losses import correlation_loss
 
 APART = ("section", "patient", "spot")
 RESIDUALS = ("given", "revised")
@@ -51,7 +51,7 @@ class EGN(pl.LightningModule):
         An exemplar is of another ``section`` (published code), of another ``patient`` (paper), or only another
         ``spot``.
     correlation_weight
-        Of :func:`~stexp.losses.correlation_loss`, which is added to the mean squared error.
+        Of :func:`~stexp.models.losses.correlation_loss`, which is added to the mean squared error.
     mean, std
         Input normalisation of RGB in 0..1.
     schedule

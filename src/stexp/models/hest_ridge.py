@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
+from stexp.evaluation.ridge import RidgeProbe
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
-from stexp.ridge import RidgeProbe
 
 
 class HestRidge(ClosedForm):

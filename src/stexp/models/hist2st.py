@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFlip, RandomRotation
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
-from stexp.losses import zinb_nll
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph
+from stexp.models.losses import zinb_nll
 from stexp.models.section_method import SectionMethod
 
 
@@ -38,7 +38,7 @@ class Hist2ST(SectionMethod):
     dropout
         Of the first convolution's output and in the Transformer.
     zinb_weight
-        Of the negative log-likelihood of the raw counts; see :func:`~stexp.losses.zinb_nll`.
+        Of the negative log-likelihood of the raw counts; see :func:`~stexp.models.losses.zinb_nll`.
     n_views, distillation_weight
         Self-distillation: the section's prediction shall equal that of `n_views` augmented views, weighted by a
         softmax of what the model says of each.

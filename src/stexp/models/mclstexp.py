@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
-from stexp.distributed import gather
-from stexp.losses import info_nce
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
-from stexp.models.image_encoders import ImageEncoder, from_torchvision, load_tensors, one_line
+from stexp.models.encoders.image import ImageEncoder, from_torchvision, load_tensors, one_line
+from stexp.models.encoders.spot import SpotEncoder
+from stexp.models.losses import info_nce
 from stexp.models.retrieval_method import RetrievalMethod
-from stexp.models.spot_encoder import SpotEncoder
+from stexp.training.distributed import gather
 
 CONTEXTS = ("neighbours", "batch")
 
@@ -40,7 +40,7 @@ class MclSTExp(RetrievalMethod):
     n_neighbours
         For ``neighbours``; batches of the data module carry as many.
     position, depth, heads, head_dim
-        See :class:`~stexp.models.spot_encoder.SpotEncoder`.
+        See :class:`~stexp.models.encoders.spot.SpotEncoder`.
     dropout
         In the projection heads and the spot encoder.
     temperature, learn_temperature
@@ -48,7 +48,7 @@ class MclSTExp(RetrievalMethod):
     normalise
         L2-normalise embeddings for loss and retrieval (the published code does not).
     image_weight
-        lambda, the weight of the image loss; see :func:`~stexp.losses.info_nce`.
+        lambda, the weight of the image loss; see :func:`~stexp.models.losses.info_nce`.
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
     optimizer, lr, weight_decay

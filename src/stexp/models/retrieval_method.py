@@ -6,11 +6,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.metrics import mean_pearson
-from stexp.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
+from stexp.errors import InputError
+from stexp.evaluation.metrics import mean_pearson
+from stexp.models.retrieval import DISTANCES, WEIGHTINGS, ReferenceIndex, choose_references, retrieve
 
 K_CANDIDATES = (5, 10, 25, 50, 100, 200, 400, 800)
 RETRIEVED_FROM = ("train", "validation", "reference")  # roles, when the test spots are predicted

@@ -11,13 +11,13 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch, nearest
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import GeneHead
-from stexp.models.image_encoders import ImageEncoder
-from stexp.models.spot_encoder import sinusoid
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.spot import sinusoid
 
 log = logging.getLogger(__name__)
 

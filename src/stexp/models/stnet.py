@@ -10,7 +10,7 @@ from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.models import arguments
 from stexp.models.blocks import GeneHead
-from stexp.models.image_encoders import ImageEncoder
+from stexp.models.encoders.image import ImageEncoder
 
 SCALES = ("train", "image_encoder")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, neighbour_graph
 from stexp.models.section_method import SectionMethod

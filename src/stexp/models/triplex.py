@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stexp import InputError
 from stexp.data.batches import SpotBatch
+from stexp.errors import InputError
 from stexp.models import arguments
 from stexp.models.blocks import GeneHead
-from stexp.models.image_encoders import ImageEncoder
-from stexp.models.view_encoders import (
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.views import (
     AttentionBlock,
     GlobalEncoder,
     NeighbourEncoder,

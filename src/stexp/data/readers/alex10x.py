@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp import InputError
 from stexp.data.readers.visium import find_counts, find_image, read_section
 from stexp.data.section import Section
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp import InputError
 from stexp.data.gene_names import harmonise
+from stexp.data.readers.formats import read_counts, read_positions, um_per_px
 from stexp.data.section import Section, join
-from stexp.data.slide import Slide
-from stexp.data.tables import read_counts, read_positions, um_per_px
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

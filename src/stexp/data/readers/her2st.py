@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp import InputError
-from stexp.data import tables
+from stexp.data.readers import formats as tables
 from stexp.data.section import Section, join
-from stexp.data.slide import Slide
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 PITCH_UM = 200.0
 """Distance between neighbouring spots of the legacy Spatial Transcriptomics array, centre to centre."""

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from stexp import InputError
 from stexp.data.gene_names import harmonise
+from stexp.data.readers.formats import checked_csr
 from stexp.data.section import Section
-from stexp.data.slide import Slide
-from stexp.data.tables import checked_csr
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stexp import InputError
 from stexp.data.gene_names import harmonise
+from stexp.data.readers.formats import TEXT, read_counts, read_positions, read_table
 from stexp.data.readers.spaceranger import files_of_counts
 from stexp.data.section import Section, join
-from stexp.data.slide import Slide
-from stexp.data.tables import TEXT, read_counts, read_positions, read_table
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def read(sheet: str | Path, gene_table: str | Path | None = None) -> list[Sectio
         CSV (or TSV), one row per section; paths are relative to the sheet's folder. Columns, in any order:
 
         - ``section``: unique name; ``patient``: donor
-        - ``counts``: raw counts, a file or folder that `stexp.data.tables.read_counts` reads
-        - ``spots``: positions, a file that `stexp.data.tables.read_positions` reads; pixels are level-0 pixels of
-          the image
+        - ``counts``: raw counts, a file or folder that `stexp.data.readers.formats.read_counts` reads
+        - ``spots``: positions, a file that `stexp.data.readers.formats.read_positions` reads; pixels are level-0
+          pixels of the image
         - ``image``: what `Slide` reads; empty for a section of which only the counts are at hand
         - ``um_per_px``: micrometres per level-0 pixel; empty where nobody knows, or the image says it
 

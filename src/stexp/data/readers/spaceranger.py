@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 
-from stexp import InputError
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

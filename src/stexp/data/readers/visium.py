@@ -10,11 +10,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from stexp import InputError
 from stexp.data.gene_names import harmonise
 from stexp.data.readers.spaceranger import files_of_counts, read_10x_counts, read_visium_positions
 from stexp.data.section import Section, join
-from stexp.data.slide import Slide
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Commands: each file reads its config and calls the layers below."""

@@ -1,0 +1,166 @@
+"""``stexp-analyse run=runs/x``: other formats and downstream analysis of what was predicted, without torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from stexp.cli.compose import entry
+from stexp.cli.config import command, to_plain, write_atomically
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.reporting import differences, downstream, exports
+
+log = logging.getLogger(__name__)
+
+NEEDED = ("layers/predicted", "obs/section", "obsm/spatial", "uns/stexp")
+
+
+@entry("analyse")
+def main(cfg: DictConfig) -> None:
+    with command():
+        if OmegaConf.is_missing(cfg, "run"):
+            raise InputError("run is not given: run= names a run, or a slide that stexp-predict predicted")
+        plain = to_plain(cfg)
+        if not wanted(plain):
+            raise InputError("nothing is asked for; give exports=[geojson], downstream.domains=joint, or see --help")
+        check(plain)
+        for folder in folders(Path(str(plain["run"]))):
+            print("\n".join(analyse(folder, plain)))
+
+
+def wanted(cfg: dict) -> bool:
+    """Whether the keys ask for anything."""
+    keys = ("domains", "variable_genes", "gene_sets", "neighbours", "against")
+    return bool(cfg["exports"]) or any(cfg["downstream"][key] not in (None, False) for key in keys)
+
+
+def check(cfg: dict) -> None:
+    """InputError for what can be told wrong before anything is predicted."""
+    chosen = cfg["downstream"]
+    for keys, key in ((cfg, "exports"), (cfg, "export_genes"), (chosen, "neighbours")):
+        if keys[key] is not None and keys[key] != "all":
+            several = keys[key] if isinstance(keys[key], list) else [keys[key]]
+            keys[key] = [str(each) for each in several]
+    cfg["exports"] = cfg["exports"] or []
+    exports.check(cfg["exports"])
+    if chosen["gene_sets"] is not None:
+        chosen["gene_sets"] = str(chosen["gene_sets"])
+    for key, known in (("domains", (None, *downstream.DOMAINS)), ("method", downstream.METHODS)):
+        if chosen[key] not in known:
+            raise InputError(f"downstream.{key}={chosen[key]}: choose {', '.join(name for name in known if name)}")
+    if chosen["gene_sets"] is not None:
+        downstream.read_gene_sets(chosen["gene_sets"])
+    if chosen["against"] is not None and not Path(str(chosen["against"])).is_dir():
+        raise InputError(f"downstream.against={chosen['against']} is no folder; give a run or a predicted slide")
+
+
+def folders(run: Path) -> list[Path]:
+    """The folder, or those in it that hold predictions."""
+    if (run / "predictions.h5ad").is_file():
+        return [run]
+    found = sorted(path.parent for path in run.glob("*/predictions.h5ad"))
+    if not found:
+        raise InputError(f"{run} holds no predictions.h5ad; give a run, or what stexp-predict wrote")
+    return found
+
+
+def analyse(folder: Path, cfg: dict) -> list[str]:
+    """Write what ``conf/analyse.yaml`` asks for into ``<folder>/downstream`` and ``<folder>/exports``.
+
+    Returns
+    -------
+    list of str
+        What was found and written, for the terminal.
+
+    Raises
+    ------
+    InputError
+        See :mod:`stexp.reporting.downstream`, :mod:`stexp.reporting.differences` and :mod:`stexp.reporting.exports`.
+    """
+    adata, chosen = predictions.read(folder / "predictions.h5ad", *NEEDED), cfg["downstream"]
+    tables: dict[str, pd.DataFrame] = {}
+    said = []
+    if chosen["domains"] is not None:
+        tables |= _domains(adata, chosen, said)
+    if chosen["variable_genes"]:
+        table = tables["variable_genes"] = downstream.variable_genes(adata)
+        said.append(f"most variable in space: {', '.join(table['gene'][:5])}")
+        if "observed" in table:
+            both = table[["predicted", "observed"]].dropna()
+            said.append(f"Moran's I, predicted with observed: rank correlation {both.corr('spearman').iloc[0, 1]:.3f}")
+    if chosen["gene_sets"] is not None:
+        scores, tables["gene_sets"] = downstream.gene_set_scores(adata, downstream.read_gene_sets(chosen["gene_sets"]))
+        tables["gene_set_scores"] = scores
+        for name in scores:
+            adata.obs[f"score_{name}"] = scores[name]
+        said += [
+            f"gene set {row.set}: {row.n_predicted} of {row.n_genes} genes"
+            + ("" if pd.isna(getattr(row, "pearson", None)) else f", Pearson with the observed score {row.pearson:.3f}")
+            for row in tables["gene_sets"].itertuples()
+        ]
+    if chosen["neighbours"] is not None:
+        tables["neighbours"] = downstream.neighbour_table(adata, chosen["neighbours"])
+    written = _write(folder / "downstream", tables, chosen) if tables else []
+    if chosen["against"] is not None:
+        written += _differences(adata, folder, Path(str(chosen["against"])), said)
+    if cfg["exports"]:
+        written += exports.export(adata, folder / "exports", cfg["exports"], cfg["export_genes"])
+    return [*said, *(f"wrote {path}" for path in written)]
+
+
+def _domains(adata: ad.AnnData, chosen: dict[str, Any], said: list[str]) -> dict[str, pd.DataFrame]:
+    keys = ("method", "n_domains", "resolution", "smooth")
+    domains = downstream.spatial_domains(adata, chosen["domains"], **{key: chosen[key] for key in keys})
+    adata.obs["domain"] = domains
+    said.append(f"{len(domains.categories)} domains by {chosen['domains']}, {chosen['method']}")
+    tables = {"domains": adata.obs[["section", "domain"]]}
+    labels = downstream.read_labels(adata, chosen["labels"])
+    if labels is not None and labels.notna().any():
+        table = downstream.agreement(domains, labels, adata.obs["section"].to_numpy(str))
+        tables["domains_agreement"] = table.set_index("section")
+        said += [
+            f"with the labels of {row.section}: ARI {row.ari:.3f}, NMI {row.nmi:.3f} ({row.n_spots} spots)"
+            for row in table.itertuples()
+        ]
+    return tables
+
+
+def _write(folder: Path, tables: dict[str, pd.DataFrame], chosen: dict[str, Any]) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        part = folder / f".{name}.csv.part"
+        named = not isinstance(table.index, pd.RangeIndex)
+        table.to_csv(
+            part, index=named, index_label=(table.index.name or "spot") if named else None, float_format="%.6g"
+        )
+        part.replace(folder / f"{name}.csv")
+    write_atomically(folder / "settings.json", json.dumps(chosen, indent=1))
+    return [folder / f"{name}.csv" for name in tables]
+
+
+def _differences(adata: ad.AnnData, folder: Path, against: Path, said: list[str]) -> list[Path]:
+    """Of one of several slides against its namesake."""
+    same = against / folder.name
+    other = same if (same / "predictions.h5ad").is_file() else against
+    table, maps = differences.compare(adata, predictions.read(other / "predictions.h5ad", *NEEDED))
+    out = folder / "downstream"
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".differences.csv.part"
+    table.to_csv(part, index=False, float_format="%.6g")
+    part.replace(out / "differences.csv")
+    predictions.write(maps, out / "differences.h5ad")
+    said.append(
+        f"with {other}: median Pearson {table['pearson'].median():.3f}, median RMSD {table['rmsd'].median():.3g}"
+    )
+    return [out / "differences.csv", out / "differences.h5ad", differences.draw(table, maps, out / "differences.png")]
+
+
+if __name__ == "__main__":
+    main()

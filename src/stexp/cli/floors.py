@@ -1,0 +1,34 @@
+"""``stexp-floors``: floors and ceiling of a data set, without images and without training."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from stexp.cli.compose import entry
+from stexp.cli.config import build, command, load_sections, panel_of
+from stexp.evaluation.floors import ORACLES, floors_without_images
+
+
+@entry("floors")
+def main(cfg: DictConfig) -> None:
+    with command():
+        protocol = build(cfg.protocol)
+        sections = load_sections(cfg, protocol)
+        scores = floors_without_images(sections, protocol, panel_of(cfg, protocol))
+        what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
+        print(
+            f"{cfg.data.name}, protocol {protocol.name}: {len(sections)} sections, "
+            f"each {protocol.hold_out} held out in turn; "
+            f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}"
+        )
+        print(f"  {'':<28}     ACG   HEG50     MSE     MAE")
+        for name, means in scores.items():
+            cells = (means.get(key) for key in ("pearson_acg", "pearson_heg50", "mse", "mae"))
+            print(
+                f"  {name + (' (oracle)' if name in ORACLES else ''):<28}"
+                + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""``stexp-report run=runs/x``: one HTML file that shows what was predicted and what that is worth."""
+
+from __future__ import annotations
+
+import sys
+
+from stexp.errors import InputError
+from stexp.reporting.report import write_report
+
+HELP = """\
+usage: stexp-report run=<folder>
+
+Writes <folder>/report.html: one file, which opens from disk without a network.
+
+Of a run, scores beside floors and ceiling, audit, maps, genes, provenance. It needs what stexp-train
+and stexp-score leave in the folder: predictions.h5ad, metrics.json, per_gene.csv, audit.json,
+provenance.json. Of a slide that stexp-predict predicted, maps, genes with the accuracy to expect,
+provenance. It needs predictions.h5ad and provenance.json. From pictures.h5, where that is there, come
+the slide to zoom into and the tiles of the spots retrieved from.
+
+examples: stexp-report run=runs/x
+          stexp-report run=predictions/slide
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``stexp-report run=<folder>``: 0, or 2 after one line on what would fit."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return 0
+    try:
+        if len(argv) != 1 or not argv[0].removeprefix("run="):
+            raise InputError("which run? give its folder and nothing else, as in: stexp-report run=runs/x")
+        if not argv[0].startswith("run="):
+            raise InputError(f"{argv[0]!r} is not understood; give run=<folder>, as in: stexp-report run=runs/x")
+        report = write_report(argv[0].removeprefix("run="))
+    except (InputError, OSError) as error:
+        print(f"stexp-report: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Whole-slide images: formats, tiles, tissue, stain."""

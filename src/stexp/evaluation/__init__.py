@@ -1,0 +1,1 @@
+"""Scores, floors, ceiling and audit; numpy only, no torch."""

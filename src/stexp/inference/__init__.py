@@ -1,0 +1,1 @@
+"""Exported models, and what they say of slides without counts."""

@@ -1,0 +1,1 @@
+"""Tiles and spots to features."""

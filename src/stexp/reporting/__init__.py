@@ -1,0 +1,1 @@
+"""Pages, tables, maps and files for people and other programs."""

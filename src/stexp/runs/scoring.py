@@ -1,0 +1,83 @@
+"""Score a run folder: ``metrics.json`` and ``per_gene.csv`` from its predictions and floors, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+
+from stexp.cli.config import other_protocols, write_atomically
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.score import score_under
+from stexp.protocol import Protocol
+
+NEEDED = (
+    "layers/predicted",
+    "layers/counts",
+    "obs/section",
+    "obs/total_counts",
+    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
+)
+"""What scoring reads of ``predictions.h5ad``."""
+
+
+def score_run(run: Path) -> dict:
+    """Score a run under its own protocol and the others, and write ``metrics.json`` and ``per_gene.csv``.
+
+    Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
+    unless the two truths are the same. The split stays that of the run.
+    """
+    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
+    facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
+    scored, genes = {}, None
+    for protocol in (own, *other_protocols(own).values()):
+        if protocol is not own and f"{protocol.name}:mean" not in floors.layers:
+            continue  # a protocol that came after the run
+        _check_floors(floors, observed, protocol, run / "floors.h5ad")
+        scored[protocol.name], table = score_under(protocol, own, observed, floors)
+        genes = table if protocol is own else genes
+    mine = scored.pop(own.name)
+    metrics = {
+        "protocol": own.name,
+        "fold": str(facts["fold"]),
+        "model": str(facts["model"]),
+        "data": str(facts["data"]),
+        "scores": mine["scores"],
+        "floors": mine["floors"],
+        "ceiling": mine["ceiling"],
+        "oracle_floors": sorted(ORACLES & set(mine["floors"])),
+        "n_spots": observed.n_obs,
+        "n_genes": observed.n_vars,
+        "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
+        "chosen": json.loads(facts["chosen"]),
+        "sections": mine["sections"],
+        "scored_as": {
+            name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
+        },
+    }
+    genes.to_csv(run / ".per_gene.csv.part", index=False, float_format="%.6g")
+    (run / ".per_gene.csv.part").replace(run / "per_gene.csv")
+    write_atomically(run / "metrics.json", json.dumps(metrics, indent=1))
+    return metrics
+
+
+def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, path: Path) -> None:
+    ceiling = floors.uns["ceiling"].get(protocol.name, {})
+    sections = observed.obs["section"].unique()
+    lacking = [name for name in sections if np.shape(ceiling.get(name)) != (observed.n_vars,)]
+    if list(floors.var_names) != list(observed.var_names):
+        problem = "is of other genes than predictions.h5ad"
+    elif list(floors.obs_names) != list(observed.obs_names):
+        problem = "is of other spots than predictions.h5ad"
+    elif f"{protocol.name}:mean" not in floors.layers:
+        problem = f"has no floors under protocol {protocol.name}"
+    elif lacking:
+        problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
+    else:
+        return
+    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")

@@ -1,0 +1,1 @@
+"""Fitting a method: loop, callbacks, checkpoints, loggers."""

@@ -1,0 +1,91 @@
+"""What happens around training, the same for every method."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytorch_lightning as pl
+import torch
+from torch.nn.utils import get_total_norm
+
+from stexp.evaluation.metrics import mean_pearson
+from stexp.training.distributed import gather
+
+log = logging.getLogger(__name__)
+
+
+class ReseedEpochs(pl.Callback):
+    """Seed torch anew before every epoch, so that a resumed run draws what an uninterrupted one would.
+
+    Each device draws its own.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch + (trainer.global_rank << 40))
+
+
+class ScoreValidation(pl.Callback):
+    """Log ``val/pearson``: per gene over the spots of a section, then means, as runs are scored.
+
+    It reads ``{"predicted": (B, G)}`` from the method's ``validation_step``. Of several devices each predicts its
+    share of the spots, and all log the score of all spots, by which each decides on the same checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[torch.Tensor, ...]] = []
+
+    def on_validation_batch_end(self, trainer, model, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        tensors = (batch.target, outputs["predicted"], batch.section)
+        self._seen.append(tuple(tensor.float().cpu() for tensor in tensors))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        parts = [torch.cat(part) for part in zip(*self._seen, strict=True)]
+        self._seen.clear()
+        if trainer.world_size > 1:
+            n = len(trainer.datamodule.rows("validation"))
+            parts = [gather(part.to(model.device), n).cpu() for part in parts]
+        observed, predicted, section = (part.numpy() for part in parts)
+        model.log("val/pearson", mean_pearson(observed, predicted, section), prog_bar=True)
+
+
+class Health(pl.Callback):
+    """Log, under ``health/``, the norm of the gradient (before clipping), spots per second and peak GPU memory.
+
+    The spots are those of all devices, the memory is that of the first.
+    """
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._start, self._spots = time.perf_counter(), 0
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, model: pl.LightningModule, optimizer) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            model.log("health/grad_norm", get_total_norm(gradients))
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
+        self._spots += batch.whole
+        self._end = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        model.log("health/spots_per_second", self._spots / (self._end - self._start))
+        if model.device.type == "cuda":
+            model.log("health/gpu_memory_gb", torch.cuda.max_memory_allocated(model.device) / 1e9)
+
+
+class EpochLines(pl.Callback):
+    """One line per epoch: what was logged, and spots per second. A terminal gets a progress bar besides."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        speed = logged.get("health/spots_per_second")
+        log.info(
+            "epoch %d/%d  %s%s",
+            trainer.current_epoch + 1,
+            trainer.max_epochs,
+            "  ".join(f"{name} {logged[name]:.4f}" for name in sorted(logged) if not name.startswith("health/")),
+            "" if speed is None else f"  {speed:.0f} spots/s",
+        )
