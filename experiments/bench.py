@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stexp import hardware
 from stexp.cli import train
-from stexp.cli.config import CONF, build, build_data, to_plain
+from stexp.config import CONF, build, build_data, to_plain
 from stexp.data.readers import samplesheet
 from stexp.models.blocks import ProjectionHead
 from stexp.models.losses import info_nce

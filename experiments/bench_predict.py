@@ -27,7 +27,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from stexp import hardware
-from stexp.cli.config import CONF, build
+from stexp.config import CONF, build
 from stexp.data.augment import augment
 from stexp.data.demo_tissue import lay_out_tissue, paint, place_nuclei
 from stexp.data.slides.grid import make_grid

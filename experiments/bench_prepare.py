@@ -26,8 +26,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from stexp import hardware
-from stexp.cli.config import CONF, build, load_sections
 from stexp.cli.prepare import prepare
+from stexp.config import CONF, build, load_sections
 from stexp.data import quality
 from stexp.data.readers import samplesheet
 from stexp.data.slides import tiles

@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from stexp.cli import config
+from stexp import config
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "conf" / "README.md"

@@ -22,7 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from stexp import hardware
-from stexp.cli.config import CONF, build, build_data, load_sections
+from stexp.config import CONF, build, build_data, load_sections
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.slides.stain import METHODS, TISSUE
 from stexp.evaluation.floors import colour_statistics

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from paper import clusters
 
-from stexp.cli.compose import compose
-from stexp.cli.config import build, load_sections, panel_of
+from stexp.config import build, load_sections, panel_of
+from stexp.config.compose import compose
 from stexp.evaluation.floors import floors_without_images
 from stexp.runs.provenance import command_line, git_state, manifest, now, versions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import train
 from stexp.data.splits import folds
 

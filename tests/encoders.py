@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.config import CONF
+from stexp.config import CONF
 
 FOLDER = CONF / "image_encoder"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from stexp.cli.config import build
+from stexp.config import build
 from stexp.sweeps.jobs import Job, jobs
 
 GENES = ("GNAS", "FN1", "FASN", "RPL13", *(f"G{i}" for i in range(26)))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stexp.cli.config import build, protocols
+from stexp.config import build, protocols
 from stexp.evaluation.audit import audit
 from stexp.protocol import Protocol
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from demo_run import configure
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import train
 from stexp.errors import InputError
 

@@ -12,8 +12,8 @@ from exported_model import exported, finished_run, slide
 from hydra import compose, initialize_config_dir
 
 from stexp import load_model
-from stexp.cli.config import CONF, to_plain
 from stexp.cli.predict import find_slides, predict
+from stexp.config import CONF, to_plain
 from stexp.errors import InputError
 from stexp.inference.confidence import lines
 from stexp.inference.intervals import interval

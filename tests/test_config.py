@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from sections import make_section
 
-from stexp.cli import config
-from stexp.cli.config import CONF, build, load_run, misread, to_plain
+from stexp import config
+from stexp.config import CONF, build, load_run, misread, to_plain
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.models.mclstexp import MclSTExp
@@ -59,16 +59,16 @@ def encoder_overrides(name: str) -> list[str]:
         "hydra.utils.instantiate",
         "stexp.hardware.os.system",
         "stexp.cli.train.shutil.rmtree",
-        "stexp.cli.config.OmegaConf.load",
-        "stexp.cli.config.CONF.joinpath",
-        "stexp.cli.config.ALLOWED.count",
-        "stexp.cli.config.build.__call__",
+        "stexp.config.OmegaConf.load",
+        "stexp.config.CONF.joinpath",
+        "stexp.config.ALLOWED.count",
+        "stexp.config.build.__call__",
         "pytorch_lightning.loggers.csv_logs.os.system",
         "pytorch_lightning.trainer.trainer.torch.load",
         "stexpevil.run",
         "stexp",
-        "stexp.cli.config.CONF",
-        "stexp.cli.config.build.__globals__",
+        "stexp.config.CONF",
+        "stexp.config.build.__globals__",
         "",
         3,
         None,

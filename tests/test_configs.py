@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from sections import make_section
 
 from stexp import hardware
-from stexp.cli.compose import compose
-from stexp.cli.config import CONF, build, to_plain
+from stexp.config import CONF, build, to_plain
+from stexp.config.compose import compose
 from stexp.construct import get_object
 from stexp.data.splits import assign_roles, folds
 from stexp.errors import InputError

@@ -7,8 +7,7 @@ import os.path
 
 import pytest
 
-from stexp import construct
-from stexp.cli import config
+from stexp import config, construct
 from stexp.errors import InputError
 from stexp.protocol import Protocol
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from demo_run import configure, run
 from torch import nn
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import claim, train
 from stexp.data.batches import ShuffledBatches, SpotIndex, part_of
 from stexp.errors import InputError

@@ -17,7 +17,7 @@ from encoders import settings, tiles
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from stexp.cli.config import build
+from stexp.config import build
 from stexp.errors import InputError
 from stexp.models.encoders import image as image_encoders
 from stexp.models.encoders.features import _weights_digest

@@ -18,9 +18,9 @@ import pytest
 import wandb
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from stexp.cli import config
-from stexp.cli.config import to_plain
+from stexp import config
 from stexp.cli.train import claim
+from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 from stexp.evaluation.verdict import best_floor

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import train
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson

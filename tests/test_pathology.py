@@ -14,7 +14,7 @@ from encoders import FOLDER, randomise, settings, tiles
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 
-from stexp.cli.config import build
+from stexp.config import build
 from stexp.errors import InputError
 from stexp.models.encoders import image as image_encoders
 from stexp.models.encoders.image import ImageEncoder

@@ -11,8 +11,8 @@ import pytest
 from exported_model import exported, killed_after, slide
 from hydra import compose, initialize_config_dir
 
-from stexp.cli.config import CONF, to_plain
 from stexp.cli.predict import find_slides, main, predict
+from stexp.config import CONF, to_plain
 from stexp.errors import InputError
 from stexp.inference import model_folder
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from stexp.cli import prepare
-from stexp.cli.config import CONF, build, build_data, load_sections, panel_of
+from stexp.config import CONF, build, build_data, load_sections, panel_of
 from stexp.data.demo import write_demo
 from stexp.data.quality import FLAGS
 from stexp.errors import InputError

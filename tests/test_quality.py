@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from sections import make_section
 
-from stexp.cli.config import CONF, build, load_sections
+from stexp.config import CONF, build, load_sections
 from stexp.data import quality
 from stexp.data.demo import write_demo
 from stexp.data.quality import FLAGS, OF_TILES, Thresholds, blur, inspect, leave_out, measure, stands_apart, summarise

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import train
 from stexp.data import readers
 from stexp.data.splits import folds

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stexp.cli.config import load_run
+from stexp.config import load_run
 from stexp.data.slides.pictures import (
     CELL,
     NAME,

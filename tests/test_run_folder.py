@@ -14,7 +14,7 @@ from demo_run import configure, run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.score import main as score_main
 from stexp.cli.train import train
 from stexp.errors import InputError

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from stexp.cli.compose import compose, parse, quoted
 from stexp.cli.train import FINISHED, main
+from stexp.config.compose import compose, parse, quoted
 from stexp.errors import InputError
 from stexp.sweeps import jobs as sweeps
 from stexp.sweeps import launching as launch

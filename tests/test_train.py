@@ -17,7 +17,7 @@ import torch
 from demo_run import configure, run
 from omegaconf import OmegaConf
 
-from stexp.cli import config
+from stexp import config
 from stexp.cli.train import main, train
 from stexp.errors import InputError
 from stexp.runs.rescore import predict_again

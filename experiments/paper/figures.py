@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from paper import clusters
 from paper.tables import TITLES, TOP, Cells, Result, missing_of, rank_genes, record, score_tables, started
-from stexp.cli.config import build, panel_of
+from stexp.config import build, panel_of
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions

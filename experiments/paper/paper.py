@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from paper.tables import TITLES, Cells, Result, refuse_gaps, score_tables, top_genes
-from stexp.cli.compose import compose, parse, quoted
-from stexp.cli.config import write_atomically
+from stexp.config import write_atomically
+from stexp.config.compose import compose, parse, quoted
 from stexp.errors import InputError
 from stexp.reporting import grids, tables
 from stexp.sweeps.jobs import jobs

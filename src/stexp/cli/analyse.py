@@ -11,8 +11,8 @@ import anndata as ad
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.compose import entry
-from stexp.cli.config import command, to_plain, write_atomically
+from stexp.config import command, to_plain, write_atomically
+from stexp.config.compose import entry
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.reporting import differences, downstream, exports

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.compose import entry
-from stexp.cli.config import command, to_plain
+from stexp.config import command, to_plain
+from stexp.config.compose import entry
 from stexp.errors import InputError
 
 if TYPE_CHECKING:

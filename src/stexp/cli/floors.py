@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from stexp.cli.compose import entry
-from stexp.cli.config import build, command, load_sections, panel_of
+from stexp.config import build, command, load_sections, panel_of
+from stexp.config.compose import entry
 from stexp.evaluation.floors import ORACLES, floors_without_images
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from stexp.cli.analyse import analyse, check, wanted
-from stexp.cli.compose import entry
-from stexp.cli.config import alone_in, command, to_plain, write_atomically
+from stexp.config import alone_in, command, to_plain, write_atomically
+from stexp.config.compose import entry
 from stexp.data.slides import pictures as report_pictures
 from stexp.errors import InputError
 from stexp.evaluation import predictions

@@ -11,8 +11,8 @@ import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from stexp.cli.compose import entry
-from stexp.cli.config import CONF, build, command, load_sections, panel_of, to_plain, write_atomically
+from stexp.config import CONF, build, command, load_sections, panel_of, to_plain, write_atomically
+from stexp.config.compose import entry
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.compose import entry
-from stexp.cli.config import command, load_run, to_plain
+from stexp.config import command, load_run, to_plain
+from stexp.config.compose import entry
 from stexp.errors import InputError
 from stexp.evaluation.score import summary
 from stexp.reporting.report import write_report

@@ -9,8 +9,8 @@ from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.compose import entry
-from stexp.cli.config import CONF, command, to_plain
+from stexp.config import CONF, command, to_plain
+from stexp.config.compose import entry
 from stexp.errors import InputError
 from stexp.reporting.tables import FILES, METRICS, markdown, tabulate_all, write
 from stexp.runs.collection import (

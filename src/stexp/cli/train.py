@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.compose import entry
-from stexp.cli.config import alone_in, build, command, load_run, load_sections, to_plain, write_atomically
+from stexp.config import alone_in, build, command, load_run, load_sections, to_plain, write_atomically
+from stexp.config.compose import entry
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)

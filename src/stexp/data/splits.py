@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from stexp.cli.config import misread
+from stexp.config import misread
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.protocol import Protocol

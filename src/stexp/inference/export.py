@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stexp import __version__, construct
-from stexp.cli.config import to_plain
+from stexp.config import to_plain
 from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.errors import InputError
 from stexp.evaluation import predictions

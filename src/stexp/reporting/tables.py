@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stexp.cli.config import write_atomically
+from stexp.config import write_atomically
 from stexp.errors import InputError
 from stexp.evaluation.compare import (
     PATIENTS_TO_FLIP,

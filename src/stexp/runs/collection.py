@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stexp.cli.config import build, load_run, to_plain
+from stexp.config import build, load_run, to_plain
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 from stexp.protocol import Protocol

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from omegaconf import OmegaConf
 
-from stexp.cli.config import build_data, load_run, load_sections
+from stexp.config import build_data, load_run, load_sections
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.inference.model_folder import Bank

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stexp import hardware
-from stexp.cli.config import write_atomically
+from stexp.config import write_atomically
 from stexp.data.section import Section
 from stexp.data.slides.tiles import file_digest
 from stexp.evaluation.predictions import read_json

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
-from stexp.cli.config import build_data, load_run, load_sections, write_atomically
+from stexp.config import build_data, load_run, load_sections, write_atomically
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.cli.config import build, other_protocols, write_atomically
+from stexp.config import build, other_protocols, write_atomically
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect

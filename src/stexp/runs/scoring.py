@@ -8,7 +8,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-from stexp.cli.config import other_protocols, write_atomically
+from stexp.config import other_protocols, write_atomically
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES

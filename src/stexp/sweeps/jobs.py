@@ -17,9 +17,9 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from stexp.cli.compose import compose, meant, parse, quoted
-from stexp.cli.config import CONF, build, load_sections
 from stexp.cli.train import FINISHED
+from stexp.config import CONF, build, load_sections
+from stexp.config.compose import compose, meant, parse, quoted
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 

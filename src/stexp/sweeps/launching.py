@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
-from stexp.cli.compose import compose, parse
-from stexp.cli.config import load_run, write_atomically
+from stexp.config import load_run, write_atomically
+from stexp.config.compose import compose, parse
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 from stexp.reporting.grids import duration

@@ -212,7 +212,7 @@ def _ended(process: subprocess.Popen) -> bool:
 
 def main(folder: str, rank: str, world: str, port: str) -> None:
     """Take part in the fit of a run as one rank; started by :func:`others`."""
-    from stexp.cli.config import command, load_run
+    from stexp.config import command, load_run
     from stexp.training.fit import take_part
 
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()

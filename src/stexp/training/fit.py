@@ -18,7 +18,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
 
 from stexp import hardware
-from stexp.cli.config import build, build_data, load_sections, to_plain
+from stexp.config import build, build_data, load_sections, to_plain
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.encoders.features import UNTUNED, frozen_features, surrounding_features
 from stexp.training import distributed

@@ -21,7 +21,7 @@ import requests
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from stexp.cli.config import write_atomically
+from stexp.config import write_atomically
 from stexp.data.download.archives import unpack
 from stexp.data.download.sources import Entry, mirrored, read_source
 from stexp.data.download.transfer import (

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stexp.cli.config import CONF, command
+from stexp.config import CONF, command
 from stexp.errors import InputError
 
 MULTIRUN = {"-m", "--multirun"}
