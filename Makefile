@@ -1,23 +1,31 @@
 # `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
+EXTRAS ?= dev
 BIN := .venv/bin
 READY := .venv/.ready
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]' -c constraints.txt
 .DEFAULT_GOAL := help
 # of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" protocol.k=100 trainer.max_epochs=1'
 PAPER := table1 tableS2 tableS3 tableS4 tableS5 tableS6 tableS7 figS1 figS2 figS3 figS4
 DATA ?= her2st cscc alex10x
 RUNS ?= runs
-.PHONY: help setup demo test test-all lint bench results clean tables $(PAPER)
+# what commands leave here when no output_dir= says otherwise
+OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
+.PHONY: help setup demo test test-all lint bench results clean clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## create .venv and install stexp with the versions of constraints.txt
+setup: $(READY)  ## create .venv and install stexp with the versions of constraints.txt; TORCH=cpu: without CUDA
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'installing into .venv: 6.7 GB on Linux, 4 GB of it for GPUs (without: make setup TORCH=cpu, see README.md)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -e '.[dev]' -c constraints.txt
+ifeq ($(TORCH),cpu)
+	@$(INSTALL) --dry-run 2>&1 | grep -q '+ nvidia-' && { echo 'TORCH=cpu: no index that uv knows here has torch for CPUs; set UV_INDEX to one that has (see README.md)' >&2; exit 1; } || true
+endif
+	$(INSTALL) --quiet --compile-bytecode
 	@touch $@
 
 demo: $(READY)  ## train mclSTExp on generated sections, predict a held-out patient, write runs/demo/report.html
@@ -42,12 +50,13 @@ tables: $(READY)  ## all of these again from the finished runs, without training
 test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a folder
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-all: $(READY)  ## all tests
-	$(BIN)/pytest -n 2
+test-all: $(READY)  ## all tests, and what of the code they cover
+	$(BIN)/pytest -n 2 --cov=stexp --cov-report=term:skip-covered
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)  ## speed and memory as ratios against plain alternatives, in one run
 	$(BIN)/python experiments/bench.py
@@ -57,5 +66,16 @@ bench: $(READY)  ## speed and memory as ratios against plain alternatives, in on
 results: $(READY)  ## the README's results table and experiments/README.md from experiments/results
 	$(BIN)/python experiments/results.py
 
-clean:  ## delete runs, tables, caches and the environment; not data
-	rm -rf .venv runs tables cache build dist .pytest_cache .ruff_cache
+clean:  ## delete caches, generated demo data and builds; not runs, data or the environment
+	rm -rf .coverage .venv-newer cache data/demo data/.demo.lock build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rmdir data 2>/dev/null || true
+
+clean-runs:  ## delete trained runs, tables, predictions and exported models here, after asking
+	@present=$$(ls -d $(OUTPUTS) 2>/dev/null); \
+	if [ -z "$$present" ]; then echo "nothing to delete"; exit 0; fi; \
+	printf 'delete %s? [y/N] ' "$$(echo $$present)"; read answer || true; \
+	if [ "$$answer" = y ]; then rm -rf $(OUTPUTS); else echo "nothing is deleted"; fi
+
+uninstall:  ## delete the environment
+	rm -rf .venv

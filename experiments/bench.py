@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from stexp import hardware
 from stexp.cli import train
-from stexp.config import CONF, build, build_data, to_plain
+from stexp.config import build, dataset_of, to_plain
 from stexp.data.readers import samplesheet
+from stexp.files import CONF
 from stexp.models.blocks import ProjectionHead
 from stexp.models.losses import info_nce
 from stexp.models.mclstexp import SpotEncoder
@@ -127,8 +128,8 @@ def _config(spec: dict) -> DictConfig:
 
 def _ours(spec: dict) -> tuple[DictConfig, pl.LightningDataModule, pl.LightningModule, str]:
     """Config, data, model and precision, as ``stexp.cli.train`` makes them."""
-    cfg, sections = _config(spec), samplesheet.read(f"{spec['data']}/sheet.csv")
-    data = build_data(cfg, sections, build(cfg.protocol), sections[-1].name)
+    cfg, sections = _config(spec), samplesheet.read_samplesheet(f"{spec['data']}/sheet.csv")
+    data = dataset_of(cfg).serve(sections, build(cfg.protocol), sections[-1].name, cfg.seed)
     data.setup()
     arguments = {key: value for key, value in to_plain(cfg.model).items() if key != "name"}
     model = build(arguments, n_genes=len(data.panel), n_positions=data.array_size)
@@ -174,7 +175,7 @@ def train_bare(spec: dict, turns: Iterator[int]) -> None:
 def fold_ours(spec: dict, turns: Iterator[int]) -> dict:
     """A fold by ``stexp.cli.train.train``: besides the scores it makes floors, ceilings, audit and report."""
     for _ in turns:
-        sections = samplesheet.read(f"{spec['data']}/sheet.csv")
+        sections = samplesheet.read_samplesheet(f"{spec['data']}/sheet.csv")
         train.train(_config(spec), sections, sections[-1].name, Path(spec["scratch"]) / "run")
     return {"stages": json.loads((Path(spec["scratch"]) / "run" / "stages.json").read_text())}
 

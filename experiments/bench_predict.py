@@ -27,13 +27,14 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from stexp import hardware
-from stexp.config import CONF, build
+from stexp.config import build
 from stexp.data.augment import augment
 from stexp.data.demo_tissue import lay_out_tissue, paint, place_nuclei
 from stexp.data.slides.grid import make_grid
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.stream import tile_batches
 from stexp.data.slides.tissue import tissue_mask
+from stexp.files import CONF
 from stexp.runs.provenance import git_state, now, versions
 
 UM, TILE, BLOCK = 0.25, 256, 4096  # um/px and tile of the slide; side of what it repeats

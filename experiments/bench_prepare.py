@@ -27,10 +27,11 @@ from PIL import Image
 
 from stexp import hardware
 from stexp.cli.prepare import prepare
-from stexp.config import CONF, build, load_sections
+from stexp.config import build, dataset_of
 from stexp.data import quality
 from stexp.data.readers import samplesheet
 from stexp.data.slides import tiles
+from stexp.files import CONF
 from stexp.reporting import overlay
 from stexp.runs.provenance import git_state, now, versions
 
@@ -71,7 +72,7 @@ def measured(folder: Path, answer: multiprocessing.connection.Connection) -> Non
     """Read, cut, measure and draw; tell the seconds and the peak over what the process began with."""
     cfg, before = configure(folder), resident_mb()
     start = time.perf_counter()
-    sections = load_sections(cfg, build(cfg.protocol))
+    sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     read = time.perf_counter() - start
     prepare(cfg, sections, None)
     seconds = time.perf_counter() - start

@@ -15,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from stexp import config
+from stexp import config, files
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "conf" / "README.md"
@@ -83,14 +83,14 @@ FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "mean"}
 def methods() -> str:
     """Every yaml of conf/model, built at published size."""
     seconds = seconds_per_epoch()
-    files = (config.CONF / "image_encoder").glob("*.yaml")
-    yaml_of = {OmegaConf.load(path).get("name"): path.stem for path in files}
+    encoders = (files.CONF / "image_encoder").glob("*.yaml")
+    yaml_of = {OmegaConf.load(path).get("name"): path.stem for path in encoders}
     rows = [
         "| `model=` | source | loss | a batch | image encoder | predicts slides | differs from the original "
         "| parameters | of them image encoder | s/epoch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(files.CONF), version_base="1.3"):
         for name in METHODS:
             cfg = compose("train", [f"model={name}", "data=her2st", "protocol=paper"])
             node = {key: value for key, value in config.to_plain(cfg.model).items() if key != "name"}
@@ -140,8 +140,8 @@ def encoders() -> str:
         "| `image_encoder=` | F | input, px | trained at, um/px | output | licence of the weights | gated |",
         "|---|---|---|---|---|---|---|",
     ]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        for path in sorted((config.CONF / "image_encoder").glob("*.yaml")):
+    with initialize_config_dir(str(files.CONF), version_base="1.3"):
+        for path in sorted((files.CONF / "image_encoder").glob("*.yaml")):
             cfg = compose(
                 "train", [f"image_encoder={path.stem}"] + (["image_encoder.name=resnet18"] * (path.stem == "timm"))
             )

@@ -5,7 +5,7 @@ STEXP_DATA=data python experiments/stain.py --weights mobilenetv2_100_imagenet.s
 For the folds B and C of protocol strict, without and with stain normalisation: the distance between the mean colours
 of the two patients (of tiles, of their tissue, of what is lighter), and the scores of what reads the tiles without
 training an encoder. Mean tile colours differ by how much tissue a tile shows too; the same pixels count as tissue in
-every row.
+every row. What Reinhard's method gave (results/stain-her2st.json) was measured before it left.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from stexp import hardware
-from stexp.config import CONF, build, build_data, load_sections
+from stexp.config import build, dataset_of
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.slides.stain import METHODS, TISSUE
 from stexp.evaluation.floors import colour_statistics
 from stexp.evaluation.metrics import mean_over_sections, score_section, top_genes
-from stexp.models.encoders.features import frozen_features
+from stexp.files import CONF
+from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.runs.results import floors_under
 
@@ -36,10 +37,8 @@ PIXELS = ("tiles", "tissue", "lighter")
 SCORES = ("pearson_acg", "pearson_heg50")
 
 
-def measure(data: SpotDataModule, raw: SpotDataModule, glass: torch.Tensor, encoder: torch.nn.Module) -> dict:
+def measure(data: SpotDataModule, raw: SpotDataModule, glass: torch.Tensor) -> dict:
     """Colours and floors of one fold under one setting; `raw` has no stain normalisation."""
-    device = torch.device(hardware.accelerator_of("auto"))
-    features = frozen_features(data, encoder, device)
     colour = np.full((len(data.spots), 9), np.nan)
     patients: dict[str, list] = {}
     for section, light in zip((s for s in data.sections if s.slide is not None), glass.mean(1), strict=True):
@@ -55,7 +54,7 @@ def measure(data: SpotDataModule, raw: SpotDataModule, glass: torch.Tensor, enco
     means = {patient: np.mean(sections, axis=0) for patient, sections in patients.items()}
     distance = np.linalg.norm(means["B"] - means["C"], axis=1)
 
-    floors, _ = floors_under(data.protocol, data, features, colour)
+    floors, _ = floors_under(data.protocol, data, data.features, colour)
     test, names = data.target[data.rows("test")], data.spots["section"].iloc[data.rows("test")].to_numpy(str)
     heg = top_genes(floors["mean"][0])  # of the training spots, as strict ranks them
     scores = {
@@ -86,16 +85,20 @@ def main() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         configs = {method: compose("train", [*keys, f"data.stain={method}"]) for method in ("null", *METHODS)}
     cfg = configs["null"]
-    protocol, encoder = build(cfg.protocol), build(cfg.image_encoder)
-    sections = load_sections(cfg, protocol)
+    protocol, device = build(cfg.protocol), torch.device(hardware.accelerator_of("auto"))
+    encoder = FrozenEncoder(build(cfg.image_encoder), device, None, cfg.data.cache_dir, cfg.data.eval_batch_size)
+    sections = dataset_of(cfg).read_sections(protocol)
     folds: dict[str, dict] = {}
     print(
         f"{'fold':<6}{'stain':<10}{'B - C in levels: ' + ', '.join(PIXELS):>40}" + "".join(f"{x:>18}" for x in FLOORS)
     )
     for fold in ("B", "C"):
-        datas = {method: build_data(configs[method], sections, protocol, fold) for method in configs}
+        datas = {
+            method: dataset_of(cfg).serve(sections, protocol, fold, cfg.seed, encoder=encoder)
+            for method, cfg in configs.items()
+        }
         for method, data in datas.items():
-            found = measure(data, datas["null"], datas["reinhard"].normaliser.glass, encoder)
+            found = measure(data, datas["null"], datas["macenko"].normaliser.glass)
             folds.setdefault(fold, {})[method] = found
             cells = ("{:.3f} / {:.3f}".format(*found["floors"][name].values()) for name in FLOORS)
             colours = ", ".join(f"{value:.1f}" for value in found["distance_b_c"].values())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paper import clusters
 
-from stexp.config import build, load_sections, panel_of
+from stexp.config import build, dataset_of
 from stexp.config.compose import compose
 from stexp.evaluation.floors import floors_without_images
 from stexp.runs.provenance import command_line, git_state, manifest, now, versions
@@ -25,7 +25,7 @@ def main() -> None:
     printed = {name: json.loads((HERE / "reference" / f"{name}.json").read_text()) for name in ("tableS1", "figS3")}
     cfg = compose("train", ["data=her2st", "protocol=paper"])
     protocol = build(cfg.protocol)
-    sections, panel = load_sections(cfg, protocol), panel_of(cfg, protocol)
+    sections, panel = dataset_of(cfg).read_sections(protocol), dataset_of(cfg).panel(protocol)
     size = {"sections": len(sections), "spots": sum(map(len, sections)), "genes": len(panel)}
     size["genes_in_every_section"] = sum(all(gene in set(s.genes) for s in sections) for gene in panel)
     seconds = {"read": round(time.perf_counter() - start, 1)}

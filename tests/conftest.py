@@ -39,7 +39,7 @@ def demo(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("demo")
     cfg = configure(root, root / "unused")
-    config.load_sections(cfg, config.build(cfg.protocol))
+    config.dataset_of(cfg).read_sections(config.build(cfg.protocol))
     return root
 
 

@@ -215,6 +215,7 @@ def write_run(
                 "ceiling": ceiling,
                 "n_spots": spots,
                 "n_constant_genes": 1,
+                "patient": section[0],
                 "floors": {name: moved(floor, 0.02 - 0.04 * i) for name, floor in floors.items()},
             }
             for i, section in enumerate(sections)

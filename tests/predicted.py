@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -57,7 +56,7 @@ def predicted(kind: str = "hexagonal", n_genes: int = 8, name: str = "slide", se
     adata.layers["uncertainty"][0, 0] = np.nan
     adata.obsm["spatial"] = xy
     adata.obsm["image_embedding"] = rng.normal(size=(len(xy), 5)).astype(np.float32)
-    predictions.add_images(adata, [SimpleNamespace(name=name, slide=FakeSlide(), xy_px=xy, um_per_px=UM)])
+    adata.uns["spatial"] = {name: predictions.plotted_slide(FakeSlide(), xy, UM)}
     references = pd.DataFrame({"section": list("ABC"), "patient": list("ABC"), "spot": ["1x1", "2x1", "3x1"]})
     references.index = references["section"] + ":" + references["spot"]
     rows = np.argsort(rng.random((len(xy), 3)), axis=1)

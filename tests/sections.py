@@ -97,14 +97,14 @@ def make_sections(
     ]
 
 
-def make_data(folder: Path, protocol: Protocol) -> SpotDataModule:
+def make_data(folder: Path, protocol: Protocol, **kwargs) -> SpotDataModule:
     """Sections A1, A2, B1, B2 on the training side, C1, C2 held out; 25 spots each, a panel of all 30 genes."""
     from stexp.data.datamodule import SpotDataModule
 
     sizes = {"tile_px": 16, "batch_size": 16, "eval_batch_size": 20}
     panel, cache = [f"g{i:02d}" for i in range(30)], str(folder / "cache")
     sections = make_sections(folder, n_spots=25)
-    return SpotDataModule(sections, protocol, "C", cache_dir=cache, augmentation="none", panel=panel, **sizes)
+    return SpotDataModule(sections, protocol, "C", cache_dir=cache, augmentation="none", panel=panel, **sizes | kwargs)
 
 
 def make_trainer(folder: Path, epochs: int = 1, **kwargs) -> pl.Trainer:

@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 from predicted import predicted
 
 from stexp.cli.analyse import analyse, check, folders, main, wanted
-from stexp.config import CONF, to_plain
+from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.files import CONF
 
 
 def configure(*overrides: str, name: str = "analyse"):

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from stexp.config import build, protocols
 from stexp.evaluation.audit import audit
-from stexp.protocol import Protocol
+from stexp.protocol import Protocol, protocol_named
 
 STRICT = Protocol("strict")
 FACTS = {
@@ -113,7 +112,7 @@ def test_every_section_of_a_held_out_patient_counts():
 
 
 def test_a_held_out_block_says_that_its_section_trains():
-    blocks = build(protocols()["blocks"])
+    blocks = protocol_named("blocks")
     facts = {"patient_of": {"A1": "A"}} | {role: ["A1"] for role in ("train", "validation", "test", "reference")}
     assert leaks(blocks, **facts) == [
         "same_section_in_training",
@@ -124,7 +123,7 @@ def test_a_held_out_block_says_that_its_section_trains():
 
 
 def test_the_papers_protocol_shows_what_the_paper_did():
-    paper = build(protocols()["paper"])
+    paper = protocol_named("paper")
     facts = {
         "train": ["A2", "B1", "C1", "D1"],
         "reference": ["A2", "B1", "C1", "D1"],

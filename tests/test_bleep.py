@@ -125,7 +125,7 @@ def test_heads_equal_their_formula_on_weights_under_the_published_names(data):
         ({"temperature": 0.0}, "model.temperature=0.0: a number above 0 would fit"),
         ({"dropout": 2.0}, "model.dropout=2.0: a number from 0 to 1 would fit"),
         ({"weighting": "gaussian"}, "model.weighting=gaussian: choose"),
-        ({"k": 0}, "model.k=0: auto or a whole number"),
+        ({"k": 0}, "model.k=0: a whole number of at least 1 or auto"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
@@ -164,7 +164,7 @@ def test_a_spot_embeds_by_its_expression_alone(data):
 def test_predicts_the_mean_of_the_k_most_similar_training_spots(tmp_path, data):
     model = make_model(len(data.panel), k=7)
     outputs = make_trainer(tmp_path).predict(model, datamodule=data)
-    predicted = torch.cat([output["predicted"] for output in outputs]).numpy()
+    predicted = torch.cat([output.predicted for output in outputs]).numpy()
     side, test = data.rows("train", "validation"), data.rows("test")
     with torch.no_grad():
         reference = model.embed_batch_spots(data.batch(SpotIndex(torch.from_numpy(side)))).double().numpy()

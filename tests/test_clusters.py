@@ -126,7 +126,7 @@ def test_the_papers_observed_column_and_counts_from_the_real_sections(real_data:
     panel = (real_data / "gene_lists" / "her2st_785.txt").read_text().split()
     assert results["figS3_observed"]["definition"] == OBSERVED
     off = []
-    for section in her2st.read(real_data / "her2st", list(printed)):
+    for section in her2st.read_her2st(real_data / "her2st", list(printed)):
         values, labels = observed(section, panel, OBSERVED), labels_of(section)
         found = against_labels(values, labels, OBSERVED["scale"], OBSERVED["spots"], starts=100)[1:]
         # fewer starts than recorded may end in a neighbouring optimum

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from demo_run import configure
+from omegaconf import OmegaConf
 
-from stexp import config
-from stexp.cli.train import train
+from stexp import __version__, config
+from stexp.cli.analyse import check
+from stexp.cli.train import DEMO, train
+from stexp.config.compose import _groups, compose, entry
+from stexp.config.help import help_text, whole_help_text
 from stexp.errors import InputError
+from stexp.reporting import exports
+from stexp.runs.rescore import choose_genes
 
 
 def command(name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
@@ -33,31 +43,31 @@ def command(name: str, *overrides: str, **environment: str) -> subprocess.Comple
         (["data.sections=[A1]", "fold=A"], "no section with an image is left to train on"),
         (["data.sections=[A1,X9]"], "X9 not in demo"),
         (["model.k=100000"], "reference spots; choose 1 to"),
-        (["model.distance=l3"], "choose cosine, l1, l2"),
+        (["model.distance=l3"], "choose cosine, l1 or l2"),
         (["fold=2_0"], "fold=20 is no patient with an image"),
         (["trainer.max_epochs=0"], "trainer.max_epochs=0: a whole number of at least 1 would fit"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a whole number of at least 1 would fit"),
-        (["hardware.threads=-1"], "hardware.threads=-1: a whole number of at least 1 would fit"),
+        (["hardware.threads=-1"], "hardware.threads=-1: a whole number of at least 1"),
         (["seed=-1"], "seed=-1: a whole number of at least 0 would fit"),
-        (["seed=99999999999"], "seed=99999999999: a whole number of at least 0 would fit"),
+        (["seed=99999999999"], "seed=99999999999: a whole number from 0"),
         (["+trainer.fast_dev_run=true"], "trainer.fast_dev_run: a run takes all its spots"),
-        (["model.reference=null"], "reference None is not on the training side"),
-        (["data.tile_um=-5"], "data.tile_um=-5: a length above 0 in micrometres, or null, would fit"),
-        (["data.tile_um=wide"], "data.tile_um=wide: a length above 0 in micrometres, or null, would fit"),
+        (["model.reference=null"], "model.reference=null: image, all or a list of sections"),
+        (["data.tile_um=-5"], "data.tile_um=-5: a number above 0 or null"),
+        (["data.tile_um=wide"], "data.tile_um=wide: a number above 0 or null"),
         (["data.tile_um=1e6"], "a tile of 500000 px is larger than the image (1750 x"),
         (["trainer.accelerator=gpu"], "no GPU here; take cpu or auto"),
-        (["trainer.accelerator=tpu"], "choose auto, cpu or gpu"),
+        (["trainer.accelerator=tpu"], "choose auto, cpu"),
         (["data.augmentation=all"], "choose none, dihedral, paper"),
         (["image_encoder.name=densnet121"], "timm has no model 'densnet121'"),
         (["image_encoder.pretrained=true", "image_encoder.checkpoint=nowhere.safetensors"], "does not exist"),
         (["data.panel_file=nowhere.txt"], "panel file nowhere.txt does not exist"),
-        (["+model.kk=3"], "takes no key 'kk'; did you mean 'k'?"),
+        (["+model.kk=3"], "takes no key 'kk'; did you mean k?"),
     ],
 )
 def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
     cfg = configure(demo, tmp_path / "run", *overrides)
     with pytest.raises(InputError) as error:
-        sections = config.load_sections(cfg, config.build(cfg.protocol))
+        sections = config.dataset_of(cfg).read_sections(config.build(cfg.protocol))
         train(cfg, sections, str(cfg.fold or "A"), tmp_path / "run")
     assert says in str(error.value) and "\n" not in str(error.value)
 
@@ -92,6 +102,65 @@ def test_help_teaches_without_importing_torch(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"stexp-{COMMANDS[name]}" in done.stdout and len(done.stdout.splitlines()) > 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_its_version(name: str) -> None:
+    done = command(name, "--version")
+    assert (done.returncode, done.stdout) == (0, f"stexp {__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "prepare", "score"])
+def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) -> None:
+    import_module(f"stexp.cli.{name}")  # prepare makes a group of its own
+    cfg = compose(name, [], with_hydra=True)
+    _, _, keys = help_text(cfg, name, _groups(name)).partition("== Keys that people change")
+    lines = re.findall(r"^  ([\w.]+=\S+) +(\S.*)$", keys, re.M)
+    assert len(lines) == (7 if name == "score" else 10) and all(text for _, text in lines)
+    for key, _ in lines:
+        path, _, value = key.partition("=")
+        node = OmegaConf.select(cfg, path)
+        if not value.isupper():  # FOLDER and the like stand for a name
+            changed = compose(name, [key])
+            assert OmegaConf.select(changed, path) == node, key
+        else:
+            assert node is None or isinstance(node, str)
+
+
+def test_the_whole_help_has_every_key_with_the_comment_of_its_yaml() -> None:
+    cfg = compose("train", ["data=her2st"], with_hydra=True)
+    text = whole_help_text(cfg, "train", _groups("train"))
+    listed = text[text.index("== Keys") :]
+    assert yaml.safe_load(listed.partition("\n")[2]) == OmegaConf.to_container(compose("train", ["data=her2st"]))
+    assert re.search(r"^  position: learnable +# none, sinusoid, naive, learnable$", listed, re.M)
+    assert re.search(r"^    min_counts: 50 +# counts of a spot$", listed, re.M), "of data/default.yaml"
+    assert re.search(r"^model=mclstexp +of bleep, .*triplex$", text, re.M)
+    assert "--help-all" not in text and "--help-all" in help_text(cfg, "train", _groups("train"))
+
+
+def test_a_bare_train_says_that_it_is_the_demo(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    ran = []
+    main = entry("train", bare="this is the demo")(lambda cfg: ran.append(cfg.data.name))
+    caplog.set_level("INFO")
+    for arguments, says in (([], True), (["data=her2st"], False)):
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["stexp-train", *arguments])
+        main()
+        assert ("this is the demo" in caplog.text) is says
+    assert ran == ["demo", "her2st"]
+    assert "90 epochs" in DEMO and "minutes" in DEMO and compose("train", []).trainer.max_epochs == 90
+
+
+def test_names_of_closed_sets_are_offered() -> None:
+    with pytest.raises(InputError, match="did you mean geojson"):
+        exports.check(["geojsn"])
+    with pytest.raises(InputError, match="did you mean FASN"):
+        choose_genes(["FASM"], [SimpleNamespace(genes=["FASN", "ACTB"])])
+    for key, value, nearest in (("domains", "jont", "joint"), ("method", "kmean", "kmeans")):
+        cfg = OmegaConf.to_container(compose("analyse", ["run=x", f"downstream.{key}={value}"]))
+        with pytest.raises(InputError, match=f"did you mean {nearest}"):
+            check(cfg)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 
 from stexp import load_model
 from stexp.cli.predict import find_slides, predict
-from stexp.config import CONF, to_plain
+from stexp.config import to_plain
 from stexp.errors import InputError
+from stexp.files import CONF
 from stexp.inference.confidence import lines
 from stexp.inference.intervals import interval
 
@@ -50,9 +51,21 @@ def checks(adata: ad.AnnData) -> dict[str, dict]:
 def test_the_right_slide_is_not_objected_to(model, section):
     um = {"A1": 2.0, "B1": 1.25, "C1": 2.0}[section]
     found = model.predict(slide(section), **OPTIONS | {"um_per_px": um})
-    assert {check["verdict"] for check in checks(found).values()} == {"ok"}
-    assert found.uns["stexp"]["verdict"].startswith("Nothing speaks against this slide: a tile shows 120 um")
+    trained = section != "A1"
+    objections = {name for name, check in checks(found).items() if check["verdict"] != "ok"}
+    assert objections == ({"training_slide"} if trained else set())
+    verdict = found.uns["stexp"]["verdict"]
+    if trained:
+        assert verdict.startswith(f"Read with caution: this slide is among the references (section {section}")
+    else:
+        assert verdict.startswith("Nothing speaks against this slide: a tile shows 120 um")
     assert found.obs["out_of_distribution"].mean() < 0.05
+
+
+def test_a_wrong_scale_is_named_as_a_cause_of_blur(model):
+    found = model.predict(slide("B1"), **OPTIONS)  # 1.25 um per pixel
+    blurred = checks(found)["sharpness"]
+    assert blurred["verdict"] != "ok" and "the stated scale is not right (2 um per pixel" in blurred["text"]
 
 
 @pytest.mark.parametrize("name", wrong_slides.WRONG)

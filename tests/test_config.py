@@ -1,105 +1,197 @@
-"""Configs: what they may call, what they say when a key is wrong, and that every one of them composes and builds."""
+"""Config mechanism: what a config may call, what is said where a key is wrong, and run folders as data."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import math
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-from sections import make_section
+from omegaconf import OmegaConf
 
 from stexp import config
-from stexp.config import CONF, build, load_run, misread, to_plain
-from stexp.data.datamodule import SpotDataModule
-from stexp.errors import InputError
-from stexp.models.mclstexp import MclSTExp
+from stexp.config import build, misread, to_plain
+from stexp.config.compose import compose, parse, quoted, unquoted
+from stexp.errors import InputError, UnknownName
+from stexp.files import CONF
 from stexp.protocol import Protocol
-
-NAMES = {
-    group: [path.stem for path in sorted((CONF / group).glob("*.yaml"))]
-    for group in ("data", "model", "protocol", "image_encoder", "trainer", "logger", "callbacks")
-}
-NAMES["data"].remove("default")
+from stexp.runs.folder import RunFolder
 
 
-def train_config(tmp_path: Path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", ["fold=A", f"output_dir={tmp_path}/run", f"data.root={tmp_path}/data", *overrides])
+def refused(name: str, *overrides: str) -> str:
+    """What is said to a command line that does not fit: one line."""
+    with pytest.raises(InputError) as caught:
+        compose(name, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def build_model(cfg: DictConfig) -> MclSTExp:
-    return build(
-        {key: value for key, value in to_plain(cfg.model).items() if key != "name"},
-        n_genes=8,
-        n_positions=4,
-        n_features=6,
-    )
+# what a command line may change
 
 
-def encoder_overrides(name: str) -> list[str]:
-    return [f"image_encoder={name}", *(["image_encoder.name=test_resnet"] if name == "timm" else [])]
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.lrr", "model.lr"),
+        ("model.learningrate", "model.lr"),
+        ("model.learning_rate", "model.lr"),
+        ("learning_rate", "model.lr"),
+        ("lr", "model.lr"),
+        ("epochs", "trainer.max_epochs"),
+        ("model.epochs", "trainer.max_epochs"),
+        ("trainer.epochs", "trainer.max_epochs"),
+        ("batchsize", "data.batch_size"),
+        ("data.batchsize", "data.batch_size"),
+        ("gpus", "trainer.devices"),
+        ("modell", "model"),
+        ("model/foo", "model"),
+        ("model.image_encoder.frozen", "image_encoder.frozen"),
+    ],
+)
+def test_a_key_that_is_not_there_is_refused_with_the_one_meant(key, nearest):
+    assert refused("train", f"{key}=1") == f"there is no key {key}; did you mean {nearest}?"
+
+
+def test_the_nearest_key_is_offered_in_every_part_of_the_config():
+    plain = to_plain(compose("train", ["data=her2st"]))
+    for part in ("seed", "data", "protocol", "model", "trainer", "hardware", "image_encoder"):
+        keys = [part] if part == "seed" else [f"{part}.{key}" for key in plain[part]]
+        key = keys[len(keys) // 2]
+        assert refused("train", "data=her2st", f"{key}q=1").endswith(f"did you mean {key}?")
+
+
+def test_where_no_key_is_near_what_there_is_is_said():
+    assert "model has " in refused("train", "model=stnet", "model.k=3")
+    assert "--help-all" in refused("train", "zzzz=1")
+    assert "is one value" in refused("train", "model.lr.x=1")
+    for key in ("seedd", "model.zzz", "trainer.a.b"):
+        assert f"there is no key {key}" in refused("train", f"~{key}")
+    assert "there is no key data" in refused("score", "data=demo")  # a group of other commands
+
+
+def test_keys_that_may_be_added_are_said_to_be():
+    timm = "image_encoder=timm"
+    assert "+image_encoder.model_args.x=VALUE adds it" in refused("train", timm, "image_encoder.model_args.x=1")
+    assert "model_args holds keys of its own" in refused("train", timm, "image_encoder.model_args={x:1}")
+    assert "hardware holds keys of its own" in refused("train", "hardware=3")
+    assert "model holds keys of its own" in refused("score", "model=3")
+    added = compose("train", [timm, "+image_encoder.model_args.x=1", "hardware={threads:2}", "data.quality=null"])
+    assert added.image_encoder.model_args == {"x": 1}
+    assert added.hardware.threads == 2 and added.data.quality is None
+
+
+@pytest.mark.parametrize("group", ["data", "model", "protocol", "trainer", "logger", "image_encoder"])
+def test_a_choice_that_is_not_there_is_refused_with_those_that_are(group):
+    names = [path.stem for path in sorted((CONF / group).glob("*.yaml")) if path.stem != "default"]
+    said = refused("train", f"{group}={names[0]}x")
+    assert said.startswith(f"{group}={names[0]}x: choose ") and said.endswith(f"did you mean {names[0]}?")
+    assert all(name in said for name in names)
+    for wrong in ("null", "3", f"[{names[0]},zzz]"):
+        assert "choose" in refused("train", f"{group}={wrong}")
+
+
+def test_values_of_another_kind_are_refused():
+    for override, says in (
+        ("overwrite=no", "true or false"),
+        ("image_encoder.pretrained=null", "true or false"),
+        ("model.k=true", "no switch"),
+        ("seed=true", "no switch"),
+        ("output_dir=", "a name"),
+    ):
+        assert says in refused("train", override)
+    for name in ("score", "export", "predict"):
+        assert "run=null: a name" in refused(name, "run=null")
+    assert compose("score", ["run=x"]).run == "x"
+
+
+def test_what_belongs_to_sweeps_is_refused_in_a_run():
+    for override in ("hydra.verbose=true", "hydra/launcher=slurm"):
+        assert "give -m" in refused("train", override)
+    assert "several values need -m" in refused("train", "seed=0,1")
+    for override in ("sweep=table1", "dry_run=true"):
+        assert "stexp-train -m sweep=" in refused("train", override)
+    with pytest.raises(InputError, match=r"no key hydra\.launcher\.gpuss; did you mean hydra\.launcher\.gpus\?"):
+        compose("train", ["hydra.launcher.gpuss=[1]"], with_hydra=True)
+
+
+def test_what_only_hydra_can_judge_is_passed_on_in_one_line():
+    for override in ("+seed=3", "seed=${nokey}", "data.leave_out.0=pen", "trainer.max_epochs=${oc.env:STEXP_NOT_SET}"):
+        assert refused("train", override).startswith("config: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A",
+        "10_1",
+        "null",
+        "True",
+        ".5",
+        "1e3",
+        "a b",
+        "x'y",
+        "a=b",
+        "a,b",
+        "[a]",
+        "/x (1)/y-s0",
+        "B4+C2",
+        "é",
+        "$x",
+        "",
+    ],
+)
+def test_a_name_comes_through_the_command_line_as_it_is(name):
+    assert parse([f"fold={quoted(name)}"])[0].value() == name == unquoted(quoted(name))
 
 
 # what a config may call
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "builtins.exec",
-        "torch.load",
-        "subprocess.run",
-        "hydra.utils.instantiate",
-        "stexp.hardware.os.system",
-        "stexp.cli.train.shutil.rmtree",
-        "stexp.config.OmegaConf.load",
-        "stexp.config.CONF.joinpath",
-        "stexp.config.ALLOWED.count",
-        "stexp.config.build.__call__",
-        "pytorch_lightning.loggers.csv_logs.os.system",
-        "pytorch_lightning.trainer.trainer.torch.load",
-        "stexpevil.run",
-        "stexp",
-        "stexp.config.CONF",
-        "stexp.config.build.__globals__",
-        "",
-        3,
-        None,
-    ],
-)
-def test_foreign_targets_are_refused_before_they_run(target, tmp_path):
-    for node in ({"_target_": target, "_args_": [f"touch {tmp_path}/ran"]}, {"inner": [{"_target_": target}]}):
-        with pytest.raises(InputError, match=r"_target_ .* is not allowed; a config may name classes of stexp"):
-            build(node)
+FOREIGN = [
+    "os.system",
+    "builtins.exec",
+    "torch.load",
+    "subprocess.run",
+    "hydra.utils.instantiate",
+    "stexp.hardware.os.system",
+    "stexp.runs.folder.shutil.rmtree",
+    "stexp.config.OmegaConf.load",
+    "stexp.files.CONF.joinpath",
+    "stexp.construct.ALLOWED.count",
+    "stexp.config.build.__call__",
+    "pytorch_lightning.loggers.csv_logs.os.system",
+    "pytorch_lightning.trainer.trainer.torch.load",
+    "stexpevil.run",
+    "stexp",
+    "stexp.files.CONF",
+    "stexp.config.build.__globals__",
+    "",
+    3,
+    None,
+]
+
+
+def test_foreign_targets_are_refused_before_they_run(tmp_path):
+    for target in FOREIGN:
+        for node in ({"_target_": target, "_args_": [f"touch {tmp_path}/ran"]}, {"inner": [{"_target_": target}]}):
+            with pytest.raises(InputError, match=r"_target_ .* is not allowed"):
+                build(node)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
+def test_targets_that_do_not_exist_are_refused_in_one_line():
+    for target in (
         "stexp.protocol.Protocoll",
         "stexp.nothing.here",
         "pytorch_lightning.Trainerr",
         "stexp.",
         "stexp..x",
-    ],
-)
-def test_targets_that_do_not_exist_are_refused_in_one_line(target):
-    with pytest.raises(InputError, match=r"_target_ .* cannot be found: ") as caught:
-        build({"_target_": target})
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(InputError, match=r"_target_ .* cannot be found: ") as caught:
+            build({"_target_": target})
+        assert "\n" not in str(caught.value)
 
 
 def test_a_misspelt_key_gets_the_nearest_one():
     protocol = {"_target_": "stexp.protocol.Protocol", "name": "x"}
-    with pytest.raises(InputError, match=r"stexp.protocol.Protocol takes no key 'holdout'; did you mean 'hold_out'\?"):
+    with pytest.raises(InputError, match=r"stexp.protocol.Protocol takes no key 'holdout'; did you mean hold_out\?"):
         build(protocol | {"holdout": "section"})
     with pytest.raises(InputError, match=r"takes no key 'zzz'$"):
         build(protocol | {"zzz": 1})
@@ -111,26 +203,24 @@ def test_a_package_that_is_not_installed_is_said_in_one_line(tmp_path, monkeypat
     monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
     monkeypatch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
     with pytest.raises(InputError, match=r"TensorBoardLogger: Neither `tensorboard` nor `tensorboardX` is available"):
-        build(train_config(tmp_path, "logger=tensorboard").logger)
+        build(compose("train", ["logger=tensorboard", f"output_dir={tmp_path}"]).logger)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("protocol.target_sum=0", "protocol.target_sum=0: a number above 0 (say 10000) would fit"),
-        ("protocol.target_sum=nan", "protocol.target_sum=nan: a number above 0 (say 10000) would fit"),
-        ("protocol.panel_size=0", "protocol.panel_size=0: a whole number of at least 1 would fit"),
-        ("protocol.n_hvg=-5", "protocol.n_hvg=-5: a whole number of at least 1 would fit"),
-        ("protocol.n_hvg=null", "protocol.n_hvg=None: a whole number of at least 1 would fit"),
-        ("protocol.min_spots=1.5", "protocol.min_spots=1.5: a fraction of the spots, 0 to 1, would fit"),
-        ("protocol.min_spots=half", "protocol.min_spots=half: a fraction of the spots, 0 to 1, would fit"),
-        ("protocol.name='a:b'", "protocol.name=a:b: a name without slashes and colons would fit"),
-    ],
-)
-def test_a_protocols_numbers_are_checked(tmp_path, override, message):
-    with pytest.raises(InputError) as caught:
-        build(train_config(tmp_path, override).protocol)
-    assert str(caught.value) == message
+def test_a_protocols_numbers_are_checked():
+    for override, says in (
+        ("target_sum=0", "above 0"),
+        ("target_sum=nan", "above 0"),
+        ("panel_size=0", "whole number of at least 1"),
+        ("n_hvg=-5", "whole number of at least 1"),
+        ("n_hvg=null", "whole number of at least 1"),
+        ("min_spots=1.5", "from 0 to 1"),
+        ("min_spots=half", "from 0 to 1"),
+        ("blocks=2", "3 to "),
+        ("name='a:b'", "without slashes and colons"),
+    ):
+        typed = override.replace("'", "")
+        with pytest.raises(InputError, match=rf"^protocol\.{typed}: .*{says}"):
+            build(compose("train", [f"protocol.{override}"]).protocol)
 
 
 def test_containers_come_as_plain_dict_and_list_and_inner_nodes_are_built_first():
@@ -166,59 +256,105 @@ def test_what_is_missing_in_a_config_is_said_in_one_line(node, message):
 
 
 def test_a_runs_config_is_read_and_nothing_in_it_is_executed(tmp_path):
-    (tmp_path / "config.yaml").write_text(f"model:\n  _target_: os.system\n  command: touch {tmp_path}/ran\nseed: 3\n")
-    cfg = load_run(tmp_path)
-    assert (cfg.seed, cfg.model._target_) == (3, "os.system")
+    model = f"model:\n  _target_: os.system\n  command: touch {tmp_path}/ran\n"
+    (tmp_path / "config.yaml").write_text(f"{model}seed: 3\nprotocol: {{}}\ndata: {{}}\n")
+    config_of_run = RunFolder(tmp_path).config
+    assert (config_of_run["seed"], config_of_run["model"]["_target_"]) == (3, "os.system")
     with pytest.raises(InputError, match=r"os\.system is not allowed"):
-        build(cfg.model)
+        build(config_of_run["model"])
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a: !!python/object/apply:os.system ['touch {ran}']\n",
-        "a: !!python/name:os.system\n",
-        "a: [1, 2\n",
-        "3\n",
-        "",
-        "- 1\n- 2\n",
-    ],
-)
-def test_a_runs_config_that_is_no_plain_yaml_is_refused(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text.format(ran=tmp_path / "ran"))
-    with pytest.raises(InputError, match=r"config\.yaml cannot be read") as caught:
-        load_run(tmp_path)
-    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"\x89HDF\r\n\x1a\n\x00\xff", b"\xff\xfe\x00a"])
-def test_a_runs_config_that_is_no_text_is_refused(tmp_path, content):
-    (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(InputError, match=r"config\.yaml cannot be read: .*; train again with overwrite=true") as caught:
-        load_run(tmp_path)
-    assert "\n" not in str(caught.value)
+def test_a_runs_config_that_is_no_plain_yaml_is_refused(tmp_path):
+    for content in (
+        f"a: !!python/object/apply:os.system ['touch {tmp_path}/ran']".encode(),
+        b"a: !!python/name:os.system",
+        b"a: [1, 2",
+        b"3",
+        b"",
+        b"- 1\n- 2",
+        b"\x89HDF\r\n\x1a\n\x00\xff",
+        b"\xff\xfe\x00a",
+    ):
+        (tmp_path / "config.yaml").write_bytes(content)
+        with pytest.raises(InputError, match=r"config\.yaml cannot be read: .*overwrite=true") as caught:
+            RunFolder(tmp_path).require()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_key_that_was_cut_from_a_runs_config_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
     (tmp_path / "config.yaml").write_text("seed: 3\n")
     with pytest.raises(SystemExit) as caught, config.command():
-        load_run(tmp_path).model.k  # noqa: B018
+        RunFolder(tmp_path).require()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "stexp: error: config: Missing key model\n"
+    error = capsys.readouterr().err
+    assert error.startswith("stexp: error: ") and error.count("\n") == 1 and "lacks protocol, data, model" in error
+
+
+@pytest.mark.parametrize(("debug", "lines"), [(None, 1), ("0", 1), ("1", 4)])
+@pytest.mark.parametrize("error", [InputError("k=0: one would fit"), FileNotFoundError(2, "no such file", "x.csv")])
+def test_what_the_user_can_mend_is_one_line_and_a_traceback_when_it_is_asked_for(
+    error, debug, lines, capsys, monkeypatch
+):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.delenv("STEXP_DEBUG", raising=False)
+    if debug is not None:
+        monkeypatch.setenv("STEXP_DEBUG", debug)
+    with pytest.raises(SystemExit) as caught, config.command():
+        raise error
+    printed = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and printed[-1].startswith(("stexp: error: k=0: one", "stexp: error: x.csv: no such"))
+    assert (len(printed) >= lines > 1 and printed[0].startswith("Traceback")) or len(printed) == lines == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "cuda", "torch"],
+)
+def test_memory_that_runs_out_is_one_line(error, capsys, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.delenv("STEXP_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as caught, config.command():
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and "memory ran out" in line
+
+
+@pytest.mark.parametrize("error", [TypeError("a typo"), KeyError("x"), RuntimeError("shapes")])
+def test_a_bug_is_a_traceback_after_a_line_that_says_where_the_run_stands(error, capsys, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    with pytest.raises(type(error)) as caught, config.command():
+        raise error
+    assert caught.value is error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{type(error).__name__} (a bug)" in line and "goes on from the last checkpoint" in line
 
 
 # what a command line reads as something else
 
 
+def test_a_command_hints_at_names_that_it_read_as_numbers(capsys):
+    with pytest.raises(SystemExit) as caught, config.command():
+        raise UnknownName("2 sections are not there", ["101", "B9"], ["A1", "10_1"], "data.sections=[{}]")
+    assert caught.value.code == 2
+    hint = "; without quotes 10_1 is read as 101, so give \"data.sections=['10_1']\""
+    assert capsys.readouterr().err == f"stexp: error: 2 sections are not there{hint}\n"
+
+
 @pytest.mark.parametrize(("name", "read_as"), [("10_1", "101"), ("1_000", "1000"), ("1e3", "1000.0"), ("1.10", "1.1")])
 def test_a_name_that_hydra_reads_as_a_number_is_hinted_at(tmp_path, name, read_as):
-    value = train_config(tmp_path, f"fold={name}").fold
+    value = compose("train", [f"fold={name}"]).fold
     assert str(value) == read_as
     hint = misread(str(value), ["A", "9_1", "with space", "[x", name], "fold={}")
     assert hint == f"; without quotes {name} is read as {read_as}, so give \"fold='{name}'\""
-    assert train_config(tmp_path, f"fold='{name}'").fold == name
+    assert compose("train", [f"fold='{name}'"]).fold == name
 
 
 @pytest.mark.parametrize("given", ["101", "B", "None"])
@@ -228,109 +364,4 @@ def test_a_name_that_is_just_wrong_gets_no_hint(given):
 
 def test_a_folder_without_a_config_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is no run folder: it has no config.yaml"):
-        load_run(tmp_path)
-
-
-# every yaml
-
-
-@pytest.mark.parametrize(
-    ("data", "protocol", "encoder"), itertools.product(NAMES["data"], NAMES["protocol"], ("densenet121", "virchow2"))
-)
-def test_every_combination_composes(tmp_path, data, protocol, encoder):
-    cfg = train_config(tmp_path, f"data={data}", f"protocol={protocol}", *encoder_overrides(encoder))
-    plain = to_plain(cfg)
-    assert (plain["data"]["name"], plain["protocol"]["name"]) == (data, protocol)
-    assert plain["model"]["image_encoder"] == plain["image_encoder"]
-    for key in ("k", "spot_context"):
-        assert plain["model"][key] == plain["protocol"][key]
-    assert plain["model"]["n_neighbours"] == plain["data"]["n_neighbours"]
-    reader = plain["data"]["reader"]
-    taken = set(plain["data"]) - config._OF_THE_FRAME - set(reader)
-    assert taken <= set(inspect.signature(SpotDataModule).parameters)
-    known = inspect.signature(config.get_object(reader["_target_"])).parameters
-    assert {key for key in reader if key != "_target_"} <= set(known)
-
-
-def test_the_demo_takes_the_tiny_encoder_and_others_the_papers(tmp_path):
-    assert train_config(tmp_path, "data=demo").image_encoder.name == "test_resnet"
-    assert train_config(tmp_path, "data=her2st").image_encoder.name == "densenet121"
-    assert train_config(tmp_path, "data=demo", "image_encoder=resnet18").image_encoder.name == "resnet18"
-
-
-@pytest.mark.parametrize("encoder", NAMES["image_encoder"])
-def test_every_image_encoder_builds_a_model_that_embeds(tmp_path, encoder):
-    cfg = train_config(tmp_path, *encoder_overrides(encoder), "image_encoder.pretrained=false")
-    assert to_plain(cfg.model)["image_encoder"] == to_plain(cfg.image_encoder)
-    with torch.device("meta"):  # shapes without memory: the largest have 1.1 billion parameters
-        model = build_model(cfg).eval()
-        assert type(model) is MclSTExp
-        assert model.embed_image(torch.rand(1, 3, 224, 224)).shape == (1, 256)
-
-
-@pytest.mark.parametrize("model", NAMES["model"])
-@pytest.mark.parametrize("protocol", NAMES["protocol"])
-def test_every_model_builds_under_every_protocol(tmp_path, model, protocol):
-    cfg = train_config(tmp_path, f"model={model}", f"protocol={protocol}", "image_encoder=tiny")
-    made = build_model(cfg)
-    for key in {"spot_context", "k"} & set(cfg.model):
-        if "${" in str(OmegaConf.to_container(cfg.model)[key]):  # left to the protocol
-            assert getattr(made, key) == cfg.protocol[key]
-    # every argument of the method stands in its yaml, so that config.yaml of a run names them all
-    arguments = set(inspect.signature(type(made)).parameters) - {"n_genes", "n_positions", "n_features"}
-    assert arguments == set(cfg.model) - {"_target_", "name"}
-
-
-def test_protocols_by_name_are_complete():
-    assert set(config.protocols()) == set(NAMES["protocol"]) == {"blocks", "paper", "strict"}
-    for name, node in config.protocols().items():
-        assert set(node) - {"_target_"} == set(inspect.signature(Protocol).parameters)
-        assert build(node).name == name
-    strict = build(config.protocols()["strict"])
-    assert strict == Protocol("strict")  # the defaults of the class are the strict ones
-    assert build(config.protocols()["blocks"]) == replace(strict, name="blocks", hold_out="block")
-
-
-def test_a_run_is_scored_under_other_truths_not_other_splits():
-    blocks, paper, strict = (config.build(node) for _, node in sorted(config.protocols().items()))
-    assert list(config.other_protocols(strict)) == list(config.other_protocols(blocks)) == ["paper"]
-    assert list(config.other_protocols(paper)) == ["strict"]
-
-
-@pytest.mark.parametrize("name", NAMES["trainer"])
-def test_every_trainer_builds(tmp_path, name):
-    node = train_config(tmp_path, f"trainer={name}", "trainer.max_epochs=3").trainer
-    if node.accelerator == "gpu" and not torch.cuda.is_available():
-        node.accelerator = "cpu"
-    trainer = build(node, logger=False, default_root_dir=str(tmp_path))
-    assert trainer.max_epochs == 3 and trainer.num_devices == 1
-
-
-@pytest.mark.parametrize("name", NAMES["logger"])
-def test_every_logger_builds_inside_the_run_folder(tmp_path, name):
-    if name == "wandb":
-        pytest.importorskip("wandb")
-    logger = build(train_config(tmp_path, f"logger={name}").logger)
-    assert str(logger.save_dir).startswith(str(tmp_path))
-    if name == "wandb":
-        assert logger.mode == "auto"  # offline without a key
-
-
-@pytest.mark.parametrize("name", NAMES["callbacks"])
-def test_callbacks_build_and_write_into_the_run_folder(tmp_path, name):
-    made = build(train_config(tmp_path, f"callbacks={name}", "seed=5").callbacks)
-    assert made["reseed"].seed == 5
-    assert Path(made["last"].dirpath) == tmp_path / "run" / "checkpoints"
-
-
-def test_lambda_of_the_papers_table_is_reachable(tmp_path):
-    cfg = train_config(tmp_path, "model.image_weight=1", "model.temperature=0.1", "image_encoder=tiny")
-    made = build_model(cfg)
-    assert made.image_weight == 1 and float(made.log_temperature.detach()) == pytest.approx(math.log(0.1))
-
-
-def test_a_section_listed_under_two_names_is_refused(tmp_path):
-    sections = [make_section(tmp_path, "A1", "A"), make_section(tmp_path, "B1", "B", seed=1)]
-    config._refuse_copies(sections)
-    with pytest.raises(InputError, match="sections A1 and C1 hold the same counts; list them once"):
-        config._refuse_copies([*sections, replace(sections[0], name="C1", patient="C")])
+        RunFolder(tmp_path).require()

@@ -1,4 +1,4 @@
-"""Every choice of conf/ composes with every other, and those that do not go together say why."""
+"""Every yaml of conf/: each composes and builds, with every other."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from sections import make_section
 
-from stexp import hardware
-from stexp.config import CONF, build, to_plain
+from stexp.config import build, to_plain
 from stexp.config.compose import compose
 from stexp.construct import get_object
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.dataset import BEFORE_THE_MODULE
 from stexp.data.splits import assign_roles, folds
 from stexp.errors import InputError
-from stexp.sweeps import jobs as sweeps
-from stexp.training import distributed
+from stexp.files import CONF
+from stexp.models.mclstexp import MclSTExp
+from stexp.models.method import Method
+from stexp.protocol import Protocol, named_protocols, other_protocols
+from stexp.sweeps.jobs import jobs
+from stexp.sweeps.plan import read_plan, sweep_names
 
 NAMES = {
     group: [path.stem for path in sorted((CONF / group).glob("*.yaml")) if path.stem != "default"]
     for group in ("data", "model", "protocol", "trainer", "logger", "image_encoder")
 }
-
-SIZES = {
+SIZES_OF_DATA = {"n_genes": 40, "n_positions": 64, "n_features": 32}
+JOBS = {
     "table1": (6 * (32 + 12 + 9), 6 * (8 + 4 + 8)),
     "tableS2": (32, 8),
     "tableS3": (12, 4),
@@ -46,155 +51,155 @@ SIZES = {
 """Cells of every sweep under the paper's protocol (folds 32, 12, 9) and under strict (patients 8, 4, 8)."""
 
 
-@functools.cache
-def built(model: str) -> torch.nn.Module:
+def method_of(model: dict) -> Method:
     """The method of a resolved config, without memory for its weights."""
     with torch.device("meta"):
-        return build(json.loads(model), n_genes=40, n_positions=64, n_features=32)
+        return build({key: value for key, value in model.items() if key != "name"}, **SIZES_OF_DATA)
 
 
-def assert_builds(data: str, model: str, protocol: str, trainer: str) -> None:
-    """What such a run is made of comes out of its config."""
-    choices = [f"data={data}", f"model={model}", f"protocol={protocol}", f"trainer={trainer}"]
-    plain = to_plain(compose("train", [*choices, "image_encoder.pretrained=false"]))
-    assert (plain["data"]["name"], plain["protocol"]["name"], plain["model"].pop("name")) == (data, protocol, model)
-    if "image_encoder" in plain["model"]:
-        assert plain["model"]["image_encoder"] == plain["image_encoder"]
-    method = built(json.dumps(plain["model"]))
-    assert isinstance(method, pl.LightningModule) and len(method.state_dict()) > 0
-    assert build(plain["protocol"]).name == protocol
-    assert distributed.devices_of({**plain["trainer"], "devices": 1}, "cpu") == [0]
-    assert isinstance(build({**plain["trainer"], "accelerator": "cpu", "devices": 1}, logger=False), pl.Trainer)
-    assert inspect.signature(get_object(plain["data"]["reader"]["_target_"])).parameters
+# every choice with every other
+
+
+def test_every_data_set_model_protocol_and_trainer_go_together():
+    """A composition of each data set and model, with protocol and trainer in turn; all others of these put in."""
+    tiny = to_plain(compose("train", ["image_encoder=tiny"]).image_encoder)
+    parts = {
+        group: {name: compose("train", [f"{group}={name}"])[group] for name in NAMES[group]}
+        for group in ("protocol", "trainer")
+    }
+    built = functools.cache(lambda model: method_of(json.loads(model)))
+    for i, (data, model) in enumerate(itertools.product(NAMES["data"], NAMES["model"])):
+        own = {group: NAMES[group][i % len(NAMES[group])] for group in parts}
+        chosen = {"data": data, "model": model, **own}
+        cfg = compose("train", [f"{group}={name}" for group, name in chosen.items()])
+        assert (cfg.data.name, cfg.model.name) == (data, model)
+        assert all(cfg[group] == parts[group][name] for group, name in own.items())
+        assert_data_is_taken(to_plain(cfg.data))
+        for protocol, trainer in itertools.product(*parts.values()):
+            cfg.protocol, cfg.trainer = parts["protocol"][protocol], parts["trainer"][trainer]
+            node = to_plain(cfg.model)
+            if "image_encoder" in node:
+                assert node["image_encoder"] == cfg.image_encoder
+                node["image_encoder"] = tiny  # those of each model and every encoder are built below
+            method = built(json.dumps(node))
+            assert isinstance(method, Method)
+            for key in {"spot_context", "k"} & set(node):
+                if "${" in str(OmegaConf.to_container(cfg.model)[key]):  # left to the protocol
+                    assert getattr(method, key) == cfg.protocol[key]
+            if "${data.n_neighbours}" in str(OmegaConf.to_container(cfg.model)):
+                assert node["n_neighbours"] == cfg.data.n_neighbours
+
+
+def assert_data_is_taken(data: dict) -> None:
+    """Every key of a data set is one of its reader, of the data module, or of what comes before that."""
+    reader = data["reader"]
+    assert set(reader) - {"_target_"} <= set(inspect.signature(get_object(reader["_target_"])).parameters)
+    of_module = set(data) - BEFORE_THE_MODULE - set(reader)
+    assert of_module and of_module <= set(inspect.signature(SpotDataModule).parameters)
 
 
 @pytest.mark.parametrize("model", NAMES["model"])
-def test_every_model_builds_with_every_data_protocol_and_trainer(model):
-    """Each two choices together; :func:`test_all_combinations_build` takes all four at once."""
-    shift = NAMES["model"].index(model)
-    for i, data in enumerate(NAMES["data"]):
-        choices = (NAMES[group][(i + shift) % len(NAMES[group])] for group in ("protocol", "trainer"))
-        assert_builds(data, model, *choices)
+def test_every_model_builds_with_its_own_image_encoder(model):
+    cfg = compose("train", ["data=her2st", f"model={model}", "image_encoder.pretrained=false"])
+    method = method_of(to_plain(cfg.model))
+    # every argument of the method stands in its yaml, so that config.yaml of a run names them all
+    assert set(inspect.signature(type(method)).parameters) - set(SIZES_OF_DATA) == set(cfg.model) - {"_target_", "name"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", NAMES["model"])
-@pytest.mark.parametrize("trainer", NAMES["trainer"])
-def test_all_combinations_build(model, trainer):
-    for data, protocol in itertools.product(NAMES["data"], NAMES["protocol"]):
-        assert_builds(data, model, protocol, trainer)
+@pytest.mark.parametrize("encoder", NAMES["image_encoder"])
+def test_every_image_encoder_builds_a_model_that_embeds(encoder):
+    named = ["image_encoder.name=test_resnet"] if encoder == "timm" else []
+    cfg = compose("train", [f"image_encoder={encoder}", *named, "image_encoder.pretrained=false"])
+    assert to_plain(cfg.model)["image_encoder"] == to_plain(cfg.image_encoder)
+    with torch.device("meta"):  # shapes without memory: the largest have 1.1 billion parameters
+        method = method_of(to_plain(cfg.model)).eval()
+        assert type(method) is MclSTExp
+        assert method.embed_image(torch.rand(1, 3, 224, 224)).shape == (1, 256)
 
 
-@pytest.mark.parametrize("model", NAMES["model"])
-def test_methods_that_need_one_device_refuse_several(model, data):
-    plain = to_plain(compose("train", ["data=demo", f"model={model}", "image_encoder.pretrained=false"]))
-    method = built(json.dumps({key: value for key, value in plain["model"].items() if key != "name"}))
-    if model in ("mclstexp", "bleep"):
-        return distributed.check(method, data, 2)
-    with pytest.raises(InputError, match=r" trains on one device; take trainer\.devices=1"):
-        distributed.check(method, data, 2)
+def test_the_demo_and_some_models_choose_an_image_encoder_unless_one_is_asked_for():
+    assert compose("train", ["data=demo"]).image_encoder.name == "test_resnet"
+    assert compose("train", ["data=her2st"]).image_encoder.name == "densenet121"
+    assert compose("train", ["data=her2st", "model=bleep"]).image_encoder.name == "resnet50"
+    for model in NAMES["model"]:
+        cfg = compose("train", ["data=demo", "image_encoder=resnet18", f"model={model}"])
+        assert cfg.image_encoder.name == "resnet18"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_trainer_for_gpus_says_that_there_is_none():
-    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu: torch sees no GPU here; take cpu or auto"):
-        hardware.accelerator_of(to_plain(compose("train", ["data=demo", "trainer=gpu"]))["trainer"]["accelerator"])
+def test_every_trainer_builds(tmp_path):
+    for name in NAMES["trainer"]:
+        node = to_plain(compose("train", [f"trainer={name}", "trainer.max_epochs=3"]).trainer)
+        node |= {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+        trainer = build(node, logger=False, default_root_dir=str(tmp_path))
+        assert isinstance(trainer, pl.Trainer) and (trainer.max_epochs, trainer.num_devices) == (3, 1)
 
 
-@pytest.mark.parametrize("protocol", ["strict", "paper"])
-def test_whole_sections_cannot_be_held_out_of_one(protocol, tmp_path):
+@pytest.mark.parametrize("name", NAMES["logger"])
+def test_every_logger_builds_inside_the_run_folder(tmp_path, name):
+    if name != "csv":
+        pytest.importorskip(name)
+    logger = build(compose("train", [f"logger={name}", f"output_dir={tmp_path}/run"]).logger)
+    assert str(logger.save_dir).startswith(str(tmp_path))
+    if name == "wandb":
+        assert logger.mode == "auto"  # offline without a key
+
+
+def test_callbacks_build_and_write_into_the_run_folder(tmp_path):
+    callbacks = build(compose("train", ["seed=5", f"output_dir={tmp_path}/run"]).callbacks)
+    assert callbacks["reseed"].seed == 5
+    assert Path(callbacks["last"].dirpath) == tmp_path / "run" / "checkpoints"
+
+
+# protocols
+
+
+def test_protocols_by_name_are_complete():
+    protocols = named_protocols()
+    assert set(protocols) == {"blocks", "paper", "strict"}
+    for name in protocols:
+        node = OmegaConf.load(CONF / "protocol" / f"{name}.yaml")
+        assert set(node) - {"_target_"} == set(inspect.signature(Protocol).parameters)
+    assert protocols["strict"] == Protocol("strict")  # the defaults of the class are the strict ones
+    assert protocols["blocks"] == Protocol("blocks", hold_out="block")
+
+
+def test_a_run_is_scored_under_other_truths_not_other_splits():
+    protocols = named_protocols()
+    assert list(other_protocols(protocols["strict"])) == list(other_protocols(protocols["blocks"])) == ["paper"]
+    assert list(other_protocols(protocols["paper"])) == ["strict"]
+
+
+def test_whole_sections_cannot_be_held_out_of_one(tmp_path):
     only = [make_section(tmp_path)]
-    protocol = build(to_plain(compose("train", ["data=visium", f"protocol={protocol}"]))["protocol"])
-    with pytest.raises(InputError, match="no section with an image is left to train on; protocol=blocks holds out"):
-        assign_roles(only, protocol, folds(only, protocol)[0])
+    for name in ("strict", "paper"):
+        protocol = named_protocols()[name]
+        with pytest.raises(InputError, match=r"no section .* left to train.*protocol=blocks"):
+            assign_roles(only, protocol, folds(only, protocol)[0])
 
 
-@pytest.mark.parametrize("model", NAMES["model"])
-def test_a_methods_own_image_encoder_gives_way_to_one_that_is_asked_for(model):
-    assert compose("train", ["image_encoder=resnet18", f"model={model}"]).image_encoder.name == "resnet18"
+# sweeps
 
 
-@pytest.mark.parametrize("group", NAMES)
-def test_a_choice_that_is_not_there_is_said_with_those_that_are(group):
-    with pytest.raises(InputError) as caught:
-        compose("train", [f"{group}={NAMES[group][0]}x"])
-    assert str(caught.value).startswith(f"{group}={NAMES[group][0]}x: choose ")
-    assert f"did you mean {NAMES[group][0]}?" in str(caught.value)
-    assert all(name in str(caught.value) for name in NAMES[group]) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("name", JOBS)
+def test_every_sweep_has_the_stated_number_of_jobs(name):
+    for protocol, n in zip(("paper", "strict"), JOBS[name], strict=True):
+        assert len(jobs(name, [f"protocol={protocol}"])) == n
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (".x=1", "there is no key image_encoder.model_args.x; +image_encoder.model_args.x=VALUE adds it"),
-        ("={x:1}", "image_encoder.model_args holds keys of its own; image_encoder.model_args.NAME=VALUE changes one"),
-    ],
-)
-def test_keys_that_may_be_added_are_said_to_be(given, says):
-    with pytest.raises(InputError) as caught:
-        compose("train", ["image_encoder=timm", f"image_encoder.model_args{given}"])
-    assert str(caught.value).startswith(says)
-    added = compose("train", ["image_encoder=timm", "+image_encoder.model_args.x=1"])
-    assert added.image_encoder.model_args == {"x": 1}
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ("overwrite=no", "overwrite=no: true or false would fit"),
-        ("image_encoder.pretrained=null", "image_encoder.pretrained=null: true or false would fit"),
-        ("model.k=true", "model.k=True: it is no switch; by itself it is k=auto"),
-        ("seed=true", "seed=True: it is no switch; by itself it is seed=0"),
-        ("output_dir=", "output_dir=: a name would fit"),
-        ("hydra.verbose=true", "hydra.verbose=true: Hydra's own settings are for sweeps; give -m, or leave it out"),
-        ("hydra/launcher=slurm", "hydra/launcher=slurm: Hydra's own settings are for sweeps"),
-    ],
-)
-def test_values_of_another_kind_are_refused(given, says):
-    with pytest.raises(InputError) as caught:
-        compose("train", [given])
-    assert str(caught.value).startswith(says)
-
-
-def test_what_must_be_given_cannot_be_nothing():
-    for name in ("score", "export", "predict"):
-        with pytest.raises(InputError, match="run=null: a name would fit"):
-            compose(name, ["run=null"])
-    assert compose("score", ["run=x"]).run == "x"
-
-
-@pytest.mark.parametrize("part", ["seed", "data", "protocol", "model", "trainer", "hardware", "image_encoder"])
-def test_a_misspelt_key_is_refused_with_the_one_meant(part):
-    plain = to_plain(compose("train", ["data=her2st"]))
-    keys = [part] if part == "seed" else [f"{part}.{key}" for key in plain[part]]
-    key = keys[len(keys) // 2]
-    with pytest.raises(InputError) as caught:
-        compose("train", ["data=her2st", f"{key}q=1"])
-    assert str(caught.value) == f"there is no key {key}q; did you mean {key}?"
-
-
-@pytest.mark.parametrize("protocol", ["paper", "strict"])
-@pytest.mark.parametrize("name", SIZES)
-def test_every_sweep_has_the_stated_number_of_jobs(name, protocol):
-    assert set(SIZES) == set(sweeps.names())
-    assert len(sweeps.jobs(name, [f"protocol={protocol}"])) == SIZES[name][protocol == "strict"]
-
-
-@pytest.mark.parametrize("name", sweeps.names())
-def test_the_keys_of_a_sweep_are_those_that_are_read(name):
-    plan = OmegaConf.to_container(OmegaConf.load(CONF / "sweep" / f"{name}.yaml"))
-    assert set(plan) <= {"of", "data", "protocol", "model", "grid", "rescore", "where", "test", "choose_by"}
-    whole = sweeps.read_plan(name)
-    assert {"data", "protocol", "model"} <= set(whole) and "of" not in whole
-    for condition in whole.get("where", {}):
-        for part in condition.split():
-            axis, value = part.split("=")
+def test_the_keys_of_every_sweep_are_those_that_are_read():
+    assert set(JOBS) == set(sweep_names())
+    for name in sweep_names():
+        plan = OmegaConf.load(CONF / "sweep" / f"{name}.yaml")
+        assert isinstance(plan, DictConfig)
+        assert set(plan) <= {"of", "data", "protocol", "model", "grid", "rescore", "where", "test", "choose_by"}
+        whole = read_plan(name)
+        assert {"data", "protocol", "model"} <= set(whole) and "of" not in whole
+        for axis, value in (part.split("=") for condition in whole.get("where", {}) for part in condition.split()):
             assert value in NAMES[axis]
 
 
-@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
-def test_every_yaml_says_what_it_is_and_names_nothing_of_one_machine(path: Path):
-    text = path.read_text()
-    assert not re.search(r"[\s=:'\"]/(home|root|Users|tmp|var)/", text), "a folder of somebody's machine"
-    if path.parent.name in ("sweep", "launcher"):
-        assert text.startswith("# ")
+def test_no_yaml_names_a_folder_of_one_machine():
+    for path in CONF.rglob("*.yaml"):
+        text = path.read_text()
+        assert not re.search(r"[\s=:'\"]/(home|root|Users|tmp|var)/", text), path
+        assert path.parent.name not in ("sweep", "launcher") or text.startswith("# "), path

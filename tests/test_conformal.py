@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,9 +13,14 @@ from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.inference import model_folder
 from stexp.inference.export import export
-from stexp.inference.intervals import calibrate, fit, interval, measure_coverage
-from stexp.protocol import Protocol
-from stexp.runs.finished import Run
+from stexp.inference.intervals import (
+    Groups,
+    calibrate,
+    fit,
+    group_spots,
+    interval,
+    measure_coverage,
+)
 
 
 def test_the_quantile_is_that_of_the_definition():
@@ -89,49 +92,42 @@ def test_an_interval_lies_around_its_prediction_and_never_below_nothing():
     np.testing.assert_allclose(upper - lower, [[2.0, 0.3, np.nan]], rtol=1e-6)
 
 
-def made_up(patients: str, sections: list[str], fold: str = "A", hold_out: str = "patient") -> SimpleNamespace:
-    """A run whose held-out spots are 100 of each section; the letter of each section's patient."""
-    n, rng = 100 * len(sections), np.random.default_rng(len(sections))
-    adata = ad.AnnData(np.zeros((n, 3), np.float32))
-    adata.obs["patient"], adata.obs["section"] = np.repeat(list(patients), 100), np.repeat(sections, 100)
-    adata.obsm["spatial"], adata.uns["stexp"] = rng.random((n, 2)), {"fold": fold}
-    adata.layers["uncertainty"] = np.full(adata.shape, np.nan)
-    held_out = (rng.random((n, 3)), rng.random((n, 3)), adata.layers["uncertainty"])
-    adata.var_names = ["X", "Y", "Z"]
-    protocol = Protocol("strict", hold_out=hold_out)
-    return SimpleNamespace(
-        before=adata,
-        panel=["X", "Y", "Z"],
-        protocol=protocol,
-        held_out=lambda genes: [x[:, : len(genes)] for x in held_out],
-    )
+def made_up(patients: str, sections: list[str], hold_out: str = "patient") -> Groups:
+    """Groups of 100 held-out spots of each section; the letter of each section's patient."""
+    xy = np.random.default_rng(0).random((100 * len(sections), 2))
+    return group_spots(np.repeat(list(patients), 100), np.repeat(sections, 100), xy, hold_out)
 
 
 @pytest.mark.parametrize(
-    ("runs", "kind", "groups", "note"),
+    ("groups", "kind", "names", "note"),
     [
-        ([made_up("AAB", ["A1", "A2", "B1"]), made_up("C", ["C1"], "C")], "patients", ["A", "B", "C"], "3 patients"),
-        ([made_up("AA", ["A1", "A2"])], "sections", ["A1", "A2"], "one patient; a new patient may be covered less"),
-        ([made_up("A", ["A1"])], "halves", ["A1 (one half)", "A1 (other half)"], "optimistic for any other"),
+        (made_up("AABC", ["A1", "A2", "B1", "C1"]), "patients", ["A", "B", "C"], "3 patients"),
+        (made_up("AA", ["A1", "A2"]), "sections", ["A1", "A2"], "one patient; a new patient may be covered less"),
+        (made_up("A", ["A1"]), "halves", ["A1 (one half)", "A1 (other half)"], "optimistic for any other"),
         (
-            [made_up("A", ["A1"], "block1", "block"), made_up("A", ["A1"], "block2", "block")],
+            made_up("AA", ["A1 (block1)", "A1 (block2)"], "block"),
             "sections",
             ["A1 (block1)", "A1 (block2)"],
             "trained on",
         ),
-        ([made_up("ABC", ["A1", "B1", "C1"], "x", "section")], "patients", ["A", "B", "C"], "optimistic for a new one"),
+        (made_up("ABC", ["A1", "B1", "C1"], "section"), "patients", ["A", "B", "C"], "optimistic for a new one"),
     ],
 )
-def test_groups_are_patients_where_there_are_enough_else_sections_else_halves(runs, kind, groups, note):
-    table, facts = calibrate(runs, ["X", "Y"])
-    assert facts["groups"] == kind and list(facts["coverage_by_group"]) == groups
+def test_groups_are_patients_where_there_are_enough_else_sections_else_halves(groups, kind, names, note):
+    rng, n = np.random.default_rng(1), len(groups.labels)
+    arrays = rng.random((n, 3)), rng.random((n, 3)), np.full((n, 3), np.nan)
+    table, facts = calibrate(
+        lambda genes: tuple(x[:, : len(genes)] for x in arrays), ["X", "Y"], ["X", "Y", "Z"], groups, 0.1, False
+    )
+    assert facts["groups"] == kind and list(facts["coverage_by_group"]) == names
     assert note in facts["note"] and facts["spread"] is False
-    assert table["coverage_measured"].between(0.7, 1).all() and facts["n_spots"] == sum(len(r.before) for r in runs)
+    assert table["coverage_measured"].between(0.7, 1).all() and facts["n_spots"] == n
 
 
-def test_alpha_is_a_share():
-    with pytest.raises(InputError, match="alpha=1: a number between 0 and 1 would fit"):
-        calibrate([], [], 1)
+@pytest.mark.parametrize("alpha", [1, 0, True, "0.1"])
+def test_alpha_is_a_share(alpha):
+    with pytest.raises(InputError, match=r"alpha=.*a number between 0 and 1 would fit"):
+        calibrate(lambda genes: (), ["X"], ["X"], made_up("A", ["A1"]), alpha, False)
 
 
 def test_a_model_keeps_the_intervals_of_its_held_out_section():
@@ -155,7 +151,8 @@ def test_further_folds_calibrate_together_and_measure_between_their_sections(tmp
     assert facts["interval"]["alpha"] == 0.2 and facts["interval"]["groups"] == "sections"
     assert facts["interval"]["n_spots"] == sum(predictions.read(x / "predictions.h5ad").n_obs for x in (a, b))
     # what B1 shows of an interval from A1 alone, a slow way
-    gene = next(name for name in Run(a).panel if name in Run(b).panel)
+    panels = [predictions.read(run / "predictions.h5ad").var_names for run in (a, b)]
+    gene = panels[0].intersection(panels[1])[0]
     (truth_a, made_a, spread_a), (truth_b, made_b, spread_b) = (
         [x[gene].to_numpy() for x in (read.to_df("observed"), read.to_df("predicted"), read.to_df("uncertainty"))]
         for read in (predictions.read(run / "predictions.h5ad") for run in (a, b))

@@ -23,7 +23,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def read(root, tmp_path):
-    return lambda **options: cscc.read(root, cache_dir=tmp_path / "cache", **options)
+    return lambda **options: cscc.read_cscc(root, cache_dir=tmp_path / "cache", **options)
 
 
 def test_sections_come_in_the_order_of_the_paper(read):
@@ -114,7 +114,7 @@ def test_a_folder_below_and_a_section_without_image(root, read):
         ),
         (
             lambda root: _copy(root, "GSM4284325_P10_ST_rep1.jpg", "GSM4284317_spot_data-selection-P2_ST_rep2.tsv"),
-            "cannot be read as a table",
+            "selection-P2_ST_rep2.tsv are not text",
         ),
     ],
 )

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import scipy.sparse as sp
 import torch
+from encoders import MadeUpFeatures
 from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section, make_sections
@@ -16,11 +18,12 @@ from stexp.data.augment import augment
 from stexp.data.batches import ShuffledBatches, SpotBatch, SpotIndex, nearest
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
+from stexp.data.identity import check_checkpoint
 from stexp.data.section import Section
 from stexp.data.slides.tiles import TileSpec, cut_tiles
 from stexp.errors import InputError
+from stexp.models.method import Method, Prediction
 from stexp.protocol import Protocol
-from stexp.training.checkpoints import check_checkpoint
 
 STRICT = Protocol("strict", n_hvg=12, panel_size=10, min_spots=0)
 PAPER = Protocol(
@@ -207,7 +210,7 @@ def test_loaders_carry_indices_only(sections, tmp_path):
     assert all(index.seed is not None for index in loaders[0])
 
 
-class Recorder(pl.LightningModule):
+class Recorder(Method):
     """Learns one number and writes down what it was given."""
 
     def __init__(self) -> None:
@@ -219,6 +222,9 @@ class Recorder(pl.LightningModule):
         assert isinstance(batch, SpotBatch)
         self.seen.setdefault(self.current_epoch, []).append((batch.spot.tolist(), float(batch.image.double().sum())))
         return (self.weight - batch.expression.mean()) ** 2
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
+        return Prediction(self.weight.expand_as(batch.target))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -375,6 +381,45 @@ def test_a_batch_on_a_gpu_equals_the_cpus(sections, tmp_path):
         torch.testing.assert_close(getattr(there, name).cpu(), value, equal_nan=True)
 
 
+# frozen features
+
+
+def test_features_are_computed_once_and_cannot_be_set(sections, tmp_path):
+    n = len(module(sections, tmp_path).spots)
+    encoder = MadeUpFeatures(np.random.default_rng(0).normal(size=(n, 7)).astype(np.float32))
+    data = module(sections, tmp_path, encoder=encoder)
+    assert data.n_features == 7
+    data.setup()
+    data.setup()
+    with_image = data.rows("train", "validation", "test")
+    assert encoder.taken == len(with_image) < n, "once, of spots with an image"
+    np.testing.assert_array_equal(data.features[with_image], encoder.table[: len(with_image)])
+    assert np.isnan(data.features[data.rows("reference")]).all()
+    batch = data.batch(SpotIndex(torch.from_numpy(with_image[[3, 1]]), image=False))
+    np.testing.assert_array_equal(batch.features, encoder.table[[3, 1]])
+    with pytest.raises(AttributeError):
+        data.features = encoder.table
+
+
+def test_without_an_encoder_there_are_no_features(sections, tmp_path):
+    data = module(sections, tmp_path)
+    assert data.features is None and data.n_features is None
+    with pytest.raises(ValueError, match="encoder"):
+        data.surroundings(3)
+
+
+def test_what_a_batch_is_depends_on_the_method_of_the_trainer(sections, tmp_path):
+    data = module(sections, tmp_path)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(batching="section"), global_rank=0, world_size=1)
+    for loader, role in ((data.train_dataloader(), "train"), (data.predict_dataloader(), "test")):
+        batches = [index.rows.numpy() for index in loader]
+        assert len(batches) == len(data.names(role)) and all(
+            data.spots["section"].iloc[rows].nunique() == 1 for rows in batches
+        )
+        assert sorted(np.concatenate(batches)) == data.rows(role).tolist()
+    assert max(len(index.rows) for index in data.loader("test", batch_size=5)) == 5
+
+
 # checkpoints and arguments
 
 
@@ -403,7 +448,7 @@ def test_a_checkpoint_of_other_data_is_refused(sections, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"batch_size": 1}, r"data\.batch_size=1: a contrastive batch needs at least 2"),
+        ({"batch_size": 1}, r"data\.batch_size=1: a whole number of at least 2"),
         ({"augmentation": "flip"}, r"data\.augmentation=flip: choose none, dihedral, paper"),
         ({"placement": "gpu"}, r"data\.placement=gpu: choose auto, device, pinned or disk"),
         ({"fold": "Q"}, "fold=Q is no patient with an image; choose one of A, B, C, D, or all"),

@@ -1,4 +1,4 @@
-"""Several devices take the steps of one: two CPU processes against one process, and the order of what they see."""
+"""Several devices take the steps of one: two CPU processes under torchrun against one, and the order of their spots."""
 
 from __future__ import annotations
 
@@ -13,89 +13,44 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from demo_run import configure, run
+from ddp_worker import METHODS, gradients
+from demo_run import configure, overrides_of, run
 from torch import nn
 
 from stexp import config
-from stexp.cli.train import claim, train
-from stexp.data.batches import ShuffledBatches, SpotIndex, part_of
+from stexp.data.batches import ShuffledBatches
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
-from stexp.models.bleep import BLEEP
 from stexp.models.encoders.image import ImageEncoder
-from stexp.models.mclstexp import MclSTExp
+from stexp.models.gather import gather
 from stexp.models.mean import Mean
 from stexp.training import callbacks
-from stexp.training.distributed import Ranks, SyncBatchNorm, check, devices_of, find_free_network_port, gather, others
+from stexp.training.distributed import SyncBatchNorm, check_several_devices
+from stexp.training.machine import Machine
 
-SPOTS = 13  # over two devices 7 and 6
-SETTINGS = {
-    "neighbours": (MclSTExp, {"n_positions": 60, "learn_temperature": True, "temperature": 20.0}),
-    "batch": (MclSTExp, {"n_positions": 60, "spot_context": "batch", "image_weight": 0.3}),
-    "bleep": (BLEEP, {"dropout": 0.0, "temperature": 3.0}),
-}
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-class Step(nn.Module):
-    """A training step as the forward of a module, which data-parallel training wraps."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch) -> torch.Tensor:
-        return self.model.training_step(batch, 0)
-
-
-def gradients(root: str, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step of each method on its part of one batch, without dropout and batch statistics."""
-    torch.set_num_threads(1)
-    cfg = configure(Path(root), Path(root) / "unused")
-    protocol = config.build(cfg.protocol)
-    data = config.build_data(cfg, config.load_sections(cfg, protocol), protocol, "A")
-    rows = torch.from_numpy(data.rows("train")[:SPOTS])
-    batch = data.batch(SpotIndex(rows[part_of(SPOTS, rank, world)], whole=SPOTS))
-    found = {}
-    for name, (method, settings) in SETTINGS.items():
-        torch.manual_seed(0)
-        model = method(ImageEncoder("test_resnet", pretrained=False), len(data.panel), embedding_dim=16, **settings)
-        step = Step(model.eval())
-        step = nn.parallel.DistributedDataParallel(step) if world > 1 else step
-        loss = step(batch)
-        loss.backward()
-        found[name] = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
-        found[name]["loss"] = loss.detach()
-    return found
-
-
-def join(root: str, port: str, rank: int) -> dict[str, dict[str, torch.Tensor]]:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        return gradients(root, rank, 2)
-    finally:
-        dist.destroy_process_group()
+def two_processes(arguments: list[str]) -> None:
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def both(demo: Path) -> tuple[dict, dict]:
-    """What one process finds, and the first of two."""
-    alone = gradients(str(demo), 0, 1)  # also makes what the other process reads
-    port = str(find_free_network_port())
-    command = "import sys, test_ddp; test_ddp.join(*sys.argv[1:], rank=1)"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    other = subprocess.Popen([sys.executable, "-c", command, str(demo), port], env=environment)
-    try:
-        together = join(str(demo), port, 0)
-        assert other.wait(60) == 0
-    finally:
-        other.kill()
-    return alone, together
+def both(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """Loss and gradients of one process, and of the first of two."""
+    alone = gradients(demo, 0, 1)  # also makes what the other processes read
+    path = tmp_path_factory.mktemp("ddp") / "gradients.pt"
+    two_processes([str(HERE / "ddp_worker.py"), str(demo), str(path)])
+    return alone, torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_gradients_of_one(both: tuple[dict, dict], method: str) -> None:
-    alone, together = (found[method] for found in both)
+    alone, together = (gradient[method] for gradient in both)
     assert set(alone) == set(together)
     assert {key.split(".")[0] for key in alone} >= {"image_encoder", "image_projection", "spot_projection", "loss"}
     for key, expected in alone.items():
@@ -106,24 +61,33 @@ def test_two_processes_have_the_gradients_of_one(both: tuple[dict, dict], method
 
 
 @pytest.mark.slow
-def test_a_run_on_two_devices_goes_on_as_one_would(demo: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("started_by", ["torchrun", "lightning"])
+def test_a_run_on_two_devices_goes_on_as_one_would(demo: Path, tmp_path: Path, monkeypatch, started_by: str) -> None:
     """From the first epoch of one device; the encoder frozen and tiles as they are, so that nothing is drawn."""
     same = ["image_encoder.frozen=true", "data.augmentation=none", "hardware.precision=32-true", "data.batch_size=50"]
     one, two = tmp_path / "one", tmp_path / "two"
-    cfg = configure(demo, two, *same, "trainer=ddp", "trainer.devices=2", "fold=A")
-    two.mkdir()
-    claim(two, cfg)
 
     def keep(self, trainer, model) -> None:
         if trainer.current_epoch == 1:
             shutil.copytree(one / "checkpoints", two / "checkpoints")
+            shutil.copy(one / "config.yaml", two / "config.yaml")
 
+    two.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.EpochLines, "on_train_epoch_start", keep)
         expected = run(demo, one, *same, fold="A")["scores"]
-    scores = train(cfg, config.load_sections(cfg, config.build(cfg.protocol)), "A", two)["scores"]
-    assert not dist.is_initialized()
+    text = (two / "config.yaml").read_text()
+    changed = text.replace("devices: 1", "devices: 2").replace("use_distributed", "strategy: ddp\n  use_distributed")
+    (two / "config.yaml").write_text(changed.replace("  log_every", "  sync_batchnorm: false\n  log_every"))
+    arguments = ["-m", "stexp.train", *overrides_of(demo, two), *same, "trainer=ddp", "trainer.accelerator=cpu"]
+    arguments += ["trainer.devices=2", "fold=A"]
+    if started_by == "torchrun":
+        two_processes(arguments)
+    else:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
 
+    scores = read_json(two / "metrics.json")["scores"]
     ours, theirs = (ad.read_h5ad(folder / "predictions.h5ad") for folder in (two, one))
     assert ours.obs_names.is_unique and list(ours.obs_names) == list(theirs.obs_names)
     np.testing.assert_allclose(ours.layers["predicted"], theirs.layers["predicted"], rtol=1e-3, atol=1e-3)
@@ -162,10 +126,12 @@ def test_the_parts_of_all_devices_are_the_batches_of_one(n: int, world: int) -> 
 def test_validation_spots_are_split_and_all_else_is_whole(demo: Path) -> None:
     cfg = configure(demo, demo / "unused", "data.eval_batch_size=20")
     protocol = config.build(cfg.protocol)
-    data = config.build_data(cfg, config.load_sections(cfg, protocol), protocol, "A")
+    data = config.dataset_of(cfg).serve(config.dataset_of(cfg).read_sections(protocol), protocol, "A", cfg.seed)
     seen = []
     for rank in range(3):
-        data.share = (rank, 3)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=3, lightning_module=SimpleNamespace(batching="spots")
+        )
         seen += [index.rows for index in data.val_dataloader()]
         assert sum(len(index.rows) for index in data.predict_dataloader()) == len(data.rows("test"))
     assert torch.cat(seen).tolist() == data.rows("validation").tolist()
@@ -189,8 +155,9 @@ def test_synchronised_batch_norm_keeps_timm_activations_and_weights() -> None:
 @pytest.mark.parametrize(
     ("trainer", "says"),
     [
-        ({"devices": 2, "strategy": "fsdp"}, "strategy=fsdp: choose auto, ddp"),
-        ({"devices": 2, "num_nodes": 2}, "devices of one machine"),
+        ({"devices": 2, "strategy": "fsdp"}, "fsdp.*choose auto, ddp"),
+        ({"devices": 2, "strategy": "ddpp"}, "did you mean ddp"),
+        ({"devices": 2, "num_nodes": 0}, "num_nodes=0"),
         ({"devices": "two"}, "devices=two"),
         ({"devices": 0}, "at least 1"),
         ({"devices": 2, "sync_batchnorm": True}, "needs GPUs"),
@@ -198,34 +165,22 @@ def test_synchronised_batch_norm_keeps_timm_activations_and_weights() -> None:
 )
 def test_devices_that_are_not_there_are_refused(trainer: dict, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        devices_of(trainer, "cpu")
+        _ = Machine({"accelerator": "cpu", **trainer}).devices
+
+
+def test_devices_of_all_machines_train_together() -> None:
+    assert Machine({"accelerator": "cpu", "devices": 2, "num_nodes": 3}).world_size == 6
 
 
 def test_what_cannot_train_on_several_devices_is_refused() -> None:
     def data(batch: int, train: int, validation: int) -> SimpleNamespace:
         return SimpleNamespace(batch_size=batch, rows=lambda role: range({"train": train}.get(role, validation)))
 
-    model = SimpleNamespace(several_devices=True)
-    check(Mean(3), data(2, 2, 1), 1)
-    check(model, data(4, 4, 0), 2)
+    method = SimpleNamespace(several_devices=True)
+    check_several_devices(Mean(3), data(2, 2, 1), 1)
+    check_several_devices(method, data(4, 4, 0), 2)
     with pytest.raises(InputError, match=r"Mean trains on one device; take trainer\.devices=1"):
-        check(Mean(3), data(64, 64, 64), 2)
-    for given, says in (((3, 9, 9), "batch_size: 3"), ((9, 3, 9), "training spots: 3"), ((9, 9, 1), "validation")):
+        check_several_devices(Mean(3), data(64, 64, 64), 2)
+    for sizes, says in (((3, 9, 9), "batch_size: 3"), ((9, 3, 9), "training spots: 3"), ((9, 9, 1), "validation")):
         with pytest.raises(InputError, match=rf"{says}.* too few for 2 devices"):
-            check(model, data(*given), 2)
-
-
-@pytest.mark.parametrize(("status", "error"), [(9, InputError), (0, RuntimeError)])
-def test_a_lost_process_is_one_line_and_other_errors_stay(
-    tmp_path: Path, monkeypatch, status: int, error: type
-) -> None:
-    start = subprocess.Popen
-    child = [sys.executable, "-c", f"raise SystemExit({status})"]
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: start(child, **given))
-    with pytest.raises(error) as caught, others(tmp_path, Ranks(0, 2)):
-        raise RuntimeError("connection closed by peer")
-    assert str(caught.value) == (
-        "the process of device 1 ended with status 9; the same command goes on from the last checkpoint"
-        if status
-        else "connection closed by peer"
-    )
+            check_several_devices(method, data(*sizes), 2)

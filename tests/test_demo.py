@@ -12,6 +12,7 @@ from stexp.data import demo
 from stexp.data.readers import demo as reader
 from stexp.data.readers import samplesheet
 from stexp.errors import InputError
+from stexp.inference.slide_sheet import read_slide_sheet
 
 SMALL = {"patients": 1, "sections_per_patient": 1, "image_px": 500}
 
@@ -23,14 +24,14 @@ def files(folder):
 @pytest.fixture(scope="module")
 def two_patients(tmp_path_factory):
     sheet = demo.write_demo(tmp_path_factory.mktemp("data") / "demo", patients=2, sections_per_patient=1)
-    return samplesheet.read(sheet), pd.read_csv(sheet.parent / "genes.csv", index_col="gene")
+    return samplesheet.read_samplesheet(sheet), pd.read_csv(sheet.parent / "genes.csv", index_col="gene")
 
 
 @pytest.fixture(scope="module")
 def two_blocks(tmp_path_factory):
     """Small sections A1, A2, B1, B2, C1, C2."""
     sheet = demo.write_demo(tmp_path_factory.mktemp("data") / "demo", patients=3, sections_per_patient=2, image_px=700)
-    return {section.name: section for section in samplesheet.read(sheet)}
+    return {section.name: section for section in samplesheet.read_samplesheet(sheet)}
 
 
 def squares(section, image, side_um):
@@ -128,6 +129,15 @@ def test_sections_of_one_patient_resemble_each_other(two_blocks):
     assert alike["A2"] > alike["C1"] + 0.1
 
 
+def test_its_slides_can_be_predicted_at_their_own_scales(tmp_path):
+    folder = demo.write_demo(tmp_path / "demo", **SMALL | {"patients": 2}).parent
+    slides = read_slide_sheet(folder / "slides.csv")
+    sections = samplesheet.read_samplesheet(folder / "sheet.csv")
+    stated = {section.name: (section.slide.path, section.um_per_px) for section in sections}
+    assert stated == {name: (path.resolve(), um) for name, (path, um) in slides.items()}
+    assert len({um for _, um in slides.values()}) > 1, "one um_per_px= for all would be wrong"
+
+
 def test_an_interrupted_write_leaves_no_folder(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -154,12 +164,14 @@ def test_two_at_once_write_once(tmp_path, monkeypatch):
 def test_reader_makes_what_is_not_there_and_replaces_other_demo_data(tmp_path, caplog):
     caplog.set_level("INFO", logger="stexp.data.demo")
     demo.write_demo(tmp_path / "demo", **SMALL)
-    names = [section.name for section in reader.read(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)]
+    names = [
+        section.name for section in reader.read_demo(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)
+    ]
     assert names == ["A1", "A2"]
     said = [record for record in caplog.records if record.name == "stexp.data.demo"]
     assert len(said) == 2 and "'sections_per_patient': 2" in caplog.text
     before = (tmp_path / "demo" / "sheet.csv").stat().st_mtime_ns
-    reader.read(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)
+    reader.read_demo(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)
     assert (tmp_path / "demo" / "sheet.csv").stat().st_mtime_ns == before
 
 

@@ -12,18 +12,10 @@ import scipy.sparse as sp
 from predicted import predicted
 
 from stexp.errors import InputError
-from stexp.reporting.downstream import (
-    adjacency,
-    agreement,
-    gene_set_scores,
-    morans_i,
-    neighbour_table,
-    read_gene_sets,
-    read_labels,
-    rows_to_one,
-    spatial_domains,
-    variable_genes,
-)
+from stexp.reporting.domains import agreement, read_labels, spatial_domains
+from stexp.reporting.gene_sets import gene_set_scores, read_gene_sets
+from stexp.reporting.references import neighbour_table
+from stexp.reporting.spatial import adjacency, morans_i, rows_to_one, variable_genes
 
 
 def square(n: int, sections: int = 1, **layers: np.ndarray) -> ad.AnnData:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from encoders import MadeUpFeatures
 from scipy.special import erf, expit, softmax
+from sections import make_data
 
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.models.egn import EGN, nearest_exemplars, restarts
 from stexp.models.losses import correlation_loss
+from stexp.protocol import Protocol
 
 SMALL = {"tile_px": 16, "patch_px": 8, "dim": 12, "depth": 2, "heads": 3, "head_dim": 5, "hidden": 20}
 BRIDGE = {"bridge_heads": 2, "bridge_dim": 7, "projector_depth": 2}
 
 
 @pytest.fixture(scope="module")
-def data(data: SpotDataModule) -> SpotDataModule:
-    data.features = np.random.default_rng(0).normal(size=(len(data.spots), 9)).astype(np.float32)
-    return data
+def data(tmp_path_factory) -> SpotDataModule:
+    features = np.random.default_rng(0).normal(size=(150, 9)).astype(np.float32)
+    return make_data(tmp_path_factory.mktemp("sections"), Protocol("strict"), encoder=MadeUpFeatures(features))
 
 
 def make_model(n_genes: int = 30, n_features: int = 9, *, seed: int = 0, **kwargs) -> EGN:
@@ -296,12 +300,20 @@ def test_restarts_go_up_for_100_steps_and_down_to_a_fifth():
     assert np.all(np.diff(rate[:101]) > 0) and np.all(np.diff(rate[100:]) < 0) and 0.2 < rate[-1] < 0.201
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "restarts"])
+def test_a_schedule_needs_an_end(schedule):
+    model = make_model(schedule=schedule)
+    model._trainer = SimpleNamespace(estimated_stepping_batches=float("inf"), max_epochs=-1)
+    with pytest.raises(InputError, match=f"{schedule} .*trainer.max_epochs"):
+        model.configure_optimizers()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"tile_px": 20}, "model.patch_px=8: tiles have 20 px; a divisor of that would fit"),
-        ({"apart": "block"}, "model.apart=block: choose section, patient, spot"),
-        ({"schedule": "step"}, "model.schedule=step: choose cosine, restarts, none"),
+        ({"apart": "block"}, "model.apart=block: choose section, patient or spot"),
+        ({"schedule": "step"}, "model.schedule=step: choose cosine, restarts or none"),
         ({"bridge_residual": "none"}, "model.bridge_residual=none: choose given or revised"),
         ({"n_exemplars": 0}, "model.n_exemplars=0: a whole number of at least 1 would fit"),
         ({"correlation_weight": -1.0}, "model.correlation_weight=-1.0: a number of at least 0 would fit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import uuid
 import xml.etree.ElementTree as ElementTree
@@ -16,8 +17,9 @@ from fake_run import write_run
 from predicted import SIZE, UM, predicted
 
 from stexp.errors import InputError
-from stexp.reporting import exports
-from stexp.reporting.exports import choose_genes, export, places, qupath_origin
+from stexp.reporting import exports, heat_maps
+from stexp.reporting.exports import choose_genes, export
+from stexp.reporting.places import places
 
 GENES = ["G3", "G0"]
 
@@ -96,31 +98,6 @@ def test_geojson_counts_from_where_qupath_does_and_names_domains(slide, tmp_path
     assert [kind["name"] for kind in kinds] == ["Domain 2", "Domain 1"] and kinds[0]["color"] != kinds[1]["color"]
 
 
-@pytest.mark.parametrize(
-    ("bounds", "origin"),
-    [((300, 100, 2000, 1500), [300, 100]), ((0, 100, 2600, 1500), [0, 0]), (None, [0, 0])],
-)
-def test_where_qupath_begins_to_count(monkeypatch, bounds, origin):
-    keys = [f"openslide.bounds-{key}" for key in ("x", "y", "width", "height")]
-    stated = {} if bounds is None else dict(zip(keys, map(str, bounds), strict=True))
-
-    class Slide:
-        dimensions, properties = SIZE, stated
-        detect_format = staticmethod(lambda path: "mirax")
-
-        def __init__(self, path):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-    monkeypatch.setattr("openslide.OpenSlide", Slide)
-    assert qupath_origin("slide.mrxs") == origin
-
-
 def test_tables_hold_every_layer_and_are_the_same_bytes_twice(slide, tmp_path):
     paths = export(slide, tmp_path, ["csv"])
     assert [path.name for path in paths] == ["predicted.csv.gz", "uncertainty.csv.gz"]
@@ -133,6 +110,19 @@ def test_tables_hold_every_layer_and_are_the_same_bytes_twice(slide, tmp_path):
     np.testing.assert_allclose(spread[slide.var_names], slide.layers["uncertainty"], rtol=1e-5)
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in export(slide, tmp_path, ["csv"])] == before
+
+
+def test_names_that_a_spreadsheet_would_compute_are_defused_in_tables_only(tmp_path):
+    slide = predicted(name="@slide")
+    slide.var_names = ["=CMD()", *slide.var_names[1:]]
+    slide.obs_names = ["-1+1", *slide.obs_names[1:]]
+    table, _, h5ad = export(slide, tmp_path, ["csv", "h5ad"])
+    with gzip.open(table, "rt") as file:
+        head, first = file.readline().split(","), file.readline().split(",")
+    assert head[6] == "'=CMD()" and first[:2] == ["'-1+1", "'@slide"]
+    assert [float(cell) for cell in first[2:]]  # numbers are numbers, negative ones too
+    kept = ad.read_h5ad(h5ad)
+    assert (kept.var_names[0], kept.obs_names[0], kept.obs["section"].iloc[0]) == ("=CMD()", "-1+1", "@slide")
 
 
 def test_heat_maps_lie_on_the_slide(slide, tmp_path):
@@ -155,7 +145,7 @@ def test_heat_maps_lie_on_the_slide(slide, tmp_path):
 
 
 def test_every_pixel_is_that_of_the_nearest_spot_and_levels_are_means(tmp_path, monkeypatch):
-    monkeypatch.setattr(exports, "TILE_PX", 16)
+    monkeypatch.setattr(heat_maps, "TILE_PX", 16)
     adata = predicted("square")[::3].copy()  # with holes
     (path,) = export(adata, tmp_path, ["ome_tiff"], ["G1"])
     with tifffile.TiffFile(path) as file:
@@ -189,7 +179,7 @@ def test_ome_types_reads_the_metadata(slide, tmp_path):
 
 
 def test_a_heat_map_stays_small(slide, monkeypatch, tmp_path):
-    monkeypatch.setattr(exports, "MOST_PX", 20)
+    monkeypatch.setattr(heat_maps, "MOST_PX", 20)
     (path,) = export(slide, tmp_path, ["ome_tiff"], ["G0"])
     with tifffile.TiffFile(path) as file:
         assert max(file.series[0].shape) == 20

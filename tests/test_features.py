@@ -13,7 +13,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.slides.formats import WHITE
 from stexp.data.slides.tiles import TileSpec, around, open_tiles, tiles_around
 from stexp.errors import InputError
-from stexp.models.encoders.features import FrozenEncoder, frozen_features, surrounding_features
+from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.models.encoders.image import ImageEncoder
 from stexp.protocol import Protocol
 
@@ -30,15 +30,14 @@ def forbidden(*args, **kwargs):
     raise LookupError("computed again")
 
 
-def make_data(folder: Path, **kwargs) -> SpotDataModule:
+def make_data(folder: Path, encoder: ImageEncoder, context=None, **kwargs) -> SpotDataModule:
     sections = make_sections(folder, patients=2, n_spots=12)
     # between the others: its spots have no tiles, and none around them
     sections.insert(1, make_section(folder, "A9", "A", 12, seed=9, image=False))
     panel = [f"g{i:02d}" for i in range(30)]
     sizes = {"tile_px": 16, "eval_batch_size": 5, "augmentation": "none"}
-    return SpotDataModule(
-        sections, Protocol("strict"), "B", panel=panel, cache_dir=str(folder / "cache"), **sizes | kwargs
-    )
+    sizes |= {"cache_dir": str(folder / "cache"), "encoder": FrozenEncoder(encoder, CPU, context, folder / "cache", 5)}
+    return SpotDataModule(sections, Protocol("strict"), "B", panel=panel, **sizes | kwargs)
 
 
 def pixels_around(image: np.ndarray, x: int, y: int, side: int, k: int) -> tuple[list[np.ndarray], list[bool]]:
@@ -101,8 +100,9 @@ def test_tiles_around_have_the_scale_of_the_spots_own(tmp_path):
 
 @torch.no_grad()
 def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, monkeypatch):
-    data = make_data(tmp_path)
-    found = surrounding_features(data, encoder, 3, CPU)
+    data = make_data(tmp_path, encoder)
+    found = data.surroundings(3)
+    assert data.surroundings(3) is found
     with_image = np.flatnonzero(data.spots["section"] != "A9")
     assert not found.inside[data.spots["section"] == "A9"].any()
     rows = np.random.default_rng(0).permutation(with_image)[:20]
@@ -116,28 +116,29 @@ def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, mon
         image = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
         np.testing.assert_allclose(features[seen], encoder(image).numpy()[seen], rtol=1e-4, atol=1e-5)
         assert not features[~np.array(seen)].any()
-    own = frozen_features(data, encoder, CPU)
+    own = data.features
     np.testing.assert_allclose(served[:, 4], own[rows], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(ImageEncoder, "forward", forbidden)
-    again = make_data(tmp_path)
-    np.testing.assert_array_equal(surrounding_features(again, encoder, 3, CPU)[rows], served)
-    np.testing.assert_array_equal(frozen_features(again, encoder, CPU), own)
+    again = make_data(tmp_path, encoder)
+    np.testing.assert_array_equal(again.surroundings(3)[rows], served)
+    np.testing.assert_array_equal(again.features, own)
     with pytest.raises(LookupError, match="computed again"):
-        surrounding_features(again, encoder, 5, CPU)
+        again.surroundings(5)
 
 
 def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):
     from stexp.data.demo import write_demo
-    from stexp.data.readers.samplesheet import read
+    from stexp.data.readers.samplesheet import read_samplesheet
 
-    sections = read(write_demo(tmp_path / "demo", patients=3, sections_per_patient=1))
+    sections = read_samplesheet(write_demo(tmp_path / "demo", patients=3, sections_per_patient=1))
     sizes = {"tile_px": 16, "tile_um": 60, "cache_dir": str(tmp_path), "panel": list(sections[0].genes[:5])}
-    data = SpotDataModule(sections, Protocol("strict"), "A", stain="reinhard", **sizes)
+    sizes["encoder"] = FrozenEncoder(encoder, CPU, None, tmp_path)
+    data = SpotDataModule(sections, Protocol("strict"), "A", stain="macenko", **sizes)
     plain = SpotDataModule(sections, Protocol("strict"), "A", **sizes)
     rows = data.rows("test")
-    own, around = frozen_features(data, encoder, CPU)[rows], surrounding_features(data, encoder, 3, CPU)[rows]
+    own, around = data.features[rows], data.surroundings(3)[rows]
     np.testing.assert_allclose(around[:, 4], own, rtol=1e-4, atol=1e-4)
-    assert np.abs(surrounding_features(plain, encoder, 3, CPU)[rows][:, 4] - own).max() > 1e-3
+    assert np.abs(plain.surroundings(3)[rows][:, 4] - own).max() > 1e-3
 
 
 def test_what_weights_do_not_show_is_part_of_the_key(tmp_path):
@@ -152,7 +153,7 @@ def test_what_weights_do_not_show_is_part_of_the_key(tmp_path):
 
 def test_tiles_of_a_size_that_the_encoder_does_not_take_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"vit_tiny_patch16_224 does not take tiles of 3x16x16.*input_size"):
-        frozen_features(make_data(tmp_path), ImageEncoder("vit_tiny_patch16_224", pretrained=False), CPU)
+        make_data(tmp_path, ImageEncoder("vit_tiny_patch16_224", pretrained=False)).setup()
 
 
 def test_precision_is_part_of_the_key(tmp_path, encoder):
@@ -162,9 +163,10 @@ def test_precision_is_part_of_the_key(tmp_path, encoder):
         "off": torch.autocast("cpu", torch.bfloat16, enabled=False),
         "bf16": torch.autocast("cpu", torch.bfloat16),
     }
-    data, found = make_data(tmp_path), {}
+    found = {}
     for name, context in contexts.items():
-        found[name] = frozen_features(data, encoder, CPU, context)[data.rows("train")]
+        data = make_data(tmp_path, encoder, context)
+        found[name] = data.features[data.rows("train")]
         assert FrozenEncoder(encoder, CPU, context, tmp_path).key in {
             path.stem.split("-")[-1] for path in (tmp_path / "cache" / "features").glob("*.npy")
         }
@@ -174,8 +176,7 @@ def test_precision_is_part_of_the_key(tmp_path, encoder):
 
 
 def test_the_encoder_comes_back_as_it_was(tmp_path, encoder):
-    data = make_data(tmp_path)
     for training in (True, False):
         encoder.train(training)
-        frozen_features(data, encoder, CPU)
+        make_data(tmp_path, encoder).setup()
         assert encoder.training is training

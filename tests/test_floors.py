@@ -208,7 +208,7 @@ def her2st_sections():
     root = Path(os.environ["STEXP_DATA"])
     sizes = dict(A=6, B=6, C=6, D=6, E=3, F=3, G=3)
     names = [f"{patient}{i}" for patient, n in sizes.items() for i in range(1, n + 1)]
-    sections = her2st.read(root / "her2st", names[1:])
+    sections = her2st.read_her2st(root / "her2st", names[1:])
     assert len(sections) == 32 and sum(map(len, sections)) == 11_548
     panel = read_panel(root / "gene_lists" / "her2st_785.txt")
     return [(section.name, section.counts(panel), section.total_counts) for section in sections]

@@ -148,7 +148,7 @@ def test_a_table_of_another_species_is_refused(table):
         ("t.csv", "id,symbol\n", "gives no id a symbol"),
         ("t.csv", "", "cannot be read as a table"),
         ("t.xlsx", "PK", "gene table .*t.xlsx ends in .xlsx; .csv, .tsv, .csv.gz, .tsv.gz would fit"),
-        ("t.csv", None, "cannot be read as a table"),
+        ("t.csv", None, "gene table .*t.csv cannot be read"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(tmp_path, name, content, message):

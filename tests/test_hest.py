@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from fakes import hest as fake
 
-from stexp.data.readers.hest import array_coordinates, donors, read, read_metadata
+from stexp.data.readers.hest import array_coordinates, donors, read_hest, read_metadata
 from stexp.errors import InputError
 
 
 def test_sections_are_read_as_laid_out(tmp_path):
     fake.write(tmp_path)
-    sections = read(tmp_path)
+    sections = read_hest(tmp_path)
     assert [s.name for s in sections] == ["NCBI9", "NCBI10", "NCBI11", "TENX95"]
     for section in sections:
         stored = ad.read_h5ad(tmp_path / "st" / f"{section.name}.h5ad")
@@ -31,13 +31,13 @@ def test_sections_are_read_as_laid_out(tmp_path):
 def test_controls_are_no_genes(tmp_path, caplog):
     fake.write(tmp_path)
     caplog.set_level(logging.INFO)
-    (section,) = read(tmp_path, technology="xenium")
+    (section,) = read_hest(tmp_path, technology="xenium")
     assert len(section.genes) == 80 and "section TENX95: 2 control features" in caplog.text
 
 
 def test_patients_are_people(tmp_path):
     fake.write(tmp_path)
-    patients = {s.name: s.patient for s in read(tmp_path)}
+    patients = {s.name: s.patient for s in read_hest(tmp_path)}
     # "Patient 1" and "patient1" of one study; "Patient 2" of two studies are two people
     assert patients == {"NCBI9": "NCBI9", "NCBI10": "NCBI9", "NCBI11": "NCBI11", "TENX95": "TENX95"}
 
@@ -67,27 +67,27 @@ def test_species_is_never_guessed(tmp_path):
     with pytest.raises(
         InputError, match=r"2 species: Homo sapiens \(4 sections\), Mus musculus \(1 sections\); choose"
     ):
-        read(tmp_path)
-    assert [s.name for s in read(tmp_path, species="mus musculus")] == ["SPA3"]
-    assert len(read(tmp_path, species="Homo sapiens")) == 4
-    assert [s.name for s in read(tmp_path, ["SPA3"])] == ["SPA3"]
+        read_hest(tmp_path)
+    assert [s.name for s in read_hest(tmp_path, species="mus musculus")] == ["SPA3"]
+    assert len(read_hest(tmp_path, species="Homo sapiens")) == 4
+    assert [s.name for s in read_hest(tmp_path, ["SPA3"])] == ["SPA3"]
 
 
 def test_filters(tmp_path):
     fake.write(tmp_path)
-    assert [s.name for s in read(tmp_path, technology=["Visium", "Xenium"], organ="Skin")] == ["NCBI9", "NCBI10"]
+    assert [s.name for s in read_hest(tmp_path, technology=["Visium", "Xenium"], organ="Skin")] == ["NCBI9", "NCBI10"]
     with pytest.raises(InputError, match=r"no section left with data.organ=Liver; .* Skin \(3\), Breast \(1\)"):
-        read(tmp_path, organ="Liver")
+        read_hest(tmp_path, organ="Liver")
     with pytest.raises(InputError, match=r"no section TENX97 in .*st; there are NCBI9, NCBI10, NCBI11, TENX95"):
-        read(tmp_path, ["TENX97"])
+        read_hest(tmp_path, ["TENX97"])
 
 
 def test_counts_that_the_metadata_do_not_know_are_refused(tmp_path):
     fake.write(tmp_path)
     fake.write_section(tmp_path, "MISC1")
     with pytest.raises(InputError, match="no section MISC1 in the metadata"):
-        read(tmp_path)
-    assert len(read(tmp_path, ["NCBI9"])) == 1
+        read_hest(tmp_path)
+    assert len(read_hest(tmp_path, ["NCBI9"])) == 1
 
 
 def test_the_newest_metadata_count(tmp_path):
@@ -112,28 +112,28 @@ def test_metadata_that_do_not_fit(tmp_path, change, says):
     file = tmp_path / "HEST_v1_1_0.csv"
     change(pd.read_csv(file)).to_csv(file, index=False)
     with pytest.raises(InputError, match=says):
-        read(tmp_path)
+        read_hest(tmp_path)
 
 
 def test_missing_and_damaged_files(tmp_path, caplog):
     with pytest.raises(InputError, match="is not HEST-1k"):
-        read(tmp_path)
+        read_hest(tmp_path)
     fake.write(tmp_path)
     (tmp_path / "wsis" / "NCBI9.tif").unlink()
-    assert read(tmp_path, ["NCBI9"])[0].slide is None and "can only be referred to" in caplog.text
+    assert read_hest(tmp_path, ["NCBI9"])[0].slide is None and "can only be referred to" in caplog.text
     file = tmp_path / "st" / "NCBI9.h5ad"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"NCBI9.h5ad is no whole h5ad"):
-        read(tmp_path, ["NCBI9"])
+    with pytest.raises(InputError, match=r"section NCBI9: .*NCBI9.h5ad cannot be read as h5ad"):
+        read_hest(tmp_path, ["NCBI9"])
     stored = ad.read_h5ad(tmp_path / "st" / "NCBI10.h5ad")
     del stored.obsm["spatial"]
     stored.write_h5ad(file)
     with pytest.raises(InputError, match="obsm spatial"):
-        read(tmp_path, ["NCBI9"])
+        read_hest(tmp_path, ["NCBI9"])
     (tmp_path / "HEST_v1_1_0.csv").unlink()
     with pytest.raises(InputError, match=r"has no HEST_v<version>.csv"):
-        read(tmp_path, ["NCBI9"])
+        read_hest(tmp_path, ["NCBI9"])
 
 
 def test_array_coordinates_that_follow_nothing_are_derived(caplog):
@@ -160,3 +160,20 @@ def test_derived_coordinates_keep_hexagonal_spots_apart():
     xy = np.column_stack([100.0 * column + 50.0 * (row % 2), 86.6 * row]) @ [[0.8, 0.6], [-0.6, 0.8]]
     derived = array_coordinates(xy, pd.DataFrame(index=range(400)), "s")
     assert len({tuple(place) for place in derived}) == 400
+
+
+@pytest.mark.parametrize("place", ["hest", "", "hest/st", "hest/st/NCBI9.h5ad", "hest/HEST_v1_1_0.csv"])
+def test_any_natural_place_of_the_data_is_understood(tmp_path, place):
+    fake.write(tmp_path / "hest")
+    assert [section.name for section in read_hest(tmp_path / place, ["NCBI9"])] == ["NCBI9"]
+
+
+def test_antibodies_are_no_genes(tmp_path):
+    fake.write(tmp_path)
+    file = tmp_path / "st" / "NCBI9.h5ad"
+    stored = ad.read_h5ad(file)
+    before = read_hest(tmp_path, ["NCBI9"])[0]
+    stored.var["feature_types"] = ["Antibody Capture"] * 2 + ["Gene Expression"] * (stored.n_vars - 2)
+    stored.write_h5ad(file)
+    (section,) = read_hest(tmp_path, ["NCBI9"])
+    assert list(section.genes) == list(before.genes[2:])

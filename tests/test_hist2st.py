@@ -20,8 +20,7 @@ SMALL = {"tile_px": 16, "patch_px": 4, "channels": 8, "depth": 1, "heads": 2, "h
 
 @pytest.fixture(scope="module")
 def data(data: SpotDataModule) -> SpotDataModule:
-    """Batches are whole sections."""
-    data.batching = "section"
+    """With its tiles."""
     data.setup()
     return data
 

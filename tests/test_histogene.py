@@ -17,8 +17,7 @@ SMALL = {"dim": 32, "depth": 2, "heads": 2, "head_dim": 8, "hidden": 24}
 
 @pytest.fixture(scope="module")
 def data(data: SpotDataModule) -> SpotDataModule:
-    """Batches are whole sections."""
-    data.batching = "section"
+    """With its tiles."""
     data.setup()
     return data
 
@@ -110,7 +109,7 @@ def test_the_last_layer_can_start_as_the_training_mean(data):
     model = make_model(len(data.panel), data.array_size, start_from_mean=True)
     start_as_mean(model.gene_head[-1], data)
     model.gene_head[-1].weight.zero_()
-    predicted = model.predict_step(data.batch(SpotIndex(torch.from_numpy(data.rows("test")[:25]))))["predicted"]
+    predicted = model.predict_step(data.batch(SpotIndex(torch.from_numpy(data.rows("test")[:25])))).predicted
     expected = torch.from_numpy(data.target[data.rows("train")]).mean(dim=0).expand(25, -1)
     torch.testing.assert_close(predicted, expected, rtol=1e-5, atol=1e-5)
 

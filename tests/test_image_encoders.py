@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from stexp.config import build
 from stexp.errors import InputError
 from stexp.models.encoders import image as image_encoders
-from stexp.models.encoders.features import _weights_digest
-from stexp.models.encoders.image import ImageEncoder, from_torchvision, load_tensors
+from stexp.models.encoders import weights as encoder_weights
+from stexp.models.encoders.frozen import weights_digest
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.weights import from_torchvision, load_tensors
 
 TINY = "test_resnet"
 
@@ -67,7 +69,7 @@ def test_without_mean_and_std_those_of_timm_are_taken():
 
 def test_tiles_of_another_size_are_resized_and_that_is_said_once(caplog):
     caplog.set_level(logging.INFO, logger=image_encoders.__name__)
-    image_encoders._say_resized.cache_clear()
+    image_encoders._log_resizing.cache_clear()
     encoder = ImageEncoder("test_vit", pretrained=False, input_size=160).eval()
     expected = F.interpolate(tiles(2, 60), (160, 160), mode="bilinear", antialias=True)
     with torch.no_grad():
@@ -104,16 +106,16 @@ def test_outputs_of_a_transformer():
     ("changes", "message"),
     [
         ({"output": "mean"}, "image_encoder.output=mean: test_resnet has no class token; pooled would fit"),
-        ({"output": "max"}, "image_encoder.output=max: choose pooled, cls, mean, cls"),
-        ({"tuning": "frozen"}, "image_encoder.tuning=frozen: choose all, last, lora"),
+        ({"output": "max"}, "image_encoder.output=max: choose pooled, cls, mean or cls"),
+        ({"tuning": "frozen"}, "image_encoder.tuning=frozen: choose all, last or lora"),
         ({"tuning": "lora"}, "image_encoder.tuning=lora is for attention, and this encoder has none"),
         ({"tuning": "last", "last_blocks": 5}, "image_encoder.last_blocks=5: this encoder has 4"),
         ({"tuning": "last", "frozen": True}, "tuning=last needs image_encoder.frozen=false"),
         ({"last_blocks": 0}, "image_encoder.last_blocks=0: a whole number of at least 1 would fit"),
         ({"lora_rank": 1.5}, "image_encoder.lora_rank=1.5: a whole number of at least 1 would fit"),
         ({"lora_alpha": 0}, "image_encoder.lora_alpha=0: a number above 0 would fit"),
-        ({"input_size": 0}, "image_encoder.input_size=0: a whole number of at least 1 would fit"),
-        ({"card": {"licence": "MIT", "size": 3}}, "unexpected keyword argument 'size'"),
+        ({"input_size": 0}, "image_encoder.input_size=0: a whole number of at least 1"),
+        ({"card": {"licence": "MIT", "size": 3}}, "image_encoder.card takes no key 'size'"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
@@ -200,7 +202,7 @@ def test_torchvision_resnets_are_recognised(name):
 def test_kept_features_are_those_of_these_weights_in_these_layers():
     def key(**kwargs):
         torch.manual_seed(0)
-        return _weights_digest(ImageEncoder("mobilenetv2_100", pretrained=False, **kwargs), None)
+        return weights_digest(ImageEncoder("mobilenetv2_100", pretrained=False, **kwargs), None)
 
     settings = [
         {},
@@ -279,6 +281,49 @@ def test_a_file_that_holds_more_than_tensors_is_not_run(tmp_path, load):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_older_timm_that_reads_pickles_whole_runs_nothing(tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps({"conv1.weight": _Evil(tmp_path / "ran")}, protocol=2))
+
+    def older(name, pretrained=False, **_):
+        return torch.load(tmp_path / "weights.pth", weights_only=False)
+
+    monkeypatch.setattr(timm, "create_model", older)
+    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: True)
+    with pytest.raises(InputError, match="could not be fetched"):
+        ImageEncoder(TINY, pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model", "model_ema"])
+def test_weights_are_found_where_training_scripts_put_them(tmp_path, place):
+    model = timm.create_model(TINY, num_classes=0)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({place: state, "epoch": 3}, tmp_path / "x.pth")
+    encoder = ImageEncoder(TINY, checkpoint=str(tmp_path / "x.pth"))
+    torch.testing.assert_close(dict(encoder.model.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_args", "says"),
+    [
+        ({"checkpoint_path": "x.pth"}, "model_args.checkpoint_path is not taken"),
+        ({"pretrained_cfg": "x"}, "model_args.pretrained_cfg is not taken"),
+        ({"cache_dir": "x"}, "model_args.cache_dir is not taken"),
+        ({"padtype": "same"}, "did you mean pad_type"),
+        ({"act_layer": {"_target_": "x"}}, "model_args.act_layer=.*a number, a word or a list"),
+    ],
+)
+def test_arguments_of_timm_are_those_of_the_list(model_args, says):
+    with pytest.raises(InputError, match=says):
+        ImageEncoder(TINY, pretrained=False, model_args=model_args)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "../resnet18"])
+def test_a_place_is_no_architecture(name):
+    with pytest.raises(InputError, match="timm has no model"):
+        ImageEncoder(name, pretrained=False)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -313,7 +358,7 @@ def test_without_network_the_message_says_what_else_there_is(tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", no_network)
-    monkeypatch.setattr(image_encoders, "_hub_answers", lambda: False)
+    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: False)
     with pytest.raises(InputError, match="weights of densenet121 could not be fetched") as caught:
         ImageEncoder("densenet121")
     message = str(caught.value)
@@ -332,9 +377,9 @@ def test_the_hub_is_asked_once_and_not_at_all_behind_a_proxy(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert not image_encoders._hub_answers()
+    assert not encoder_weights._hub_answers()
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert image_encoders._hub_answers()
+    assert encoder_weights._hub_answers()
     assert len(calls) == 1
 
 

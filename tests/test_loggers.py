@@ -19,11 +19,10 @@ import wandb
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from stexp import config
-from stexp.cli.train import claim
-from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 from stexp.evaluation.verdict import best_floor
+from stexp.runs.folder import RunFolder
 from stexp.training import loggers as logs
 
 
@@ -138,7 +137,7 @@ def test_an_offline_wandb_run_holds_everything(strict: Path, tmp_path: Path) -> 
     metrics, panel = read_json(strict / "metrics.json"), ad.read_h5ad(strict / "predictions.h5ad", backed="r").n_vars
     logger = a_logger(tmp_path, group="table1", job_type="mclstexp", tags=["strict"], maps=2, checkpoint=True)
     try:
-        logs.begin(logger, to_plain(config.load_run(strict)))
+        logs.begin(logger, RunFolder(strict).config)
         logger.log_metrics({"train/loss": 2.5, "health/grad_norm": 0.5}, step=3)
         logs.results(logger, strict, metrics, 12)
         assert wandb.run.settings.mode == "offline" and wandb.run.settings.finish_timeout == 300
@@ -185,7 +184,7 @@ def test_without_a_key_a_run_is_offline_and_asks_no_server(tmp_path: Path, monke
     assert a_logger(tmp_path, mode="offline")._mode(wandb) == "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert a_logger(tmp_path)._mode(wandb) == "offline"
-    with pytest.raises(InputError, match="choose auto, online, offline"):
+    with pytest.raises(InputError, match="choose auto, online or offline"):
         a_logger(tmp_path, mode="on")
 
 
@@ -242,11 +241,16 @@ def test_the_config_names_group_method_and_run(tmp_path: Path, monkeypatch) -> N
 def test_another_logger_is_the_same_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    claim(folder, demo_run.configure(tmp_path, folder, "fold=B"))
+
+    def claim(*overrides: str) -> bool:
+        cfg = config.to_plain(demo_run.configure(tmp_path, folder, *overrides))
+        return RunFolder(folder).claim(cfg, overwrite=False)
+
+    claim("fold=B")
     (folder / "checkpoints").mkdir()
-    assert claim(folder, demo_run.configure(tmp_path, folder, "fold=B", "logger=wandb")) is False, "it goes on"
-    with pytest.raises(InputError, match=r"another config \(fold\)"):
-        claim(folder, demo_run.configure(tmp_path, folder, "fold=A"))
+    assert claim("fold=B", "logger=wandb") is False, "it goes on"
+    with pytest.raises(InputError, match="another config"):
+        claim("fold=A")
 
 
 def test_neighbours_are_counted_by_where_they_are_from() -> None:

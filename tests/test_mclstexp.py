@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models.encoders.image import ImageEncoder
-from stexp.models.encoders.spot import POSITIONS, SpotEncoder, sinusoid
+from stexp.models.encoders.spot import Position, SpotEncoder, sinusoid
 from stexp.models.mclstexp import MclSTExp
 from stexp.models.retrieval_method import K_CANDIDATES
 from stexp.protocol import Protocol
@@ -140,7 +141,7 @@ def test_in_batch_context_an_embedding_depends_on_its_company(data):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", get_args(Position))
 def test_each_position_encoding_says_what_it_should(position):
     model, expression = make_model(position=position, n_neighbours=0), torch.rand(1, 30).expand(3, 30)
     here, there, swapped = model.embed_spots(expression, torch.tensor([[1, 2], [1, 3], [2, 1]]))
@@ -174,10 +175,10 @@ def test_a_learned_table_adds_its_rows_and_refuses_larger_arrays():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"position": "learned"}, "model.position=learned: choose none, sinusoid, naive, learnable"),
+        ({"position": "learned"}, "model.position=learned: choose none, sinusoid, naive or learnable"),
         ({"spot_context": "section"}, "model.spot_context=section: choose neighbours or batch"),
         ({"optimizer": "sgd"}, "model.optimizer=sgd: choose adam or adamw"),
-        ({"k": 0}, "model.k=0: auto or a whole number of at least 1 would fit"),
+        ({"k": 0}, "model.k=0: a whole number of at least 1 or auto would fit"),
         ({"depth": -1}, "model.depth=-1: a whole number of at least 0 would fit"),
         ({"heads": 0}, "model.heads=0: a whole number of at least 1 would fit"),
         ({"head_dim": 0.5}, "model.head_dim=0.5: a whole number of at least 1 would fit"),
@@ -336,14 +337,14 @@ def test_a_given_k_stays(data):
 def test_predictions_come_from_the_training_side_alone(tmp_path, data):
     model = make_model(len(data.panel), data.array_size, k=4, weighting="mean")
     outputs = make_trainer(tmp_path).predict(model, datamodule=data)
-    assert set(model.reference_sections) == {"A1", "A2", "B1", "B2"}
-    obs = [name for output in outputs for name in output["obs"]["neighbour_section"]]
+    assert set(model.references.sections) == {"A1", "A2", "B1", "B2"}
+    obs = [name for output in outputs for name in output.obs["neighbour_section"]]
     assert len(obs) == 50 and set(obs) <= {"A1", "A2", "B1", "B2"}
     training = data.target[data.rows("train", "validation")]
     for output in outputs:
-        assert output["predicted"].shape[1] == len(data.panel)
-        assert (output["predicted"].numpy() <= training.max(0) + 1e-5).all()
-        assert (output["predicted"].numpy() >= training.min(0) - 1e-5).all()
+        assert output.predicted.shape[1] == len(data.panel)
+        assert (output.predicted.numpy() <= training.max(0) + 1e-5).all()
+        assert (output.predicted.numpy() >= training.min(0) - 1e-5).all()
 
 
 # checkpoints
@@ -361,7 +362,7 @@ def test_a_checkpoint_holds_tensors_and_plain_values_and_gives_equal_predictions
     again = make_model(len(data.panel), data.array_size, k=5, seed=1)
     again.load_state_dict(checkpoint["state_dict"])
     first, second = (
-        torch.cat([output["predicted"] for output in make_trainer(tmp_path).predict(m, datamodule=data)])
+        torch.cat([output.predicted for output in make_trainer(tmp_path).predict(m, datamodule=data)])
         for m in (model, again)
     )
     torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from encoders import frozen
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from stexp import config
+from stexp import config, files
 from stexp.cli.train import train
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
-from stexp.models.encoders.features import frozen_features, surrounding_features
 from stexp.runs.rescore import predict_again
 from stexp.training.checkpoints import load_checkpoint
 
-METHODS = sorted(path.stem for path in (config.CONF / "model").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (files.CONF / "model").glob("*.yaml"))
 
 SHORT = {
     "bleep": ["trainer.max_epochs=4"],
@@ -34,7 +34,7 @@ SHORT = {
     ],
     "hest_ridge": ["model.penalty=3000"],
     "hist2st": [
-        *("data.stain=reinhard", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
+        *("data.stain=macenko", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
         *("model.kernel_size=3", "model.mixer_depth=1", "model.depth=1", "model.heads=2", "model.graph_depth=1"),
         *("model.n_views=1", "model.positions=false", "model.start_from_mean=true", "model.dropout=0.0"),
         *("model.lr=3e-3", "trainer.max_epochs=60"),
@@ -48,7 +48,7 @@ SHORT = {
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
     "thitogene": [
-        *("data.stain=reinhard", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
+        *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
         *("model.depth=1", "model.heads=2", "model.hidden=64", "model.graph_hidden=32", "model.graph_heads=2"),
         *("model.graph_dim=128", "model.positions=false", "model.start_from_mean=true", "model.lr=1e-3"),
         "trainer.max_epochs=45",
@@ -93,23 +93,19 @@ def configure(root: Path, out: Path, method: str, *overrides: str) -> DictConfig
 
 
 def run(cfg: DictConfig, fold: str) -> dict:
-    return train(cfg, config.load_sections(cfg, config.build(cfg.protocol)), fold, Path(cfg.output_dir))
+    return train(cfg, config.dataset_of(cfg).read_sections(config.build(cfg.protocol)), fold, Path(cfg.output_dir))
 
 
 def reload(cfg: DictConfig, fold: str, checkpoint: str):
     """A model of another seed with the weights of a checkpoint, and the data it was trained on."""
     protocol = config.build(cfg.protocol)
-    data = config.build_data(cfg, config.load_sections(cfg, protocol), protocol, fold)
-    data.setup()
     pl.seed_everything(cfg.seed, verbose=False)  # the frozen encoder of the demo has random weights, of the run's seed
-    frozen = config.build(cfg.image_encoder)
-    features = frozen_features(data, frozen, torch.device("cpu"))
+    encoder = frozen(config.build(cfg.image_encoder), cfg.data.cache_dir)
+    dataset = config.dataset_of(cfg)
+    data = dataset.serve(dataset.read_sections(protocol), protocol, fold, cfg.seed, encoder=encoder)
     torch.manual_seed(99)
     arguments = {key: value for key, value in config.to_plain(cfg.model).items() if key != "name"}
-    model = config.build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=features.shape[1])
-    data.features, data.batching = features, getattr(model, "batching", "spots")
-    if getattr(model, "surroundings", 0):
-        data.surroundings = surrounding_features(data, frozen, model.surroundings, torch.device("cpu"))
+    model = config.build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=data.n_features)
     state = load_checkpoint(Path(cfg.output_dir) / "checkpoints" / checkpoint)
     data.load_state_dict(state["SpotDataModule"])
     model.load_state_dict(state["state_dict"])
@@ -121,7 +117,7 @@ def predict(model: pl.LightningModule, data, precision: str) -> np.ndarray:
         accelerator="cpu", precision=precision, logger=False, enable_progress_bar=False, enable_checkpointing=False
     )
     outputs = trainer.predict(model, datamodule=data)
-    return torch.cat([output["predicted"].float() for output in outputs]).numpy()
+    return torch.cat([output.predicted.float() for output in outputs]).numpy()
 
 
 @pytest.mark.slow
@@ -185,7 +181,7 @@ def test_runs_under_the_paper_protocol_in_bf16(method: str, demo: Path, tmp_path
 @pytest.mark.parametrize("method", METHODS)
 def test_config_names_every_argument(method: str) -> None:
     """A yaml is where a method's published values are read: no argument is left to its default in the code."""
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(files.CONF), version_base="1.3"):
         node = compose("train", [f"model={method}"]).model
     assert node.name == method
     taken = set(inspect.signature(get_object(node._target_)).parameters)

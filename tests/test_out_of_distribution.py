@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from exported_model import exported
 
 from stexp.data.splits import spatial_blocks
@@ -76,17 +73,18 @@ def test_of_one_section_its_blocks_are_compared():
     rng = np.random.default_rng(4)
     tiles, xy = rng.normal(size=(100, 6)).astype(np.float32), rng.random((100, 2))
     spots = pd.DataFrame({"patient": "A", "section": "A1"}, index=range(100))
-    roles = {"train": np.arange(50), "validation": np.arange(50, 80), "test": np.arange(80, 100)}
-    data = SimpleNamespace(
-        spots=spots,
-        xy_px=xy,
-        rows=lambda *names: np.concatenate([roles[name] for name in names]),
-        batch=lambda index: SimpleNamespace(xy_um=None, array_xy=index.rows),
-        tiles=lambda rows, device: torch.from_numpy(tiles[rows]),
-    )
-    model = SimpleNamespace(encode=lambda tiles, xy_um, array_xy: {"image_embedding": tiles})
-    known, about = learn(SimpleNamespace(data=data), model, torch.device("cpu"))
+    known, about = learn(lambda rows: tiles[rows], spots, xy, np.arange(80), np.arange(80, 100))
     assert about["apart"] == "block" and about["spots"] == 80
     groups = spatial_blocks(xy[:80], 4)
     np.testing.assert_array_equal(known.distance, KnownTiles.of(tiles[:80], groups).distance)
     assert about["held_out_share"] == pytest.approx((known.score(tiles[80:])[1] > LIMIT).mean())
+    assert learn(lambda rows: None, spots, xy, np.arange(80), np.arange(80, 100)) == (None, None)
+
+
+def test_training_tiles_know_themselves():
+    rng = np.random.default_rng(5)
+    embedding = rng.normal(size=(200, 16)).astype(np.float32)
+    known = KnownTiles.of(embedding, np.arange(200) % 2)
+    others = rng.normal(size=(50, 16)).astype(np.float32)
+    assert known.share_of_same(embedding) == 1 and known.share_of_same(others) == 0
+    assert known.share_of_same(np.concatenate([3 * embedding[:50], others])) == 0.5, "lengths tell nothing"

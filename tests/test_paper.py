@@ -20,7 +20,7 @@ from paper_runs import GENES, cells, finish
 from scipy.stats import pearsonr
 
 from stexp.errors import InputError
-from stexp.sweeps.jobs import names, read_plan
+from stexp.sweeps.plan import read_plan, sweep_names
 
 FEW = ("data=her2st", "data.sections=[B3,B4,C2]")
 ACG = {"bleep": 0.1, "mclstexp": 0.25}
@@ -40,7 +40,7 @@ def table1(runs: Path, *more: str, **options) -> pd.DataFrame:
 
 
 def test_every_sweep_but_the_search_is_built_and_has_the_papers_numbers():
-    assert set(BUILT) == set(names()) - {"search"}
+    assert set(BUILT) == set(sweep_names()) - {"search"}
     for name in BUILT:
         reference, plan = json.loads((REFERENCE / f"{name}.json").read_text()), read_plan(name)
         assert {"title", "source"} <= set(reference)

@@ -18,7 +18,7 @@ from test_her2st import write_section
 from stexp.data.readers import her2st
 from stexp.data.section import Section
 from stexp.errors import InputError
-from stexp.reporting.exports import places
+from stexp.reporting.places import places
 
 FEW = ("data=her2st", "data.sections=[B3,B4,C2]", "model=mclstexp")
 TWO = ("data=alex10x", "data.sections=[1142243F,CID4290]")
@@ -162,7 +162,7 @@ def _on_the_labels(job, root: Path) -> None:
 
 
 def _section(root: Path, name: str) -> Section:
-    return her2st.read(root, [name])[0]
+    return her2st.read_her2st(root, [name])[0]
 
 
 def test_strict_folds_hold_out_the_annotated_sections_of_their_patient(labelled: tuple[str, ...], tmp_path: Path):

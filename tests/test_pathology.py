@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from encoders import FOLDER, randomise, settings, tiles
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 from safetensors.torch import save_file
 
 from stexp.config import build
 from stexp.errors import InputError
-from stexp.models.encoders import image as image_encoders
+from stexp.models.encoders import weights as encoder_weights
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.pathology import ConchV15, ConvStem, ctranspath
 
@@ -225,7 +225,7 @@ def test_weights_of_a_deeper_model_are_not_taken_for_these(tmp_path):
         build(settings("ctranspath", checkpoint=str(tmp_path / "narrow.safetensors")))
 
 
-def test_the_hub_is_asked_for_the_repository_and_file_of_the_yaml(monkeypatch):
+def test_the_hub_is_asked_for_the_repository_and_file_of_the_yaml(monkeypatch, tmp_path):
     small, asked = {"depth": 1, "embed_dim": 32, "num_heads": 4}, []
     made = randomise(timm.create_model("vit_large_patch16_224", num_classes=0, init_values=1e-5, **small))
     states = {
@@ -234,19 +234,24 @@ def test_the_hub_is_asked_for_the_repository_and_file_of_the_yaml(monkeypatch):
         "MahmoodLab/conchv1_5": randomise(ConchV15(**small)).state_dict(),
     }
 
-    def from_hub(repository: str, filename: str = "default") -> dict:
+    def from_hub(repository: str, filename: str, revision: str | None = None) -> str:
         asked.append((repository, filename))
-        return states[repository]
+        if filename == "model.safetensors":
+            raise EntryNotFoundError("404")
+        torch.save(states[repository], tmp_path / filename)
+        return str(tmp_path / filename)
 
-    monkeypatch.setattr(timm.models, "load_state_dict_from_hf", from_hub)
-    monkeypatch.setattr(image_encoders, "_hub_answers", lambda: True)
+    monkeypatch.setattr(encoder_weights, "hf_hub_download", from_hub)
+    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: True)
     image = tiles(1, 224)
     with torch.no_grad():
         uni, phikon, _ = (build(settings(name, model_args=small)) for name in ("uni", "phikon_v2", "conch_v1_5"))
         torch.testing.assert_close(uni(image), phikon(image))  # the same weights in two namings
     assert asked == [
-        ("MahmoodLab/UNI", "default"),
-        ("owkin/phikon-v2", "default"),
+        ("MahmoodLab/UNI", "model.safetensors"),
+        ("MahmoodLab/UNI", "pytorch_model.bin"),
+        ("owkin/phikon-v2", "model.safetensors"),
+        ("owkin/phikon-v2", "pytorch_model.bin"),
         ("MahmoodLab/conchv1_5", "pytorch_model_vision.bin"),
     ]
 
@@ -260,9 +265,9 @@ def test_a_gated_model_says_where_to_accept_what(monkeypatch, token):
     def refuse(*_args, **_kwargs):
         raise Refused if token else OSError("offline")
 
-    monkeypatch.setattr(timm.models, "load_state_dict_from_hf", refuse)
-    monkeypatch.setattr(image_encoders, "get_token", lambda: token)
-    monkeypatch.setattr(image_encoders, "_hub_answers", lambda: False)
+    monkeypatch.setattr(encoder_weights, "hf_hub_download", refuse)
+    monkeypatch.setattr(encoder_weights, "get_token", lambda: token)
+    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: False)
     small = {"depth": 1, "embed_dim": 32, "num_heads": 4}
     with pytest.raises(InputError, match="weights of uni are given") as caught:
         build(settings("uni", model_args=small))

@@ -11,9 +11,11 @@ import pytest
 from exported_model import exported, killed_after, slide
 from hydra import compose, initialize_config_dir
 
-from stexp.cli.predict import find_slides, main, predict
-from stexp.config import CONF, to_plain
+from stexp import hardware
+from stexp.cli.predict import find_slides, main, predict, slides_of
+from stexp.config import to_plain
 from stexp.errors import InputError
+from stexp.files import CONF
 from stexp.inference import model_folder
 
 
@@ -69,6 +71,81 @@ def test_a_finished_slide_is_skipped_and_other_settings_need_a_word(finished, mo
     assert (finished / "predictions.h5ad").stat().st_mtime_ns == before
 
 
+def test_a_kill_before_or_after_the_report_leaves_nothing(monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stexp.cli.predict.write_report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    folder = tmp_path / "A1"
+    assert (folder / "provenance.json").exists() and (folder / ".work").exists()
+    monkeypatch.undo()
+    seen = killed_after(monkeypatch, 100)
+    run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    assert not seen and (folder / "report.html").exists() and not (folder / ".work").exists()
+
+
+def test_a_record_from_before_a_key_was_there_is_of_its_default(tmp_path):
+    run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    record = tmp_path / "A1" / "provenance.json"
+    facts = json.loads(record.read_text())
+    del facts["settings"]["exclude_slide"]
+    record.write_text(json.dumps(facts))
+    run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    with pytest.raises(InputError, match="another exclude_slide"):
+        run(tmp_path, f"slide={slide()}", "spacing_um=400", "exclude_slide=true")
+
+
+def test_a_slide_that_fails_leaves_no_folder(tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(slide().read_bytes()[:5000])
+    with pytest.raises(InputError):
+        run(tmp_path / "out", f"slide={tmp_path / 'cut.jpg'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_is_recorded_where_no_figure_of_the_machine_is_to_be_had(tmp_path, monkeypatch):
+    def nothing(*_):
+        raise OSError("no such figure")
+
+    monkeypatch.setattr(hardware, "_peak_resident_bytes", nothing)
+    monkeypatch.setattr(hardware, "usable_cores", nothing)
+    run(tmp_path, f"slide={slide()}", "spacing_um=400")
+    record = json.loads((tmp_path / "A1" / "provenance.json").read_text())
+    assert "peak_memory_gb" not in record and "cores" not in record["hardware"] and record["verdict"]
+    assert (tmp_path / "A1" / "report.html").exists()
+
+
+def test_a_sheet_says_the_scale_of_each_slide(tmp_path):
+    sheet = tmp_path / "sheet.csv"
+    shutil.copy(slide("B1"), tmp_path / "B1.jpg")
+    sheet.write_text(f"slide,um_per_px\n{slide()},\nB1.jpg,1.25\n")
+    cfg = to_plain(configure(tmp_path / "out", f"slide={sheet}", "spacing_um=400"))
+    slides, scales = slides_of(cfg["slide"])
+    assert slides == {"A1": slide(), "B1": tmp_path / "B1.jpg"} and scales == {"B1": 1.25}
+    predict(cfg, slides, scales)
+    um = {name: ad.read_h5ad(tmp_path / "out" / name / "predictions.h5ad").uns["stexp"]["um_per_px"] for name in slides}
+    assert um == {"A1": 2.0, "B1": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("slide,um_per_px\nnone.jpg,1\n", "line 2: there is no image"),
+        ("slide,um_per_pixel\nA.jpg,1\n", "column 'um_per_pixel'.*did you mean um_per_px"),
+        ("slide,um_per_px\nA.jpg,coarse\n", "line 2: um_per_px is 'coarse'"),
+        ("slide,um_per_px\nA.jpg,-1\n", "line 2: um_per_px is '-1'"),
+        ("slide,um_per_px\nA.jpg,1\nA.jpg,2\n", "line 3: .* have one name"),
+        ("um_per_px,\n1,\n", "slide"),
+    ],
+)
+def test_a_sheet_that_does_not_fit_is_refused(tmp_path, text, says):
+    (tmp_path / "A.jpg").write_bytes(b"")
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(InputError, match=says):
+        slides_of(str(tmp_path / "s.csv"))
+
+
 def test_overwrite_predicts_anew(tmp_path):
     run(tmp_path, f"slide={slide()}", "spacing_um=400")
     run(tmp_path, f"slide={slide()}", "spacing_um=400", "genes=all", "overwrite=true")
@@ -99,6 +176,22 @@ def test_slides_are_found_by_name_folder_pattern_and_list(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(InputError, match="have one name"):
         find_slides(str(tmp_path))
+
+
+def test_what_lies_beside_slides_is_no_slide(tmp_path, monkeypatch):
+    for name in ("slide.tif", "._slide.tif", ".DS_Store", "Thumbs.db", "desktop.ini", "hd.btf", "readme.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "hd").mkdir()
+    both = {"hd": tmp_path / "hd.btf", "slide": tmp_path / "slide.tif"}
+    for given in (str(tmp_path), str(tmp_path / "*"), [str(tmp_path / "*.tif"), str(tmp_path / "*.btf")]):
+        assert find_slides(given) == both
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_slides("~/hd.btf") == {"hd": tmp_path / "hd.btf"} and find_slides("~/") == both
+    assert find_slides(str(tmp_path / "readme.t*")) == {"readme": tmp_path / "readme.txt"}  # as it was named
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._a.tif").write_bytes(b"")
+    with pytest.raises(InputError, match=r"there is no image; .*images end with \.bif, "):
+        find_slides(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(

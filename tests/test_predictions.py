@@ -13,6 +13,7 @@ from sections import make_sections
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.files import write_csv
 from stexp.protocol import Protocol
 
 GENES = 70
@@ -132,21 +133,22 @@ def test_half_a_file_never_has_the_name_of_a_whole_one(tmp_path, made, monkeypat
     adata, _, _ = made
     path = tmp_path / "predictions.h5ad"
 
-    def full_disk(self, target, **_):
-        target.write_bytes(b"\x89HDF half")
+    def full_disk(file, *_, **__):
+        file["half"] = 1
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ad.AnnData, "write_h5ad", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(ad.io, "write_elem", full_disk)
+        with pytest.raises(OSError, match=r"No space left.*/predictions\.h5ad"):
             predictions.write(adata, path)
+    assert not list(tmp_path.glob(".*"))
     assert not path.exists()
     with pytest.raises(InputError, match="does not exist: the run has not got that far"):
         predictions.read(path)
     predictions.write(adata, path)
     whole = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(ad.AnnData, "write_h5ad", full_disk)
+        patch.setattr(ad.io, "write_elem", full_disk)
         with pytest.raises(OSError, match="No space left"):
             predictions.write(adata[:3].copy(), path)
     assert path.read_bytes() == whole
@@ -196,3 +198,78 @@ def test_a_damaged_json_file_is_refused_in_one_line(tmp_path, content, says):
 def test_json_comes_back_with_none_for_nan(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": float("nan"), "b": {"c": 0.5}}))
     assert predictions.read_json(tmp_path / "x.json", "a") == {"a": None, "b": {"c": 0.5}}
+
+
+@pytest.fixture
+def recorded(tmp_path, made):
+    """A run folder whose record holds the digest of its predictions."""
+    adata, *_ = made
+    predictions.write(adata, tmp_path / "predictions.h5ad")
+    (tmp_path / "provenance.json").write_text(json.dumps({predictions.DIGEST: predictions.digest(adata)}))
+    return tmp_path
+
+
+def test_predictions_as_they_were_written_have_not_changed(recorded):
+    assert not predictions.changed_since_run(recorded)
+    adata = predictions.read(recorded / "predictions.h5ad")
+    adata.layers["predicted"] = np.asfortranarray(adata.layers["predicted"])  # the same values, laid out otherwise
+    adata.obs["domain"] = "1"
+    adata.layers["uncertainty"] += 1
+    predictions.write(adata, recorded / "predictions.h5ad")
+    assert not predictions.changed_since_run(recorded)
+
+
+@pytest.mark.parametrize("what", ["value", "spot", "gene", "order"])
+def test_changed_predictions_are_seen(recorded, what):
+    adata = predictions.read(recorded / "predictions.h5ad")
+    if what == "value":
+        adata.layers["predicted"][3, 4] = np.nextafter(adata.layers["predicted"][3, 4], np.float32(9))
+    elif what == "spot":
+        adata.obs_names = ["x", *adata.obs_names[1:]]
+    elif what == "gene":
+        adata.var_names = ["x", *adata.var_names[1:]]
+    else:
+        adata = adata[:, ::-1].copy()
+    predictions.write(adata, recorded / "predictions.h5ad")
+    assert predictions.changed_since_run(recorded)
+
+
+def test_runs_of_before_without_a_record_are_not_judged(recorded):
+    (recorded / "provenance.json").write_text("{}")
+    assert not predictions.changed_since_run(recorded)
+    (recorded / "provenance.json").unlink()
+    assert not predictions.changed_since_run(recorded)
+
+
+@pytest.mark.parametrize(
+    ("need", "lacks"),
+    [
+        ("a", False),
+        ("a/b", False),
+        ("list/*/x", False),
+        ("empty/*/x", False),
+        ("c", True),
+        ("a/c", True),
+        ("a/b/c", True),
+        ("list/*/y", True),
+        ("a/*/x", True),
+    ],
+)
+def test_needs_of_json_reach_into_it(tmp_path, need, lacks):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"a": {"b": 1}, "list": [{"x": 1, "y": 2}, {"x": 3}], "empty": {}}))
+    if lacks:
+        with pytest.raises(InputError, match=f"has no {need.replace('*', '[*]')}; delete it"):
+            predictions.read_json(path, need)
+    else:
+        assert predictions.read_json(path, need)
+
+
+def test_genes_are_read_as_they_were_named(tmp_path):
+    table = pd.DataFrame({"gene": ["=A", "NA", "'B"], "pearson": [0.1, np.nan, -0.2], "heg50": [True, False, True]})
+    write_csv(table, tmp_path / "per_gene.csv")
+    assert predictions.read_genes(tmp_path / "per_gene.csv", "pearson") == [
+        {"gene": "=A", "pearson": 0.1, "heg50": 1},
+        {"gene": "NA", "pearson": None, "heg50": 0},
+        {"gene": "'B", "pearson": -0.2, "heg50": 1},
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from stexp.runs.rescore import predict_again
 STNET = (
     "model=stnet",
     "data.tile_um=null",
-    "data.stain=reinhard",
+    "data.stain=macenko",
     "model.lr=0.01",
     "model.symmetries=false",
     "trainer.max_epochs=1",
@@ -151,7 +152,7 @@ def test_a_slide_without_scale_is_asked_for_it(model):
         ({"um_per_px": 0.001}, "a tile as in training is 120000 px wide at 0.001 um/px, the image is"),
         ({"genes": ["ZZZ", "G"]}, "2 of 2 genes are not among the 200 that this model predicts: ZZZ, G"),
         ({"genes": []}, "genes names a gene twice, or none"),
-        ({"device": "tpu9"}, "device=tpu9: choose auto, cpu or cuda"),
+        ({"device": "tpu9"}, "device=tpu9: choose auto, cpu"),
         ({"batch_size": 0}, "batch_size=0: a whole number of at least 1"),
         ({"grid": "round"}, "grid=round: choose hexagonal or square"),
         ({"spacing_um": 0}, "spacing_um=0: a number above 0"),
@@ -159,7 +160,7 @@ def test_a_slide_without_scale_is_asked_for_it(model):
         ({"coordinates": np.eye(4)[:, :2][:2] * 1e6 + 1e6}, "places lie outside of it"),
         ({"coordinates": np.full((4, 2), 50.0)}, "coordinates hold a place twice"),
         ({"genes": None}, "genes=None: give panel, all, or a list"),
-        ({"device": "meta"}, "device=meta: choose auto, cpu or cuda"),
+        ({"device": "meta"}, "device=meta: choose auto, cpu"),
         ({"coordinates": "nowhere.csv"}, "nowhere.csv do not exist"),
     ],
 )
@@ -218,10 +219,38 @@ def test_a_place_that_is_no_model_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_model_may_call_nothing_but_methods(model):
-    node = model.facts["model"] | {"_target_": "stexp.data.slides.slide.Slide"}
-    with pytest.raises(InputError, match=r"names stexp.data.slides.slide.Slide, which is no method"):
-        type(model.method)(model.facts | {"model": node}, {}, None)
+def test_a_slide_that_trained_is_said_to_be_and_left_out(model, tmp_path):
+    options = {"um_per_px": UM, "spacing_um": 250, "progress": False}
+    turned = tmp_path / "again.png"
+    Image.fromarray(np.rot90(Slide(slide("C1")).read())[::2, ::2]).save(turned)
+    for path, um, how in ((slide("C1"), UM, "by its file"), (turned, 2 * UM, "by its look")):
+        found = model.predict(path, **options | {"um_per_px": um})
+        check = {each["check"]: each for each in json.loads(found.uns["stexp"]["checks"])}["training_slide"]
+        assert check["verdict"] == "caution" and f"section C1, {how}" in check["text"]
+        assert "this slide is among the references" in found.uns["stexp"]["verdict"]
+        assert "C1" in set(found.uns["references"]["section"])
+    without = model.predict(slide("C1"), **options, exclude_slide=True)
+    assert set(without.uns["references"]["section"]) == {"B1"}
+    assert "spots were left out" in without.uns["stexp"]["verdict"]
+    expected = model.bank.without({"C1"})
+    made = model.method.retrieve(without.obsm["image_embedding"], model.panel, bank=expected)
+    np.testing.assert_array_equal(without.X, made["predicted"])
+
+
+def test_leaving_out_what_is_no_reference_changes_nothing(model):
+    options = {"um_per_px": UM, "coordinates": spots(), "progress": False}
+    found = [model.predict(slide(), **options, exclude_slide=exclude) for exclude in (False, True)]
+    np.testing.assert_array_equal(found[0].X, found[1].X)
+    check = {each["check"]: each for each in json.loads(found[1].uns["stexp"]["checks"])}["training_slide"]
+    assert check["verdict"] == "ok" and "none of the slides of training" in check["text"]
+
+
+def test_without_references_none_can_be_left_out():
+    raw = load_model(finished_run(*STNET))
+    with pytest.raises(InputError, match="exclude_slide=true: stnet retrieves nothing"):
+        raw.predict(slide(), um_per_px=1.0, coordinates=spots(), exclude_slide=True, progress=False)
+    found = raw.predict(slide("B1"), um_per_px=UM, spacing_um=300, progress=False)
+    assert "this slide is among those of training (section B1" in found.uns["stexp"]["verdict"]
 
 
 def test_predicting_needs_no_hydra(tmp_path):

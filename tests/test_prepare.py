@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from encoders import frozen
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from stexp.cli import prepare
-from stexp.config import CONF, build, build_data, load_sections, panel_of
+from stexp.config import build, dataset_of
 from stexp.data.demo import write_demo
 from stexp.data.quality import FLAGS
 from stexp.errors import InputError
-from stexp.models.encoders.features import frozen_features, surrounding_features
+from stexp.files import CONF
 from stexp.reporting import overlay
 
 
@@ -46,7 +47,7 @@ def configure(sheet: Path, *overrides: str) -> DictConfig:
 
 def run(cfg: DictConfig) -> tuple[pd.DataFrame, str]:
     protocol = build(cfg.protocol)
-    summary = prepare.prepare(cfg, load_sections(cfg, protocol), panel_of(cfg, protocol))
+    summary = prepare.prepare(cfg, dataset_of(cfg).read_sections(protocol), dataset_of(cfg).panel(protocol))
     return summary, "\n".join(prepare.lines(summary, cfg))
 
 
@@ -100,6 +101,20 @@ def test_the_files_hold_every_section_and_spot(prepared):
         assert page.width <= 2400 and np.asarray(page.convert("L")).std() > 10
 
 
+def test_an_image_that_was_turned_is_warned_of(prepared, sheet, tmp_path):
+    assert (prepared[0]["orientation"] == "").all()
+    with Image.open(sheet.parent / "images" / "A1.jpg") as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "A1.jpg", quality=92)
+    table = pd.read_csv(sheet).iloc[:1]
+    table["counts"], table["spots"] = (str(sheet.parent / table[key].iloc[0]) for key in ("counts", "spots"))
+    table["image"] = "A1.jpg"
+    table.to_csv(tmp_path / "sheet.csv", index=False)
+    summary, text = run(configure(tmp_path / "sheet.csv"))
+    assert summary["orientation"].str.contains("looks turned by 180 degrees against the spots").all()
+    (line,) = [line for line in text.splitlines() if line.startswith("WARNING: A1: its image looks turned")]
+    assert "of its spots lie off tissue" in line and line.endswith("look at overlay/A1.png")
+
+
 def test_left_out_spots_are_counted_in_the_summary(prepared, sheet):
     before = prepared[0].set_index("section")
     cfg = configure(sheet, "data.leave_out=[off_tissue]", f"output_dir={sheet.parent}/left", "data.sections=[B1,C1]")
@@ -113,7 +128,7 @@ def test_left_out_spots_are_counted_in_the_summary(prepared, sheet):
 
 def test_spots_are_drawn_where_they_are(sheet, tmp_path):
     """A picture of asymmetric spots, read back: dark dots on white at the scaled positions, y downwards."""
-    section = load_sections(configure(sheet, "data.sections=[A1]"), None)[0]
+    section = dataset_of(configure(sheet, "data.sections=[A1]")).read_sections(None)[0]
     figure = overlay.draw(section, [""] * len(section), 60)
     axes = figure.axes[1]
     (dots, *rings) = axes.collections
@@ -159,7 +174,7 @@ def test_features_are_those_that_training_reads(sheet, tmp_path, monkeypatch):
     prepared = ["features=tiny", "surroundings=3", f"data.cache_dir={tmp_path}/cache", "seed=3"]
     cfg = configure(sheet, *prepared, "trainer.accelerator=cpu", "hardware.precision=32-true")
     prepare.check_features(cfg)
-    sections = load_sections(cfg, build(cfg.protocol))
+    sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     text = prepare.prepare_features(cfg, sections)
     n = sum(len(section) for section in sections if section.slide is not None)
     assert f"features of {n} tiles by test_resnet, and of the 3 x 3 tiles" in text and "32-true" in text
@@ -170,17 +185,24 @@ def test_features_are_those_that_training_reads(sheet, tmp_path, monkeypatch):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             train = compose("train", ["data=samplesheet", "data.tile_px=64", "data.tile_um=120", "image_encoder=tiny"])
         train.data.sheet, train.data.cache_dir = str(sheet), f"{tmp_path}/cache"
-        data = build_data(train, sections, build(train.protocol), fold)
         pl.seed_everything(3, verbose=False)
         encoder = build(train.image_encoder)
         monkeypatch.setattr(type(encoder), "forward", forbidden)
-        off = torch.autocast("cpu", torch.bfloat16, enabled=False)
-        rows = data.rows("train", "validation", "test")
-        features = frozen_features(data, encoder, torch.device("cpu"), off)[rows]
-        around = surrounding_features(data, encoder, 3, torch.device("cpu"), off)[rows]
+        exact, reduced = (
+            dataset_of(train).serve(
+                sections,
+                build(train.protocol),
+                fold,
+                train.seed,
+                encoder=frozen(encoder, train.data.cache_dir, torch.autocast("cpu", torch.bfloat16, enabled=enabled)),
+            )
+            for enabled in (False, True)
+        )
+        rows = exact.rows("train", "validation", "test")
+        features, around = exact.features[rows], exact.surroundings(3)[rows]
         assert np.abs(around[:, 4] - features).max() < 1e-4 < features.std()
         with pytest.raises(LookupError, match="asked again"):
-            frozen_features(data, encoder, torch.device("cpu"), torch.autocast("cpu", torch.bfloat16))
+            reduced.setup()
         monkeypatch.undo()
 
 

@@ -13,13 +13,15 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from sections import make_section
 
-from stexp.config import CONF, build, load_sections
-from stexp.data import quality
+from stexp.config import build, dataset_of
+from stexp.data import quality, tile_measures
 from stexp.data.demo import write_demo
-from stexp.data.quality import FLAGS, OF_TILES, Thresholds, blur, inspect, leave_out, measure, stands_apart, summarise
-from stexp.data.readers import samplesheet
+from stexp.data.quality import FLAGS, Thresholds, inspect, leave_out, stands_apart, summarise
+from stexp.data.readers import her2st, samplesheet, visium
 from stexp.data.slides.tiles import TileSpec, open_tiles
+from stexp.data.tile_measures import OF_TILES, blur, measure
 from stexp.errors import InputError
+from stexp.files import CONF
 
 SPEC = TileSpec(px=96)
 
@@ -32,7 +34,9 @@ def thresholds() -> Thresholds:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> list:
-    return samplesheet.read(write_demo(tmp_path_factory.mktemp("demo") / "demo", patients=2, sections_per_patient=1))
+    return samplesheet.read_samplesheet(
+        write_demo(tmp_path_factory.mktemp("demo") / "demo", patients=2, sections_per_patient=1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,72 @@ def test_tiles_that_are_wrong_on_purpose_are_flagged_for_what_they_are(tile, tmp
     assert [flags.split(";")[0] for flags in found] == expected, found
 
 
+INKS = {  # light that passes: colour, 0..255
+    "black": (25, 25, 30),
+    "blue": (30, 60, 180),
+    "green": (20, 120, 60),
+    "red": (205, 35, 45),
+    "purple": (110, 50, 160),
+    "purple highlighter": (190, 140, 230),
+    "yellow highlighter": (250, 240, 70),
+    "orange highlighter": (255, 170, 60),
+    "green highlighter": (160, 245, 120),
+}
+
+
+def marked(tile: np.ndarray, colour: tuple[int, int, int], strength: float, angle: float) -> np.ndarray:
+    """A stroke with soft edges over two fifths of a tile: the light that passes both, multiplied (Beer-Lambert)."""
+    side = len(tile)
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    across = np.abs(x * np.cos(angle) + y * np.sin(angle)) / side
+    cover = np.clip((0.2 - across) / 0.02 + 0.5, 0, 1)[..., None]
+    return np.round(tile * (np.array(colour) / 255) ** (strength * cover)).astype(np.uint8)
+
+
+def pen_rates(tiles: np.ndarray, um_per_px: float, most: float) -> tuple[float, dict[str, float]]:
+    """Share of tiles flagged without a mark, and by ink of those with one: every third of a section is marked."""
+
+    def flagged(tiles: np.ndarray) -> np.ndarray:
+        return measure(tiles, um_per_px)[:, OF_TILES.index("pen")] > most
+
+    hits, rows = {}, np.arange(0, len(tiles), 3)
+    for name, colour in INKS.items():
+        for strength in (1.0, 0.5):
+            drawn_on = tiles.copy()
+            for i in rows:
+                drawn_on[i] = marked(tiles[i], colour, strength, angle=float(i))
+            hits[f"{name}{', faint' if strength < 1 else ''}"] = flagged(drawn_on)[rows].mean()
+    return flagged(tiles).mean(), hits
+
+
+def tiles_of(section, tmp_path: Path) -> np.ndarray:
+    return np.asarray(open_tiles(section, TileSpec(150, 150), tmp_path))
+
+
+def test_pens_of_all_common_colours_are_noticed_and_tissue_is_not(demo, tmp_path, thresholds):
+    rates = [pen_rates(tiles_of(section, tmp_path), 1.0, thresholds.max_pen) for section in demo]
+    assert [alarms for alarms, _ in rates] == [0, 0]
+    for name in rates[0][1]:
+        hits = np.mean([hits[name] for _, hits in rates])
+        least = 0.95 if "faint" not in name else 0.1 if name.startswith("red") else 0.5
+        assert hits >= least, (name, hits)
+
+
+@pytest.mark.data
+def test_pens_on_real_tissue(real_data, tmp_path, thresholds):
+    sections = her2st.read_her2st(real_data / "her2st", sections=["B4"]) + visium.read_visium(
+        real_data / "visium_mouse_colon"
+    )
+    rates = []
+    for section in sections:
+        tiles = tiles_of(section, tmp_path)
+        rates.append(pen_rates(tiles[:: len(tiles) // 120], 1.0, thresholds.max_pen))
+    assert max(alarms for alarms, _ in rates) <= 0.02
+    for name in rates[0][1]:
+        hits = [round(float(hits[name]), 2) for _, hits in rates]
+        assert np.mean(hits) >= (0.4 if "faint" in name else 0.8), (name, hits)
+
+
 def test_ink_on_glass_is_ink_and_glass_is_nothing(tile):
     glass = np.full_like(tile, 243)
     full = np.broadcast_to(np.uint8([25, 60, 190]), glass.shape)
@@ -124,14 +194,20 @@ def test_blur_is_the_published_metric_and_grows_with_blur(tile):
 def test_measures_are_those_of_an_obvious_version(tile):
     tiles = np.stack([tile, drawn(tile, (25, 60, 190)), folded(tile), np.full_like(tile, 255)])
     got = pd.DataFrame(measure(tiles, 1.25), columns=list(OF_TILES))
-    side = round(quality.CELL_UM / 1.25)
+    side = round(tile_measures.CELL_UM / 1.25)
+    most_red, least_blue = tile_measures._usual_hues(tiles, 1.25)
     for i, whole in enumerate(tiles):
         tissue, ink, fold, densities = [], [], [], []
         for y in range(0, 96 - side + 1, side):
             for x in range(0, 96 - side + 1, side):
                 colour = whole[y : y + side, x : x + side].reshape(-1, 3).mean(axis=0)
                 r, g, b = od = -np.log10((np.minimum(colour, 254) + 1) / 255)
-                is_ink = (od.max() > 0.3 and r - g > 0.2) or (od.min() > 0.6 and np.ptp(od) < 0.2)
+                is_ink = max(r, b) > 0.3 and r - g > 0.12  # blue, green
+                is_ink |= r > 0.3 and r > most_red * g
+                is_ink |= od.min() > 0.45 and od.min() > 0.7 * od.max()  # black
+                is_ink |= b > 0.25 and b - g > 0.02  # yellow
+                is_ink |= g > 0.6 and b > 0.75 * g  # red
+                is_ink |= g > 0.25 and r > 0.25 * g and b < least_blue * g  # purple
                 is_tissue = not is_ink and (g - (r + b) / 2 > 0.05 or od.mean() > 0.15)
                 tissue.append(is_tissue)
                 ink.append(is_ink)
@@ -146,7 +222,7 @@ def test_measures_are_those_of_an_obvious_version(tile):
 def test_chunks_and_scale_do_not_change_what_a_tile_gets(tile, monkeypatch):
     tiles = np.stack([tile, blurred(tile), folded(tile)])
     whole = measure(tiles, 1.25)
-    monkeypatch.setattr(quality, "TILES_AT_ONCE_PX", 1)
+    monkeypatch.setattr(tile_measures, "TILES_AT_ONCE_PX", 1)
     np.testing.assert_allclose(measure(tiles, 1.25), whole, atol=1e-6)
     # the same tissue scanned at half the pixel size
     fine = np.stack([np.asarray(Image.fromarray(t).resize((192, 192), Image.Resampling.BICUBIC)) for t in tiles])
@@ -256,7 +332,7 @@ def test_what_cannot_be_left_out_is_refused(flags, changed, message, tmp_path, t
     ("name", "value"), [("min_tissue", 20), ("max_blur", -0.1), ("min_counts", "many"), ("max_pen", True)]
 )
 def test_thresholds_that_mean_nothing_are_refused(name, value, thresholds):
-    with pytest.raises(InputError, match=rf"data.quality.{name}={value}: a number .* or null, would fit"):
+    with pytest.raises(InputError, match=rf"(?i)data.quality.{name}={value}: a number .* or null would fit"):
         Thresholds(**{**vars(thresholds), name: value})
 
 
@@ -272,7 +348,7 @@ def test_leave_out_is_a_key_of_every_command(demo, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         keys = [f"data.sheet={root}/sheet.csv", "data.leave_out=[few_counts]", "data.quality.min_counts=4000"]
         cfg = compose("floors", ["data=samplesheet", *keys, f"data.cache_dir={tmp_path}"])
-    kept = load_sections(cfg, build(cfg.protocol))
+    kept = dataset_of(cfg).read_sections(build(cfg.protocol))
     assert [len(section) for section in kept] == [int((section.total_counts >= 4000).sum()) for section in demo]
     assert not list(tmp_path.iterdir())
 
@@ -297,7 +373,7 @@ def test_predictions_carry_the_quality_of_their_spots(tmp_path, thresholds):
 def test_her2st_tiles_are_sharp_tissue_without_ink(real_data, thresholds, tmp_path):
     from stexp.data.readers import her2st
 
-    (section,) = her2st.read(real_data / "her2st", ["C3"])
+    (section,) = her2st.read_her2st(real_data / "her2st", ["C3"])
     few = section.spots[::9].copy()
     section = type(section)("C3", "C", few, section.slide, section.um_per_px)
     table = inspect(section, open_tiles(section, TileSpec(), tmp_path), TileSpec(), thresholds)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from stexp import config
+from stexp import config, files
 from stexp.cli.train import train
 from stexp.data import readers
 from stexp.data.splits import folds
@@ -30,11 +30,11 @@ def test_a_data_set_goes_from_files_to_scores(name, tmp_path, caplog):
     root = tmp_path / "data"
     importlib.import_module(f"fakes.{name}").write(root)
     places = [f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(files.CONF), version_base="1.3"):
         cfg = compose("train", [f"data={name}", *places, *SMALL, *ON_CPU, *OPTIONS.get(name, [])])
     protocol = config.build(cfg.protocol)
     with caplog.at_level(logging.INFO):
-        sections = config.load_sections(cfg, protocol)
+        sections = config.dataset_of(cfg).read_sections(protocol)
         fold = folds(sections, protocol)[0]
         metrics = train(cfg, sections, fold, tmp_path / "run")
 
@@ -60,5 +60,5 @@ def test_a_data_set_goes_from_files_to_scores(name, tmp_path, caplog):
 
 def test_every_reader_has_a_fake_or_is_the_demo():
     names = {path.stem for path in (Path(readers.__file__).parent).glob("*.py")}
-    with_yaml = {path.stem for path in (config.CONF / "data").glob("*.yaml")} & names
+    with_yaml = {path.stem for path in (files.CONF / "data").glob("*.yaml")} & names
     assert with_yaml - {"demo", "her2st", "samplesheet"} == set(LAYOUTS)  # the demo is a sample sheet

@@ -17,11 +17,14 @@ from fake_run import write_run
 
 from stexp.cli.report import main
 from stexp.errors import InputError
+from stexp.evaluation.predictions import CHANGED, digest
 from stexp.evaluation.verdict import is_oracle, number, verdict
-from stexp.reporting.maps import MISSING
+from stexp.reporting.maps import MISSING, first_gene
 from stexp.reporting.plots import score_chart
-from stexp.reporting.report import FLOORS, write_report
+from stexp.reporting.report import write_report
+from stexp.reporting.run_page import FLOORS
 
+HEAD = b"gene,pearson,spearman,mse,mean_observed,heg50,n_sections,ceiling\n"
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -78,46 +81,41 @@ def test_names_are_escaped(run: Path) -> None:
 def test_one_file_that_asks_for_nothing(run: Path) -> None:
     text = (run / "report.html").read_text()
     assert "default-src 'none'" in text
+    assert 'content="light dark"' in text and "prefers-color-scheme: dark" in text
     assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text)
     assert "http" not in text.replace("http-equiv", "")
     assert sorted(path.name for path in run.iterdir() if "report" in path.name) == ["report.html"]
 
 
-def test_verdict_counts_floors_but_not_oracles(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
-    numbers, statement, beats = verdict(metrics)
-    assert numbers == (
-        "Pearson 0.213 over 120 genes; best floor: colour ridge 0.189; depth oracle 0.304; "
-        "counting-noise ceiling 0.410."
-    )
-    assert beats and statement.startswith("It beats every floor (oracles aside), on all genes and on the 50 highest.")
-    assert statement.endswith("It is above colour ridge in 1 of 2 sections.")
-
-
-def test_verdict_says_when_a_floor_is_higher(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "x", acg=0.18, retrieval=False)
-    statement = verdict(json.loads((folder / "metrics.json").read_text()))[1]
-    assert "On all genes it does not beat colour ridge (0.189)." in statement
-    assert "On the 50 highest it does not beat colour ridge (0.301)." in statement
+@pytest.mark.parametrize(("acg", "colour"), [(0.213, "warn"), (0.18, "bad")])
+def test_the_verdict_stands_on_the_page_in_its_colour(tmp_path: Path, acg: float, colour: str) -> None:
+    folder = write_run(tmp_path / "x", spots=20, acg=acg, retrieval=False)
+    judged = verdict(json.loads((folder / "metrics.json").read_text()))
     text = write_report(folder).read_text()
-    assert statement in text and 'class="verdict bad"' in text
+    assert f'class="verdict {colour}"' in text
+    assert judged.numbers in text and judged.statement in text.replace("&#43;", "+")
 
 
-def test_a_tie_is_not_a_win(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics["scores"]["pearson_heg50"] = metrics["floors"]["colour_ridge"]["pearson_heg50"]
-    _, statement, beats = verdict(metrics)
-    assert not beats
-    assert (
-        "On all genes it beats every floor (oracles aside). "
-        "On the 50 highest it does not beat colour ridge (0.301)." in statement
-    )
+def test_patients_of_a_run_of_before_are_those_of_its_audit(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    metrics, audit = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "audit"))
+    for section in metrics["sections"].values():
+        del section["patient"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "audit.json").write_text(json.dumps(audit | {"facts": {"patient_of": {"B1": "B", "B2": "C"}}}))
+    assert "2 sections of 2 patients" in write_report(folder).read_text()
 
 
-def test_no_floor_no_claim(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
-    metrics["floors"] = {"depth_oracle": metrics["floors"]["depth_oracle"]}
-    assert verdict(metrics)[1:] == ("Without a score and a floor nothing can be said about skill.", False)
+def test_changed_predictions_are_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    record = json.loads((folder / "provenance.json").read_text())
+    predictions = ad.read_h5ad(folder / "predictions.h5ad")
+    record["predictions_digest"] = digest(predictions)
+    (folder / "provenance.json").write_text(json.dumps(record))
+    assert CHANGED not in write_report(folder).read_text()
+    predictions.layers["predicted"][0, 0] += 1
+    predictions.write_h5ad(folder / "predictions.h5ad")
+    assert CHANGED in write_report(folder).read_text()
 
 
 def test_floors_that_read_the_test_counts_are_told_by_their_name() -> None:
@@ -160,7 +158,7 @@ def test_few_genes_have_no_50_highest_of_their_own(tmp_path: Path, genes: int) -
     few = genes <= 50
     assert (f"Pearson HEG50 (all {genes})" in text) == few
     assert text.count("<svg") == (1 if few else 2)
-    statement = verdict(json.loads((folder / "metrics.json").read_text()))[1]
+    statement = verdict(json.loads((folder / "metrics.json").read_text())).statement
     assert ("50 highest" in statement) == (not few) and "on all genes" in statement
 
 
@@ -185,13 +183,14 @@ def test_a_run_retrieved_from_again_says_what_changed(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"", "per_gene.csv names no gene; score the run again"),
-        (b"gene,pearson\n", "per_gene.csv names no gene"),
+        (HEAD + b"FASN,0.1,0,0,0,0,0,0\n", "per_gene.csv has 1 of 5 genes; score the run again"),
+        (HEAD, "per_gene.csv names no gene"),
         (b"\x89HDF\r\n\x00\xff", "per_gene.csv is not a table of numbers"),
-        (b"gene,pearson\nFASN,high\n", "per_gene.csv is not a table of numbers"),
-        (b"gene,pearson\nFASN\n", "per_gene.csv is not a table of numbers"),
+        (HEAD + b"FASN,high,0,0,0,0,0,0\n", "per_gene.csv is not a table of numbers"),
+        (HEAD + b"FASN,0.1\n", "per_gene.csv is not a table of numbers"),
         (
             b"gene,spearman\nFASN,0.1\n",
-            "per_gene.csv has no column pearson, mse, mean_observed, heg50, n_sections; score",
+            "per_gene.csv has no column pearson, mse, mean_observed, heg50, n_sections, ceiling; score",
         ),
     ],
 )
@@ -222,13 +221,41 @@ def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
         write_report(folder)
 
 
-def test_a_number_that_is_not_there_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "path", "says"),
+    [
+        ("metrics", ["n_spots"], "n_spots"),
+        ("metrics", ["sections", "B2", "floors"], "sections/*/floors"),
+        ("audit", ["items", 1, "detail"], "items/*/detail"),
+        ("provenance", ["data_manifest"], "data_manifest"),
+    ],
+)
+def test_what_a_file_lacks_is_named(tmp_path: Path, name: str, path: list, says: str) -> None:
     folder = write_run(tmp_path / "x", spots=20, genes=5)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    del metrics["n_spots"]
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match="n_spots"):
+    content = json.loads((folder / f"{name}.json").read_text())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=re.escape(f"{name}.json has no {says}")):
         write_report(folder)
+
+
+def test_a_bug_of_the_page_is_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    monkeypatch.setattr("stexp.reporting.run_page.score_chart", lambda: None)
+    with pytest.raises(TypeError):
+        write_report(folder)
+    assert not list(folder.glob(".*report*"))
+
+
+def test_the_first_gene_is_the_best_that_varies() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 6)) * [0, 0.1, 1, 2, 3, 4]
+    values[0, 4] = np.nan  # not measured everywhere
+    assert first_gene([values], [0, 1, 4, 3, 5, 2]) == 3
+    assert first_gene([values, values * [1, 1, 1, 0, 1, 1]], [0, 1, 4, 3, 5, 2]) == 5
+    assert first_gene([np.zeros((50, 2))], [1, 0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stexp.config import load_run
 from stexp.data.slides.pictures import (
     CELL,
     NAME,
@@ -28,6 +27,7 @@ from stexp.data.slides.pictures import (
 )
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
+from stexp.runs.folder import RunFolder
 
 WIDTH, HEIGHT = 2000, 1300
 SPOTS = np.array([[700.0, 600.0], [820.0, 640.0]])
@@ -122,8 +122,8 @@ def test_tiles_lie_where_their_names_say(tmp_path: Path) -> None:
 
 def test_a_run_names_the_references_that_count_most_and_keeps_their_tiles(strict: Path) -> None:
     run, kept = ad.read_h5ad(strict / "predictions.h5ad"), ad.read_h5ad(strict / "embeddings.h5ad")
-    chosen, model = json.loads(run.uns["stexp"]["chosen"]), load_run(strict).model
-    assert (model.distance, model.weighting) == ("l1", "inverse_square")
+    chosen, model = json.loads(run.uns["stexp"]["chosen"]), RunFolder(strict).config["model"]
+    assert (model["distance"], model["weighting"]) == ("l1", "inverse_square")
     reference = kept[~np.isnan(kept.obsm["spot_embedding"]).any(axis=1)]
     spots, table = reference.obsm["spot_embedding"].astype(float), run.uns["references"]
     for i in (0, 7, run.n_obs - 1):

@@ -13,14 +13,15 @@ from test_report import page_of
 
 from stexp.cli.report import main
 from stexp.errors import InputError
-from stexp.reporting.prediction_page import is_prediction, worth
+from stexp.evaluation.predictions import is_of_a_slide
+from stexp.reporting.prediction_page import worth
 from stexp.reporting.report import write_report
 
 
 def test_a_prediction_is_told_from_a_run_and_from_nothing(tmp_path: Path) -> None:
-    assert is_prediction(write_prediction(tmp_path / "slide", spots=20, genes=5))
-    assert not is_prediction(write_run(tmp_path / "run", spots=20, genes=5))
-    assert not is_prediction(tmp_path)
+    assert is_of_a_slide(write_prediction(tmp_path / "slide", spots=20, genes=5) / "predictions.h5ad")
+    assert not is_of_a_slide(write_run(tmp_path / "run", spots=20, genes=5) / "predictions.h5ad")
+    assert not is_of_a_slide(tmp_path / "predictions.h5ad")
 
 
 def test_it_shows_what_is_known_and_claims_no_truth(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_worth_counts_genes_that_beat_their_floor(above: list[bool], most: bool)
     text, good = worth(var)
     assert good == most
     assert f"On 3 held-out sections, {sum(above)} of 3 genes beat" in text and "median Pearson is 0.200" in text
-    assert text.endswith("Of 1 genes the accuracy is not known.")
+    assert text.endswith("Of 1 gene the accuracy is not known.")
     assert worth(var.iloc[3:]) == ("No held-out section says how well any of these genes is predicted.", False)
 
 

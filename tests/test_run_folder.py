@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from demo_run import configure, run
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from stexp import config
+from stexp import config, files
 from stexp.cli.score import main as score_main
 from stexp.cli.train import train
+from stexp.data.dataset import DataSet
 from stexp.errors import InputError
 from stexp.reporting.report import write_report
+from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import Stages
 from stexp.runs.rescore import predict_again
 from stexp.runs.scoring import score_run
@@ -34,7 +35,7 @@ def test_finished_run_is_not_run_again_and_another_config_is_refused(strict: Pat
 
 def test_a_finished_run_whose_data_changed_is_said_to_be_old(strict: Path, demo: Path, tmp_path, monkeypatch) -> None:
     cfg = configure(demo, strict, "trainer.max_epochs=4")
-    a, b, c = config.load_sections(cfg, config.build(cfg.protocol))
+    a, b, c = config.dataset_of(cfg).read_sections(config.build(cfg.protocol))
     other = tmp_path / b.files[1].name
     other.write_text("another content under the same name")
     for sections, changed in (
@@ -45,7 +46,7 @@ def test_a_finished_run_whose_data_changed_is_said_to_be_old(strict: Path, demo:
     ):
         with pytest.raises(InputError, match=rf"is finished, and its data changed since \({changed}\); choose another"):
             train(cfg, sections, "A", strict)
-        monkeypatch.setattr("stexp.runs.rescore.load_sections", lambda *_, sections=sections: sections)
+        monkeypatch.setattr(DataSet, "read_sections", lambda *_, sections=sections: sections)
         with pytest.raises(InputError, match=rf"changed since .* \({changed}\); train again"):
             predict_again(strict, {"k": 5}, "panel", str(tmp_path / "again"))
     train(cfg, [a, b, c, replace(b, name="B2", slide=None)], "A", strict)  # which the split may have left out
@@ -134,7 +135,7 @@ def test_what_is_deleted_from_a_finished_run_is_made_again(strict: Path, demo: P
 
 def test_an_output_folder_for_no_new_prediction_is_refused(strict: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(files.CONF), version_base="1.3"):
         cfg = compose("score", [f"run={strict}", f"output_dir={tmp_path / 'y'}"])
     with pytest.raises(SystemExit):
         score_main.__wrapped__(cfg)
@@ -143,14 +144,13 @@ def test_an_output_folder_for_no_new_prediction_is_refused(strict: Path, tmp_pat
 
 
 def test_config_of_a_run_is_data(strict: Path, tmp_path: Path) -> None:
-    cfg = config.load_run(strict)
-    assert OmegaConf.to_container(cfg)["fold"] == "A"
-    (tmp_path / "config.yaml").write_text("model: {_target_: os.system, command: 'touch owned'}\n")
-    loaded = config.load_run(tmp_path)
+    assert RunFolder(strict).config["fold"] == "A"
+    text = "seed: 0\nprotocol: {}\ndata: {}\nmodel: {_target_: os.system, command: 'touch owned'}\n"
+    (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(InputError, match="not allowed"):
-        config.build(loaded.model)
+        config.build(RunFolder(tmp_path).config["model"])
     with pytest.raises(InputError, match="no run folder"):
-        config.load_run(tmp_path / "nowhere")
+        RunFolder(tmp_path / "nowhere").require()
 
 
 def test_a_damaged_cache_is_made_again(demo: Path, tmp_path: Path) -> None:

@@ -34,12 +34,12 @@ def folder(tmp_path):
 
 def refused(folder, match):
     with pytest.raises(InputError, match=match) as caught:
-        samplesheet.read(folder / "sheet.csv")
+        samplesheet.read_samplesheet(folder / "sheet.csv")
     assert "\n" not in str(caught.value)
 
 
 def test_reads_image_counts_and_positions(folder):
-    (section,) = samplesheet.read(str(folder / "sheet.csv"))
+    (section,) = samplesheet.read_samplesheet(str(folder / "sheet.csv"))
     assert (section.name, section.patient, section.um_per_px) == ("S1", "P1", 0.5)
     assert list(section.spots.obs_names) == ["007", "NA", "1x2"]  # ids stay text, in the order of the counts
     assert list(section.genes) == ["ACTB", "CD3E"]
@@ -54,7 +54,7 @@ def test_image_and_scale_may_be_empty_and_other_columns_and_lines_do_not_matter(
     (folder / "sheet.csv").write_text(
         "\ufeffpatient,section,image,counts,spots,um_per_px,notes\n\nP1, S1,,s1.tsv,s1.csv,,frozen\n,,,,,,\n", "utf-8"
     )
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert (section.name, section.slide, section.um_per_px) == ("S1", None, None)
     assert section.files == (folder / "s1.tsv", folder / "s1.csv")
 
@@ -70,7 +70,7 @@ def test_counts_of_every_kind_are_the_same(folder, kind):
     else:
         table.to_csv(folder / name, sep="," if "csv" in kind else "\t")
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", name))
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     np.testing.assert_array_equal(section.counts(["ACTB", "CD3E"]), table)
     assert list(section.spots.obs_names) == list(table.index)
 
@@ -100,7 +100,7 @@ def test_counts_of_every_kind_are_the_same(folder, kind):
 def test_a_sheet_that_does_not_fit_is_refused(folder, old, new, message):
     (folder / "sheet.csv").write_text(SHEET.replace(old, new))
     if message is None:
-        assert samplesheet.read(folder / "sheet.csv")[0].spots.uns["metadata"] == {}
+        assert samplesheet.read_samplesheet(folder / "sheet.csv")[0].spots.uns["metadata"] == {}
     else:
         refused(folder, message)
 
@@ -114,7 +114,7 @@ def test_a_sheet_that_does_not_fit_is_refused(folder, old, new, message):
             "\t5",
             "\tfive",
             "line 2: column counts: counts .*s1.tsv are not a table of numbers: 1 columns hold text "
-            ".first: 'five' in the row NA, column 3.",
+            ".first: 'five' in the row NA, column CD3E.",
         ),
         ("\t5", "\t", "line 2: section S1: 1 counts are NaN"),
         ("\t5", "\t0.5", "line 2: section S1: 1 counts are fractional"),
@@ -178,13 +178,13 @@ def test_damaged_files_are_refused(folder):
 
 def test_a_sheet_that_is_missing_is_refused(folder):
     with pytest.raises(InputError, match="does not exist; write one with the columns section, patient"):
-        samplesheet.read(folder / "other.csv")
+        samplesheet.read_samplesheet(folder / "other.csv")
 
 
 def test_ids_that_are_all_numbers_stay_text(folder):
     (folder / "s1.tsv").write_text("\tACTB\tCD3E\n007\t3\t0\n8\t0\t5\n")
     (folder / "s1.csv").write_text("spot,array_x,array_y,pixel_x,pixel_y\n8,1,2,30.5,10\n007,0,0,10,12\n")
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert list(section.spots.obs_names) == ["007", "8"]
     np.testing.assert_array_equal(section.xy_px, [[10, 12], [30.5, 10]])
 
@@ -198,7 +198,7 @@ def test_images_of_more_than_eight_bits_are_refused(folder, mode, message):
 
 def test_what_is_transparent_is_glass(folder):
     Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(folder / "s1.png")
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert (section.slide.read() == 255).all()
 
 
@@ -206,7 +206,7 @@ def test_columns_that_may_be_left_out_and_columns_that_are_kept(folder, caplog):
     (folder / "sheet.csv").write_text(
         "stage,section,patient,counts,spots,age\nII,S1,P1,s1.tsv,s1.csv,047\n,S2,P1,s1.tsv,s1.csv,\n"
     )
-    one, two = samplesheet.read(folder / "sheet.csv")
+    one, two = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert (one.slide, one.um_per_px, two.slide) == (None, None, None)
     assert one.spots.uns["metadata"] == {"stage": "II", "age": "047"}
     assert two.spots.uns["metadata"] == {"stage": "", "age": ""}
@@ -217,13 +217,13 @@ def test_columns_that_may_be_left_out_and_columns_that_are_kept(folder, caplog):
 @pytest.mark.parametrize("quoted", [False, True])
 def test_genes_in_rows_are_found_and_said(folder, caplog, separator, quoted):
     caplog.set_level(logging.INFO)
-    (plain,) = samplesheet.read(folder / "sheet.csv")
+    (plain,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert "s1.tsv: spots are rows, 3 x 2; 3 of them have a position" in caplog.text
     table = pd.DataFrame(plain.counts(["ACTB", "CD3E"]), plain.spots.obs_names, ["ACTB", "CD3E"]).astype(int).T
     name = "turned.csv" if separator == "," else "turned.tsv"
     table.to_csv(folder / name, sep=separator, quoting=2 if quoted else 0)
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", name))
-    (turned,) = samplesheet.read(folder / "sheet.csv")
+    (turned,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert "spots are columns, 2 x 3; 3 of them have a position" in caplog.text
     assert (turned.spots.X != plain.spots.X).nnz == 0 and turned.spots.X.format == "csr"
     assert list(turned.spots.obs_names) == list(plain.spots.obs_names) and list(turned.genes) == list(plain.genes)
@@ -236,7 +236,7 @@ def test_counts_of_10x(folder):
     (matrix / "features.tsv").write_text("ENSG1\tACTB\tGene Expression\nENSG2\tCD3E\tGene Expression\n")
     (matrix / "barcodes.tsv").write_text("007\nNA\n1x2\n")
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", matrix.name))
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     np.testing.assert_array_equal(section.counts(["ACTB", "CD3E"]), [[3, 0], [0, 5], [1, 1]])
     assert [file.name for file in section.files[1:4]] == ["matrix.mtx", "features.tsv", "barcodes.tsv"]
     (matrix / "barcodes.tsv").unlink()
@@ -268,7 +268,7 @@ def test_spot_files_of_spatial_transcriptomics(folder, caplog, named):
     )
     (folder / "selection.tsv").write_text(text)
     (folder / "sheet.csv").write_text(SHEET.replace("s1.csv", "selection.tsv"))
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert list(section.spots.obs_names) == (["B", "A"] if named else ["0x0", "1x2"])
     np.testing.assert_array_equal(section.array_xy, [[0, 0], [1, 2]])
     np.testing.assert_array_equal(section.xy_px, [[10, 12], [30.5, 10]])
@@ -281,7 +281,7 @@ def test_positions_of_spaceranger(folder, header):
     text = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres\n" + lines if header else lines
     (folder / "tissue_positions.csv").write_text(text)
     (folder / "sheet.csv").write_text(SHEET.replace("s1.csv", "tissue_positions.csv"))
-    (section,) = samplesheet.read(folder / "sheet.csv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert list(section.spots.obs_names) == ["007", "NA"]
     np.testing.assert_array_equal(section.array_xy, [[4, 0], [6, 0]])
     np.testing.assert_array_equal(section.xy_px, [[10, 12], [30, 12]])
@@ -290,9 +290,9 @@ def test_positions_of_spaceranger(folder, header):
 def test_ids_become_symbols_by_a_table(folder):
     (folder / "s1.tsv").write_text(COUNTS.replace("ACTB", "ENSG00000075624.17").replace("CD3E", "ENSG00000198851"))
     (folder / "genes.tsv").write_text("symbol\tid\nACTB\tENSG00000075624\nCD3E\tENSG00000198851\n")
-    (section,) = samplesheet.read(folder / "sheet.csv", gene_table=folder / "genes.tsv")
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv", gene_table=folder / "genes.tsv")
     assert list(section.genes) == ["ACTB", "CD3E"] and section.spots.uns["gene_names"]["matched"] == 2
-    assert list(samplesheet.read(folder / "sheet.csv")[0].genes) == ["ENSG00000075624", "ENSG00000198851"]
+    assert list(samplesheet.read_samplesheet(folder / "sheet.csv")[0].genes) == ["ENSG00000075624", "ENSG00000198851"]
 
 
 def test_two_species_in_a_section_are_refused_with_line_and_column(folder):
@@ -305,7 +305,7 @@ def test_a_column_that_means_an_optional_one_is_not_metadata(tmp_path, column, m
     sheet = tmp_path / "sheet.csv"
     sheet.write_text(f"section,patient,counts,spots,{column}\nS1,P1,c.csv,s.csv,x\n")
     with pytest.raises(InputError, match=f"has a column {column}, but none called {meant}; rename it"):
-        samplesheet.read(sheet)
+        samplesheet.read_samplesheet(sheet)
 
 
 def test_indices_that_point_outside_are_refused(tmp_path):
@@ -315,3 +315,87 @@ def test_indices_that_point_outside_are_refused(tmp_path):
         file["X/indices"][3] = 10**6
     with pytest.raises(InputError, match="cannot be read as h5ad"):
         read_counts(path)
+
+
+def test_the_sheet_is_found_where_a_user_points(folder):
+    for place in (folder, folder / "sheet.csv", folder / "sheet.csv" / "sheet.csv"):  # the last: data.root=sheet.csv
+        assert [section.name for section in samplesheet.read_samplesheet(place)] == ["S1"]
+    (folder / "sheet.csv").rename(folder / "mine.csv")
+    with pytest.raises(InputError, match=r"in .* there are mine\.csv"):
+        samplesheet.read_samplesheet(folder)
+
+
+def test_a_sheet_of_a_spreadsheet_in_europe(folder, caplog):
+    (folder / "sheet.csv").write_bytes(SHEET.replace(",", ";").replace("0.5", "0,5").encode("utf-16"))
+    (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
+    assert section.um_per_px == 0.5 and "semicolons" in caplog.text and "decimal commas" in caplog.text
+
+
+def test_tildes_in_a_sheet_are_the_home_folder(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "sheet.csv").write_text(SHEET.replace("s1.", "~/s1."))
+    assert len(samplesheet.read_samplesheet(elsewhere / "sheet.csv")[0]) == 3
+
+
+def test_sections_with_the_counts_of_the_same_spots_are_named(folder, caplog):
+    (folder / "sheet.csv").write_text(SHEET + "S2,P2,,s1.tsv,s1.csv,\n")
+    samplesheet.read_samplesheet(folder / "sheet.csv")
+    assert "sections S1 and S2 have the counts of the same 3 spots" in caplog.text
+
+
+@pytest.mark.parametrize("stated", ["", "1.0", "4"])
+def test_the_array_of_spaceranger_says_the_scale(tmp_path, caplog, stated):
+    from fakes import visium
+
+    visium.write_section(tmp_path / "outs", 2)
+    image, counts = "outs/image.png", "outs/filtered_feature_bc_matrix.h5"
+    row = f"S1,P1,{image},{counts},outs/spatial/tissue_positions.csv,{stated}\n"
+    (tmp_path / "sheet.csv").write_text(SHEET.splitlines()[0] + "\n" + row)
+    (section,) = samplesheet.read_samplesheet(tmp_path / "sheet.csv")
+    assert section.um_per_px == pytest.approx(float(stated or 2.5), rel=1e-3) and len(section) == 34
+    said = "um_per_px is empty; 2.5 follows from the array" if not stated else "the array of the positions says 2.5"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("value", ["2", "", "maybe", "0.5"])
+def test_flags_that_are_not_understood_are_refused(folder, value):
+    (folder / "s1.csv").write_text(
+        f"spot,array_x,array_y,pixel_x,pixel_y,in_tissue\n1x2,1,2,30.5,10,{value}\n007,0,0,10,12,1\nNA,1,0,30,12,TRUE\n"
+    )
+    refused(folder, "line 2: column spots: .*in_tissue of 1 spots is neither 0 nor 1 .first: spot 1x2")
+    (folder / "s1.csv").write_text((folder / "s1.csv").read_text().replace(f"30.5,10,{value}", "30.5,10,False"))
+    assert list(samplesheet.read_samplesheet(folder / "sheet.csv")[0].spots.obs_names) == ["007", "NA"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "spots"),
+    [
+        ("outs", "outs/spatial"), ("outs/filtered_feature_bc_matrix", "outs/spatial/tissue_positions_list.csv"),
+        ("outs/filtered_feature_bc_matrix/matrix.mtx.gz", "outs/spatial"), (".", "outs/spatial"),
+    ],
+)  # fmt: skip
+def test_folders_of_spaceranger_are_what_lies_in_them(tmp_path, counts, spots):
+    from fakes import visium
+
+    visium.write_section(tmp_path / "outs", 1)
+    header = SHEET.splitlines()[0]
+    (tmp_path / "sheet.csv").write_text(f"{header}\nS1,P1,outs/image.png,{counts},{spots},2.5\n")
+    (section,) = samplesheet.read_samplesheet(tmp_path / "sheet.csv")
+    names = [path.name for path in section.files]
+    assert len(section) == 34
+    assert names == ["image.png", "matrix.mtx.gz", "features.tsv.gz", "barcodes.tsv.gz", "tissue_positions_list.csv"]
+
+
+def test_matrices_as_geo_names_them(tmp_path):
+    from fakes import visium
+
+    counts = visium.draw_counts(visium.array())
+    visium.write_mtx(tmp_path / "m", counts)
+    for path in list((tmp_path / "m").iterdir()):
+        path.rename(path.with_name(f"GSM1_A_{path.name}"))
+    np.testing.assert_array_equal(read_counts(tmp_path / "m").X.toarray(), counts.to_numpy())
+    (tmp_path / "m" / "GSM2_B_matrix.mtx.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 matrices .GSM1_A_matrix.mtx.gz, GSM2_B_matrix.mtx.gz.; keep one"):
+        read_counts(tmp_path / "m")

@@ -9,7 +9,8 @@ import pytest
 import scipy.sparse as sp
 from sections import make_section
 
-from stexp.data.section import Section, check_counts, join
+from stexp.data.join import join
+from stexp.data.section import Section, check_counts
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
@@ -240,11 +241,74 @@ def test_join_refuses_an_id_twice(side):
         join(counts, positions(ids["positions"]), "section Q")
 
 
+# the caller's own
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize("as_view", [False, True])
+def test_the_callers_table_is_left_as_it_is(form, as_view):
+    whole = spots(form(np.arange(12, dtype=np.float32).reshape(4, 3)), array=[[0.0, 5], [1, 5], [2, 7], [3, 7]])
+    given = whole[:3] if as_view else whole
+    before = given.copy()
+    section = Section("S", "P", given)
+    assert given.is_view is as_view and type(given.X) is type(whole[:3].X if as_view else before.X)
+    assert (given.obs.dtypes == before.obs.dtypes).all() and (given.X != before.X).sum() == 0
+    assert section.spots.X.format == "csr" and section.array_xy.dtype == np.int64 and not section.spots.is_view
+    section.spots.obs["mine"] = 1
+    section.spots.obsm["mine"] = np.zeros((len(section), 1))
+    assert "mine" not in given.obs and "mine" not in given.obsm
+
+
+def test_a_table_that_needs_no_change_is_not_copied():
+    given = spots(sp.csr_matrix(np.ones((4, 3), np.float32)))
+    given.obs[["array_x", "array_y"]] = given.obs[["array_x", "array_y"]].astype(np.int64)
+    section = Section("S", "P", given)
+    assert section.spots is given and Section("S", "P", section.spots).spots is given
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "-rf",
+        "../x",
+        "a/b",
+        "a\\b",
+        ".x",
+        "",
+        "a" * 101,
+        "a\0b",
+        "a\nb",
+        "a\x1b[31m",
+        "a\u202eb",
+        "a\u200fb",
+        " a",
+        "C:x",
+    ],
+)
+@pytest.mark.parametrize("of", ["name", "patient"])
+def test_names_that_cannot_name_a_folder_are_refused(name, of):
+    table = spots(np.ones((4, 3), np.float32))
+    with pytest.raises(InputError, match="cannot name a folder") as caught:
+        Section(**{"name": "S", "patient": "P", of: name}, spots=table)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["A1", "007", "é", "P2_ST_rep1", "x y", "a-b", "(1)", "#3"])
+def test_names_that_name_a_folder_stay_as_they_are(name):
+    assert Section(name, name, spots(np.ones((4, 3), np.float32))).name == name
+
+
+@pytest.mark.parametrize("strange", ["a\0", "a\n", "\u202eCD74", "CD\x1b[0m", "\u2066A\u2069"])
+def test_names_of_spots_and_genes_can_be_printed(strange):
+    refused("1 spots have characters in their name that cannot be printed", ids=["s0", strange, "s2", "s3"])
+    refused("1 genes have characters in their name that cannot be printed", genes=["g0", strange, "g2"])
+
+
 # the image behind it
 
 
 def test_a_section_with_a_missing_image(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png does not exist"):
         Slide(tmp_path / "gone.png")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is a folder"):
         Slide(tmp_path)

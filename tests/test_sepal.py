@@ -149,7 +149,7 @@ def test_the_correction_of_a_spot_is_that_of_its_own_graph(tmp_path, data):
     trainer = make_trainer(tmp_path, 1)
     model.corrects.fill_(True)
     rows = data.rows("test")
-    predicted = torch.cat([output["predicted"] for output in trainer.predict(model, datamodule=data)])
+    predicted = torch.cat([output.predicted for output in trainer.predict(model, datamodule=data)])
     batch = data.batch(SpotIndex(torch.from_numpy(rows)))
     embedding = model.image_encoder(batch.image).double().numpy()
     alone = model.image_head(model.image_encoder(batch.image)).numpy()
@@ -206,7 +206,7 @@ def test_a_training_without_the_second_stage_says_so_and_predicts_by_the_tile(tm
     trainer.fit(model, datamodule=data)
     assert "the graph network of sepal is not trained" in caplog.text
     model.eval()
-    predicted = torch.cat([output["predicted"] for output in trainer.predict(model, datamodule=data)])
+    predicted = torch.cat([output.predicted for output in trainer.predict(model, datamodule=data)])
     batch = data.batch(SpotIndex(torch.from_numpy(data.rows("test"))))
     with torch.no_grad():
         expected = model.mean + model.image_head(model.image_encoder(batch.image))
@@ -246,7 +246,7 @@ def test_overfits_eight_spots(data, stage):
         ({"operator": "gat"}, "model.operator=gat: choose gcn or graph"),
         ({"position": "none"}, "model.position=none: choose concat or sum"),
         ({"hidden": []}, r"model.hidden=\[\]: with model.head=true there must be a graph convolution"),
-        ({"before": [0]}, r"model.before=\[0\]: a list of whole numbers of at least 1 would fit"),
+        ({"before": [0]}, r"model.before=\[0\]: a list, each a whole number of at least 1"),
         ({"image_epochs": -1}, "model.image_epochs=-1: a whole number of at least 0 would fit"),
         ({"lr": 0.0}, "model.lr=0.0: a number above 0, up to 1 would fit"),
     ],

@@ -3,6 +3,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,10 @@ import tifffile
 from PIL import Image
 from sections import make_section, slide_pixels
 
-from stexp.data.slides import formats as slide_formats
-from stexp.data.slides.formats import OpenSlideImage, PillowImage, TiffImage
+from stexp.data.digests import file_digest
+from stexp.data.slides import pixels as limits
+from stexp.data.slides.formats import OpenSlideImage, PillowImage, TiffImage, qupath_origin, slide_files, slide_name
 from stexp.data.slides.slide import Slide
-from stexp.data.slides.tiles import file_digest
 from stexp.errors import InputError
 
 PIXELS = np.asarray(Image.fromarray(slide_pixels(8, 10)).resize((250, 200), Image.Resampling.BICUBIC))
@@ -90,8 +93,8 @@ FORMATS = {  # how it is written, what reads it, levels, largest error
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_reads_the_same_whole_and_by_region(tmp_path, name, monkeypatch):
     write, reader_class, n_levels, error = FORMATS[name]
-    monkeypatch.setattr(slide_formats, "STRIP_BYTES", 3 * 250 * 30)  # so that whole reads have seams
-    monkeypatch.setattr(slide_formats, "BLOCK_PX", 100)
+    monkeypatch.setattr(limits, "STRIP_BYTES", 3 * 250 * 30)  # so that whole reads have seams
+    monkeypatch.setattr(limits, "BLOCK_PX", 100)
     monkeypatch.setattr(OpenSlideImage, "block", (100, 100))
     monkeypatch.setattr(PillowImage, "block", (100, 100))
     slide = Slide(write(tmp_path))
@@ -232,11 +235,11 @@ def test_an_image_cut_off_anywhere_is_refused_in_one_line(tmp_path, kind):
     for length in [0, 1, 5, 20, 33, 50, 100, 200, 400, 650, len(whole) // 4, len(whole) // 2]:
         path.write_bytes(whole[:length])
         slide = Slide(path)
-        with pytest.raises(InputError, match=r"cut\.img is (not an image|truncated or damaged)") as raised:
+        with pytest.raises(InputError, match=r"cut\.img is (not an image|truncated|damaged)") as raised:
             slide.read()
         assert "\n" not in str(raised.value)
         if not kind.startswith("pyramid"):  # of which the last level may be whole
-            with pytest.raises(InputError, match=r"cut\.img is (not an image|truncated or damaged)"):
+            with pytest.raises(InputError, match=r"cut\.img is (not an image|truncated|damaged)"):
                 slide.thumbnail(20)
         with contextlib.suppress(InputError):  # the header may be whole
             assert slide.size == size
@@ -249,7 +252,7 @@ def test_compressed_bytes_that_were_overwritten_are_refused(tmp_path):
         middle = len(data) // 3
         data[middle : middle + 4000] = bytes(4000)
         path.write_bytes(data)
-        with pytest.raises(InputError, match=r"is truncated or damaged: \S+"):
+        with pytest.raises(InputError, match=r"is damaged, or of a kind that is not read: \S+"):
             Slide(path).read()
 
 
@@ -297,6 +300,20 @@ def test_channels_and_planes_that_no_h_and_e_image_has(tmp_path):
             Slide(tmp_path / "s.ome.tif").size  # noqa: B018
 
 
+def test_planes_of_ome_that_the_file_does_not_hold(tmp_path):
+    """As of a set of files, of which one was copied."""
+    pixels = 'DimensionOrder="XYCZT" Type="uint8" SizeX="50" SizeY="40" SizeC="3" SizeZ="1" SizeT="1"'
+    channels = "".join(f'<Channel ID="Channel:0:{i}" SamplesPerPixel="1"/>' for i in range(3))
+    description = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+        f'{pixels}>{channels}<TiffData FirstC="0" IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+    )
+    grey = np.zeros((40, 50), np.uint8)
+    tifffile.imwrite(tmp_path / "s.ome.tif", grey, photometric="minisblack", description=description, metadata=None)
+    with pytest.raises(InputError, match="planes that the file does not hold"):
+        Slide(tmp_path / "s.ome.tif").size  # noqa: B018
+
+
 def test_pages_that_are_no_levels_are_said(tmp_path, caplog):
     with tifffile.TiffWriter(tmp_path / "s.tif") as writer:
         writer.write(PIXELS, photometric="rgb", metadata=None)
@@ -316,14 +333,14 @@ def test_pages_that_are_no_levels_are_said(tmp_path, caplog):
 def test_memory_is_checked_where_an_image_is_decoded_whole(tmp_path, monkeypatch):
     jpg, tif = Slide(pillow(tmp_path / "s.jpg")), Slide(pyramid(tmp_path / "s.tif"))
     one = Slide(strips(tmp_path / "one.tif", rowsperstrip=200, compression="deflate"))
-    monkeypatch.setattr(slide_formats, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(limits, "free_memory", lambda: 100_000)
     for read in (jpg.read, lambda: jpg.read_region(0, 0, 5, 5), tif.read, lambda: one.read_region(0, 0, 5, 5)):
         with pytest.raises(InputError, match=r"decoded whole needs 0.0 GB of memory, 0.0 GB are free"):
             read()
     assert jpg.size == (250, 200)
     np.testing.assert_array_equal(tif.read_region(30, 40, 50, 60), PIXELS[40:100, 30:80])
     monkeypatch.undo()
-    assert 1e8 < slide_formats.free_memory() < 1e14
+    assert 1e8 < limits.free_memory() < 1e14
 
 
 def test_the_digest_of_a_mirax_slide_covers_its_folder(tmp_path):
@@ -336,6 +353,337 @@ def test_the_digest_of_a_mirax_slide_covers_its_folder(tmp_path):
     assert len({before, after, file_digest(tmp_path / "s" / "Data0000.dat")}) == 3
     (tmp_path / "s" / "Data0001.dat").unlink()
     assert file_digest(tmp_path / "s.mrxs") == before
+
+
+# folders as they are on people's disks
+
+
+def test_litter_of_operating_systems_is_no_slide_and_every_ending_is_taken(tmp_path):
+    slides = ["a.svs", "b.TIF", "c.ome.tiff", "d.btf", "e.tf8", "f.tf2", "g.ndpi", "h.OME.BTF", "i.mrxs", "j.v2.jpg"]
+    litter = ["._a.svs", ".DS_Store", ".hidden.tif", "Thumbs.db", "desktop.ini", "Icon\r", "notes.txt"]
+    for name in slides + litter:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "i").mkdir()
+    (tmp_path / "folder.tif").mkdir()
+    assert [path.name for path in slide_files(tmp_path)] == slides
+    assert [slide_name(path) for path in slide_files(tmp_path)] == [*"abcdefghi", "j.v2"]
+    assert slide_name(Path(".ome.tif")) == ".ome"
+
+
+def test_the_parts_of_a_hamamatsu_slide_are_no_slides_of_their_own(tmp_path):
+    for name in ("CMU 1.vms", "CMU 1(1,0).jpg", "CMU 1_map2.jpg", "other.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in slide_files(tmp_path)] == ["CMU 1.vms", "other.jpg"]
+
+
+def test_a_path_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    strips(tmp_path / "s.tif")
+    assert Slide("~/s.tif").path == tmp_path / "s.tif"
+    with pytest.raises(InputError, match="is a folder"):
+        Slide("~")
+
+
+# metadata that are invalid
+
+
+def with_orientation(path: Path, value: int) -> Path:
+    if path.suffix == ".tif":
+        return strips(path, extratags=[(274, "H", 1, value, True)])
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return pillow(path, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "webp"])
+@pytest.mark.parametrize("value", [0, 1, 3, 9, 255])
+def test_an_orientation_that_exif_does_not_define_is_ignored_and_said(tmp_path, suffix, value, caplog):
+    caplog.set_level("INFO")
+    slide = Slide(with_orientation(tmp_path / f"s.{suffix}", value))
+    if value == 3:
+        with pytest.raises(InputError, match="stored turned"):
+            slide.size  # noqa: B018
+        return
+    assert slide.size == (250, 200) and slide.read().shape == (200, 250, 3)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("stexp")]
+    assert [f"states the orientation {value}," in text for text in ours] == [True] * (value != 1)
+
+
+def test_exif_that_cannot_be_parsed_is_ignored_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    slide = Slide(pillow(tmp_path / "s.jpg", exif=b"Exif\0\0II*\0" + b"\xff" * 40))
+    assert slide.size == (250, 200)
+    assert "s.jpg: Corrupt EXIF data" in caplog.text
+
+
+def rational(tag: int, numerator: int, denominator: int) -> tuple:
+    return tag, 5, 1, (numerator, denominator), True
+
+
+@pytest.mark.parametrize(
+    "tags, said",
+    [
+        ([rational(282, 0, 0), rational(283, 0, 0), (296, 3, 1, 3, True)], True),
+        ([rational(282, 72, 1), rational(283, 72, 1), (296, 3, 1, 2, True)], True),
+        ([rational(282, 20000, 1), rational(283, 20000, 1), (296, 3, 1, 77, True)], True),
+        ([rational(282, 4294967295, 1), rational(283, 4294967295, 1), (296, 3, 1, 3, True)], True),
+        ([(282, 2, 3, b"20k", True), (283, 2, 3, b"20k", True), (296, 3, 1, 3, True)], True),
+        ([rational(282, 72, 1), rational(283, 72, 1), (296, 3, 1, 1, True)], False),
+    ],
+)
+def test_a_resolution_that_no_slide_has_is_ignored_and_said(tmp_path, tags, said, caplog):
+    caplog.set_level("INFO")
+    with tifffile.TiffWriter(tmp_path / "s.tif") as writer:
+        writer.write(PIXELS, photometric="rgb", metadata=None, resolution=(1, 1), resolutionunit=1, extratags=tags)
+    path = tmp_path / "s.tif"
+    # tifffile writes its own tags beside: what is first in the file counts
+    with tifffile.TiffFile(path, mode="r+") as file:
+        for code, kind, _, value, _ in tags:
+            file.pages[0].tags[code].overwrite(value, dtype=kind)
+    slide = Slide(path)
+    assert slide.um_per_px is None
+    np.testing.assert_array_equal(slide.read(), PIXELS)
+    assert any("as the size of its pixels it states" in text for text in caplog.messages) == said
+
+
+@pytest.mark.parametrize("size", ["0", "-0.5", "nan", "inf", "half", "1e300"])
+def test_a_size_of_ome_that_no_slide_has_is_ignored_and_said(tmp_path, size, caplog):
+    caplog.set_level("INFO")
+    metadata = {"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeY": size}
+    tifffile.imwrite(tmp_path / "s.ome.tif", PIXELS, photometric="rgb", metadata=metadata)
+    slide = Slide(tmp_path / "s.ome.tif")
+    assert slide.um_per_px is None and slide.size == (250, 200)
+    assert "as the size of its pixels it states" in caplog.text
+
+
+@pytest.mark.parametrize("mpp", ["0", "-1", "1e9"])
+def test_a_scale_of_an_svs_that_no_slide_has_is_ignored_and_said(tmp_path, mpp, caplog):
+    caplog.set_level("INFO")
+    description = APERIO.replace("0.2520", mpp)
+    slide = Slide(pyramid(tmp_path / "s.svs", compression="jpeg", description=description))
+    assert slide.um_per_px is None and slide.size == (250, 200)
+    assert "as the size of its pixels it states" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bounds", "origin"),
+    [
+        ({"x": 300, "y": 100, "width": 2000, "height": 1500}, [300, 100]),
+        (
+            {"x": 0, "y": 100, "width": 2600, "height": 1500},
+            [0, 100],
+        ),  # as wide as the slide: QuPath moves it all the same
+        ({"x": 300, "y": 100}, [0, 0]),
+        ({"x": 300, "y": 100, "width": "?", "height": 1500}, [0, 0]),
+        ({}, [0, 0]),
+    ],
+)
+def test_where_qupath_begins_to_count(monkeypatch, bounds, origin):
+    stated = {f"openslide.bounds-{key}": str(value) for key, value in bounds.items()}
+
+    class Slide:
+        properties = stated
+        detect_format = staticmethod(lambda path: "mirax")
+
+        def __init__(self, path):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr("openslide.OpenSlide", Slide)
+    assert qupath_origin("slide.mrxs") == origin
+
+
+# headers that the pixels contradict
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+@pytest.mark.parametrize("order", [(4, 2, 1), (2, 1, 4), (1, 4, 2)])
+@pytest.mark.parametrize("marked", ["but the largest", "all"])
+def test_levels_out_of_order_are_read_by_size(tmp_path, tile, order, marked):
+    with tifffile.TiffWriter(tmp_path / "s.tif") as writer:
+        for factor in order:
+            kind = int(factor > 1 or marked == "all")
+            resolution = {"resolution": (20000 / factor, 20000 / factor), "resolutionunit": "CENTIMETER"}
+            writer.write(
+                smaller(PIXELS, factor), photometric="rgb", metadata=None, subfiletype=kind, tile=tile, **resolution
+            )
+    slide = Slide(tmp_path / "s.tif")
+    assert slide.size == (250, 200) and slide.um_per_px == pytest.approx(0.5)
+    np.testing.assert_array_equal(slide.read(), PIXELS)
+    with slide.open() as reader:
+        assert reader.sizes == [(250, 200), (125, 100), (63, 50)]
+        for level, factor in enumerate((1, 2, 4)):
+            np.testing.assert_array_equal(reader.read(0, 0, 60, 40, level), smaller(PIXELS, factor)[:40, :60])
+
+
+@pytest.mark.parametrize("kind", ["imagej", "shaped"])
+def test_channels_as_pages_are_the_colours_they_are_said_to_be(tmp_path, kind):
+    channels = np.ascontiguousarray(PIXELS.transpose(2, 0, 1))
+    metadata = {"axes": "CYX"}
+    tifffile.imwrite(tmp_path / "s.tif", channels, photometric="minisblack", imagej=kind == "imagej", metadata=metadata)
+    np.testing.assert_array_equal(Slide(tmp_path / "s.tif").read(), PIXELS)
+
+
+@pytest.mark.parametrize("metadata", [None, {"axes": "ZYX"}, {"axes": "TYX"}])
+def test_grey_pages_of_one_size_are_no_image_of_h_and_e(tmp_path, metadata):
+    channels = np.ascontiguousarray(PIXELS.transpose(2, 0, 1))
+    tifffile.imwrite(tmp_path / "s.tif", channels, photometric="minisblack", metadata=metadata)
+    with pytest.raises(InputError, match=r"holds 3 grey images of one size.*save it as one image of RGB"):
+        Slide(tmp_path / "s.tif").size  # noqa: B018
+
+
+def test_channels_of_ome_are_the_colours_it_states(tmp_path):
+    signed = [int(np.int32(np.uint32(rgba))) for rgba in (0x0000FFFF, 0xFF0000FF, 0x00FF00FF)]  # blue, red, green
+    channels = np.ascontiguousarray(PIXELS[..., [2, 0, 1]].transpose(2, 0, 1))
+    for colours, fits in ((signed, True), ([65535, 65535, -1], False)):
+        metadata = {"axes": "CYX", "Channel": {"Name": ["b", "r", "g"], "Color": colours}}
+        tifffile.imwrite(tmp_path / "s.ome.tif", channels, photometric="minisblack", metadata=metadata)
+        if fits:
+            np.testing.assert_array_equal(Slide(tmp_path / "s.ome.tif").read(), PIXELS)
+        else:
+            with pytest.raises(InputError, match="channels are not red, green and blue"):
+                Slide(tmp_path / "s.ome.tif").size  # noqa: B018
+
+
+@pytest.mark.parametrize("change", [{257: 400}, {256: 500}, {257: 200_000}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "zlib"}, {"tile": (64, 64)}]
+)
+def test_dimensions_that_the_pixels_do_not_fill_are_refused(tmp_path, change, options):
+    path = strips(tmp_path / "s.tif", **options)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        for code, value in change.items():
+            file.pages[0].tags[code].overwrite(value, dtype=4)
+    with pytest.raises(InputError, match=r"s\.tif") as raised:
+        Slide(path).read()
+    assert "truncated" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_planes_that_the_header_takes_for_interleaved_are_refused(tmp_path):
+    for options in ({}, {"rowsperstrip": 7, "compression": "zlib"}, {"tile": (64, 64)}):
+        path = planes(tmp_path / "s.tif", **options)
+        with tifffile.TiffFile(path, mode="r+") as file:
+            file.pages[0].tags[284].overwrite(1, dtype=3)
+        try:
+            read = Slide(path).read()
+        except InputError as error:
+            assert "contradicts its pixels" in str(error) or "damaged" in str(error)
+        else:
+            np.testing.assert_array_equal(read, PIXELS)
+
+
+# causes
+
+
+@pytest.mark.parametrize(
+    "content, cause",
+    [
+        (b"", "it is empty"),
+        (b"\0\5\x16\7\0\2\0\0Mac OS X        ", "what macOS keeps beside a file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+        (b"\x1f\x8b\x08\0" + bytes(50), "compressed: unpack it"),
+        (bytes(5000), "begins with zeros"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["tif", "svs", "jpg", "mrxs"])
+def test_what_is_no_image_is_said_to_be_what_it_is(tmp_path, content, cause, suffix):
+    path = tmp_path / f"s.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=cause) as raised:
+        Slide(path).size  # noqa: B018
+    assert "truncated" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["strips", "strips-lzw", "tiled", "pyramid", "jpg", "png"])
+def test_only_an_image_that_lacks_its_end_is_called_truncated(tmp_path, name):
+    path = FORMATS[name][0](tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(InputError, match="is truncated, its end is missing"):
+        Slide(path).read()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3 : len(whole) // 3 + 3000] = bytes(3000)
+    path.write_bytes(damaged)
+    with contextlib.suppress(InputError):  # pixels that are stored as they are can be anything
+        Slide(path).read()
+        return
+    with pytest.raises(InputError, match="is damaged, or of a kind that is not read"):
+        Slide(path).read()
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be(tmp_path, monkeypatch):
+    path = strips(tmp_path / "s.tif")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("stexp.data.slides.slide.open_image", refuse)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        Slide(path).size  # noqa: B018
+
+
+# bombs
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + rows
+
+
+def tiff_that_says(path: Path, width: int, height: int) -> Path:
+    strips(path, tile=(64, 64), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[0].tags[256].overwrite(width, dtype=4)
+        file.pages[0].tags[257].overwrite(height, dtype=4)
+    return path
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (2_000_000, 2), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_dimensions_that_a_file_cannot_hold_are_refused_before_memory_is_taken(tmp_path, size, suffix):
+    path = tmp_path / f"s.{suffix}"
+    if suffix == "png":
+        path.write_bytes(png_that_says(*size))
+    else:
+        tiff_that_says(path, *size)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"which no slide has|which cannot hold them|contradicts its pixels"):
+        Slide(path).size  # noqa: B018
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def test_exif_does_not_decode_the_image_before_its_size_is_checked(tmp_path, monkeypatch):
+    path = pillow(tmp_path / "s.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    assert Slide(path).size == (250, 200)
+
+
+def test_a_tile_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    path = strips(tmp_path / "s.tif", tile=(256, 256), compression="zlib")
+    monkeypatch.setattr(limits, "free_memory", lambda: 100_000)
+    with pytest.raises(InputError, match="decoded whole needs"):
+        Slide(path).size  # noqa: B018
+
+
+def test_the_thumbnail_of_a_very_long_image_takes_little_memory(tmp_path):
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros((4, 200_000, 3), np.uint8), photometric="rgb")
+    tracemalloc.start()
+    small, _ = Slide(tmp_path / "s.tif").thumbnail(100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert small.shape == (1, 100, 3) and peak < 10 * 4 * 200_000
 
 
 @pytest.mark.data

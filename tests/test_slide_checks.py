@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from stexp.data.readers.samplesheet import read
+from stexp.data.readers.samplesheet import read_samplesheet
 from stexp.data.slides.stream import tile_batches
 from stexp.inference import slide_checks
 from stexp.inference.slide_checks import conclude, grain, judge, look, strange
@@ -19,7 +19,7 @@ TILE = {"px": PX, "um": TILE_UM, "trained_um_per_px": 1.25, "um_per_px": {"B1": 
 @pytest.fixture(scope="module")
 def tiles(demo) -> dict[str, np.ndarray]:
     found = {}
-    for section in read(demo / "data" / "sheet.csv"):
+    for section in read_samplesheet(demo / "data" / "sheet.csv"):
         rows = np.random.default_rng(0).choice(len(section), 60, replace=False)
         side = round(TILE_UM / section.um_per_px)
         found[section.name] = np.concatenate(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section, make_sections
 
-from stexp.data.splits import ROLES, assign_roles, folds, spatial_blocks
-from stexp.errors import InputError
+from stexp.data.splits import ROLES, assign_roles, folds, role_lines, spatial_blocks, spot_table
+from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")
@@ -91,11 +91,12 @@ def test_a_patient_that_fold_cannot_name_is_refused(name):
     assert folds(patients, PAPER) == ["A1", "B1", "C1"]
 
 
-def test_a_fold_that_was_read_as_a_number_is_hinted_at():
+def test_an_unknown_fold_says_what_there_is_and_how_it_is_typed():
     patients = [stub("A1"), stub("B1")]
     patients[1].patient = "10_1"
-    with pytest.raises(InputError, match=r"fold=101 is no patient .* 10_1 is read as 101, so give \"fold='10_1'\"$"):
+    with pytest.raises(UnknownName, match="fold=101 is no patient") as error:
         assign_roles(patients, STRICT, "101")
+    assert (error.value.names, error.value.choices, error.value.typed) == (["101"], ["A", "10_1"], "fold={}")
 
 
 # validation
@@ -125,6 +126,22 @@ def test_with_one_training_section_validation_is_a_quarter_beyond_a_line():
     x = section.xy_px[:, 0]
     assert (roles == "validation").sum() == 10
     assert x[roles == "validation"].min() > x[roles == "train"].max()
+
+
+@pytest.mark.parametrize(
+    ("patients", "says"),
+    [
+        ("AB", "validation spots are a block of A1, the rest of which trains"),
+        ("AAB", "validation section is of A, of whom others train"),
+        ("ABCD", None),
+    ],
+)
+def test_it_is_said_where_validation_is_little_apart_from_training(patients, says, tmp_path):
+    names = [f"{patient}{patients[:i].count(patient) + 1}" for i, patient in enumerate(patients)]
+    sections = [make_section(tmp_path, name, name[0]) for name in names]
+    text = "\n".join(role_lines(spot_table(sections, assign_roles(sections, STRICT, patients[-1]))))
+    assert text.count("validation: ") == 1
+    assert says in text if says else "of whom" not in text and "a block of" not in text
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
@@ -255,5 +272,5 @@ def test_block_folds_are_named_and_refused_by_name():
         assign_roles([stub("A1", 7)], BLOCKS, "block1")
     with pytest.raises(InputError, match="no section with an image is left to train on; protocol=blocks"):
         assign_roles(sections, STRICT, "A")
-    with pytest.raises(InputError, match=r"protocol\.blocks=2: give 3 or more"):
+    with pytest.raises(InputError, match=r"protocol\.blocks=2: 3 to 1000"):
         Protocol("blocks", hold_out="block", blocks=2)

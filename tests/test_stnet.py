@@ -59,7 +59,7 @@ def test_starts_as_the_training_mean_and_scales_colours_by_the_training_tiles(da
     rows = data.rows("train")
     batch = data.batch(SpotIndex(torch.from_numpy(data.rows("test"))))
     expected = data.target[rows].mean(axis=0)
-    np.testing.assert_allclose(model.predict_step(batch)["predicted"], np.tile(expected, (50, 1)), rtol=1e-5)
+    np.testing.assert_allclose(model.predict_step(batch).predicted, np.tile(expected, (50, 1)), rtol=1e-5)
     pixels = data.tiles(rows).numpy().reshape(-1, 3) / 255.0
     if input_scale == "train":
         np.testing.assert_allclose(model.mean.view(3), pixels.mean(axis=0), rtol=1e-5)
@@ -81,10 +81,10 @@ def test_prediction_is_the_mean_over_the_eight_symmetries(data):
         seen += [mirrored, mirrored.swapaxes(2, 3)]
     assert len({image.tobytes() for image in seen}) == 8
     expected = np.mean([plain(torch.from_numpy(image.copy())).numpy() for image in seen], axis=0)
-    np.testing.assert_allclose(averaged.predict_step(batch)["predicted"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(averaged.predict_step(batch).predicted, expected, rtol=1e-4, atol=1e-5)
     batch.image = batch.image.rot90(1, (2, 3))
-    np.testing.assert_allclose(averaged.predict_step(batch)["predicted"], expected, rtol=1e-4, atol=1e-5)
-    assert np.abs(plain.predict_step(batch)["predicted"].numpy() - expected).max() > 1e-2
+    np.testing.assert_allclose(averaged.predict_step(batch).predicted, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(plain.predict_step(batch).predicted.numpy() - expected).max() > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -125,7 +125,7 @@ def test_a_checkpoint_brings_back_start_and_predictions(tmp_path, data):
     again = make_model(len(data.panel), seed=1)
     again.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
     first, second = (
-        torch.cat([output["predicted"] for output in make_trainer(tmp_path).predict(m, datamodule=data)])
+        torch.cat([output.predicted for output in make_trainer(tmp_path).predict(m, datamodule=data)])
         for m in (model, again)
     )
     assert first.std(dim=0).max() > 0

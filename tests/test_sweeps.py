@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -13,30 +14,96 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from stexp.cli.train import FINISHED, main
-from stexp.config.compose import compose, parse, quoted
+from stexp.cli import job as process_of_job
+from stexp.cli.train import main
+from stexp.config import build, command, dataset_of, to_plain
+from stexp.config.compose import compose
 from stexp.errors import InputError
-from stexp.sweeps import jobs as sweeps
-from stexp.sweeps import launching as launch
-from stexp.sweeps.jobs import NOT_IN_NAME, Job, _flat, jobs, with_needs
+from stexp.runs.folder import RESULTS
+from stexp.sweeps import schedule
+from stexp.sweeps.choice import choose
+from stexp.sweeps.failure import cause_of
+from stexp.sweeps.jobs import Job, jobs, with_needs
+from stexp.sweeps.launching import starter, sweep
+from stexp.sweeps.local import Local, gpu_slots, visible_gpus
+from stexp.sweeps.names import NOT_IN_NAME
+from stexp.sweeps.preview import preview
+from stexp.sweeps.schedule import Slot, run
+from stexp.sweeps.settings import flat
 
 
 def finish(folder: Path, **files: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*FINISHED, "metrics.json"):
+    for name in (*RESULTS, "metrics.json"):
         (folder / name).write_text(json.dumps(files.get(name.removesuffix(".json"), {})))
 
 
+def settings_of_run(config: dict) -> dict:
+    """Dotted key -> value, without what is of one fold or folder."""
+    of_one = ("fold", "seed", "output_dir", "logger.", "callbacks.")
+    return {key: value for key, value in flat(config).items() if not key.startswith(of_one)}
+
+
 # what a sweep consists of
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "folders"),
+    [
+        (
+            "table1",
+            ["fold=B4,CID4290,P2_ST_rep1", "model=mclstexp,stnet"],
+            [
+                "runs/her2st-paper/mclstexp/B4-s0",
+                "runs/her2st-paper/stnet-augmentation_dihedral-batch_size_32-max_epochs_50/B4-s0",
+                "runs/cscc-paper/mclstexp-protocol.k_600/P2_ST_rep1-s0",
+                "runs/cscc-paper/stnet-augmentation_dihedral-batch_size_32-max_epochs_50/P2_ST_rep1-s0",
+                "runs/alex10x-paper/mclstexp-max_epochs_15/CID4290-s0",
+                "runs/alex10x-paper/stnet-batch_size_32-max_epochs_50/CID4290-s0",
+            ],
+        ),
+        (
+            "tableS5",
+            ["fold=C", "protocol=strict", "data=her2st", "image_encoder=vit_b32", "seed=3", "output_dir='a b/r'"],
+            ["a b/r/her2st-strict/mclstexp-image_encoder_vit_b32/C-s3"],
+        ),
+        (
+            "search",
+            ["fold=B", "model.lr=1e-05", "model.embedding_dim=128", "model.weight_decay=0.01"],
+            ["runs/her2st-strict/mclstexp-embedding_dim_128-lr_1e-05-weight_decay_0.01/B-s0"],
+        ),
+        (
+            "tableS2",
+            ["fold=B4", "data.sections=[B4,C2]", "data.panel_file=/x/y/z.txt", "data.stain=macenko"],
+            ["runs/her2st-paper/mclstexp-panel_file_z.txt.9a9a87ec-sections_B4+C2-stain_macenko/B4-s0"],
+        ),
+        (
+            "figS4",
+            ["fold=B4", "data=her2st", "model.k=50"],
+            ["runs/her2st-paper/mclstexp/B4-s0/rescored/k=50"],
+        ),
+    ],
+)
+def test_folders_are_named_as_those_of_recorded_runs(name, overrides, folders):
+    assert [str(job.output_dir) for job in jobs(name, overrides)] == folders
+
+
+def test_long_names_are_cut_and_kept_apart():
+    long = [f"data.panel_file=/x/{'y' * 110}{i}.txt" for i in range(2)]
+    names = [jobs("tableS2", ["fold=B4", text])[0].output_dir.parent.name for text in long]
+    assert len(set(names)) == 2 and all(
+        len(name) <= 120 and name.startswith("mclstexp-panel_file_yyy") for name in names
+    )
 
 
 def test_a_folder_is_one_run_in_every_sweep_and_a_run_one_folder():
     folder_of, config_of = defaultdict(set), defaultdict(set)
     for name in ("table1", "tableS4", "tableS7"):
         for job in jobs(name):
-            config = {key: value for key, value in _flat(job.settings).items() if not key.startswith(NOT_IN_NAME)}
+            config = {key: value for key, value in flat(job.settings).items() if not key.startswith(NOT_IN_NAME)}
             what = (json.dumps(config, sort_keys=True), job.fold, job.seed)
             folder_of[what].add(job.output_dir)
             config_of[job.output_dir].add(what)
@@ -65,12 +132,8 @@ def test_the_command_of_a_job_gives_its_settings_and_folder(name):
         cfg = compose("train", job.overrides)
         assert Path(cfg.output_dir) == job.output_dir and job.output_dir.parts[:2] == ("x (1)", "runs")
         assert (cfg.fold, cfg.seed) == (job.fold, job.seed)
-        made = OmegaConf.to_container(OmegaConf.merge(cfg, {"fold": None, "seed": 0, "output_dir": "x"}), resolve=True)
-        mine = OmegaConf.merge(compose("train", job.overrides[:-3]), {"fold": None, "seed": 0, "output_dir": "x"})
-        assert made == OmegaConf.to_container(mine, resolve=True)
-        assert _flat(job.settings)["trainer.max_epochs"] == 2 == cfg.trainer.max_epochs
-        for part in ("data", "protocol", "model", "image_encoder", "trainer"):
-            assert job.settings[part] == OmegaConf.to_container(cfg, resolve=True)[part]
+        assert settings_of_run(OmegaConf.to_container(cfg, resolve=True)) == settings_of_run(job.settings)
+        assert cfg.trainer.max_epochs == 2
 
 
 def test_values_on_the_command_line_take_the_place_of_the_sweeps():
@@ -113,32 +176,6 @@ def test_what_does_not_fit_is_one_line(arguments, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "A",
-        "10_1",
-        "null",
-        "True",
-        ".5",
-        "1e3",
-        "a b",
-        "x'y",
-        "a=b",
-        "a,b",
-        "[a]",
-        "/x (1)/y-s0",
-        "B4+C2",
-        "\u00e9",
-        "-1",
-        "$x",
-        "",
-    ],
-)
-def test_a_name_comes_through_the_command_line_as_it_is(name):
-    assert parse([f"fold={quoted(name)}"])[0].value() == name
-
-
 def test_an_unknown_sweep_is_said_with_those_there_are():
     with pytest.raises(InputError, match=r"sweep=table9: choose figS1, .*, table1, tableS2"):
         jobs("table9")
@@ -151,7 +188,7 @@ def test_the_folds_known_beforehand_are_those_of_the_readers(tmp_path):
         fake.write(tmp_path / name)
         cfg = compose("train", [f"data={name}", f"data.root={tmp_path / name}", f"data.cache_dir={tmp_path}/cache"])
         listed = {section: patient for patient, of in cfg.data.sections_of.items() for section in of}
-        read = sweeps.load_sections(cfg, sweeps.build(cfg.protocol))
+        read = dataset_of(cfg).read_sections(build(cfg.protocol))
         assert read and all(listed[section.name] == section.patient for section in read)
 
 
@@ -176,10 +213,10 @@ def test_lists_of_values_without_a_sweep_go_where_the_config_says(tmp_path):
 
 
 def test_what_is_retrieved_again_is_where_stexp_score_puts_it():
-    from stexp.runs.rescore import _name
+    from stexp.runs.rescore import folder_name
 
     again = next(job for job in jobs("figS4", ["data=her2st"]) if job.command == "score")
-    assert again.output_dir == again.needs.output_dir / "rescored" / _name({"k": int(again.cell["model.k"])})
+    assert again.output_dir == again.needs.output_dir / "rescored" / folder_name({"k": int(again.cell["model.k"])})
     assert again.typed == f"stexp-score run={again.needs.output_dir} model.k={again.cell['model.k']}"
 
 
@@ -200,8 +237,16 @@ class Fake(Job):
 FINISH = f"""
 import sys, pathlib
 folder = pathlib.Path(sys.argv[1])
-for name in {[*FINISHED, "metrics.json"]}: (folder / name).write_text('{{}}')
+for name in {[*RESULTS, "metrics.json"]}: (folder / name).write_text('{{}}')
 """
+
+
+RECORD = """
+import json, sys, pathlib
+record = {"kind": "InputError", "message": "no such gene", "exit": 2}
+(pathlib.Path(sys.argv[1]) / "logs" / "failure.json").write_text(json.dumps(record))
+print("stexp: error: something else")
+sys.exit(2)"""
 
 
 def fake(folder: Path, code: str = FINISH, needs: Job | None = None) -> Fake:
@@ -229,11 +274,11 @@ def test_each_device_has_one_job_and_the_next_goes_to_whichever_frees_first(tmp_
     def tick(_seconds: float) -> None:
         Clocked.now += 1
 
-    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=tick, monotonic=time.monotonic))
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(sleep=tick, monotonic=time.monotonic))
     lengths = {"a": 9, "b": 2, "c": 3, "d": 1, "e": 4}
     Clocked.now, started, children = 0, [], []
 
-    def start(job: Job, slot: launch.Slot) -> Clocked:
+    def start(job: Job, slot: Slot) -> Clocked:
         busy = [other for device, other in children if device == slot.environment["CUDA_VISIBLE_DEVICES"]]
         assert all(other.until <= Clocked.now for other in busy), "two jobs on one device"
         child = Clocked(job, lengths[job.output_dir.name])
@@ -241,8 +286,8 @@ def test_each_device_has_one_job_and_the_next_goes_to_whichever_frees_first(tmp_
         started.append((Clocked.now, job.output_dir.name, slot.environment["CUDA_VISIBLE_DEVICES"]))
         return child
 
-    slots = launch.gpu_slots(["3", "7"], None, 1)
-    assert launch.run([fake(tmp_path / name) for name in lengths], start, slots) == {}
+    slots = gpu_slots(["3", "7"], None, 1)
+    assert run([fake(tmp_path / name) for name in lengths], start, slots) == {}
     assert started == [(0, "a", "3"), (0, "b", "7"), (2, "c", "7"), (5, "d", "7"), (6, "e", "7")]
 
 
@@ -260,21 +305,22 @@ while len(list(here.glob("met-*"))) < 2:  # passed only with the other at work
 device.unlink()
 {FINISH}"""
     members = [fake(tmp_path / name, meet) for name in "abcde"]
-    slots = launch.gpu_slots(["0", "1"], None, 1)
-    start = lambda job, slot: launch.Local(job, slot.environment)  # noqa: E731
-    assert launch.run(members, start, slots) == {}
+    slots = gpu_slots(["0", "1"], None, 1)
+    start = lambda job, slot: Local(job, slot.environment)  # noqa: E731
+    assert run(members, start, slots) == {}
     assert all(job.done for job in members) and not list(tmp_path.glob("device-*"))
 
 
 def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again(tmp_path, caplog):
-    bad = fake(tmp_path / "bad", "import sys; print('stexp: error: no such gene'); sys.exit(2)")
+    bad = fake(tmp_path / "bad", RECORD)
     half = fake(tmp_path / "half", "pass")  # ends well, without results
     good = fake(tmp_path / "good")
     members = [bad, half, good, fake(tmp_path / "after-bad", needs=bad), fake(tmp_path / "after-good", needs=good)]
-    start = lambda job, slot: launch.Local(job, {})  # noqa: E731
-    failed = launch.run(members, start, [launch.Slot()])
+    start = lambda job, slot: Local(job, {})  # noqa: E731
+    failed = run(members, start, [Slot()])
     assert set(failed) == {tmp_path / "bad", tmp_path / "half", tmp_path / "after-bad"}
     assert failed[tmp_path / "bad"] == f"no such gene ({tmp_path / 'bad/logs/job.log'})"
+    assert "without its results" in failed[tmp_path / "half"]
     assert "it needs" in failed[tmp_path / "after-bad"] and not (tmp_path / "after-bad").exists()
     assert (tmp_path / "bad/logs/job.log").read_text().startswith("$ stexp-train fold=bad\n")
 
@@ -282,15 +328,117 @@ def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again
     mended = [replace(job, code=FINISH) for job in members]
     mended[3], mended[4] = replace(mended[3], needs=mended[0]), replace(mended[4], needs=mended[2])
 
-    def noting(job: Job, slot: launch.Slot) -> launch.Local:
+    def noting(job: Job, slot: Slot) -> Local:
         ran.append(job.output_dir.name)
-        return launch.Local(job, {})
+        return Local(job, {})
 
-    assert launch.run(mended, noting, [launch.Slot()]) == {}
+    assert run(mended, noting, [Slot()]) == {}
     assert ran == ["bad", "half", "after-bad"]
-    assert launch.run(mended, noting, [launch.Slot()]) == {} and len(ran) == 3
-    launch.run(mended, noting, [launch.Slot()], anew=True)
+    assert not (tmp_path / "bad/logs/failure.json").exists(), "of an attempt before"
+    assert run(mended, noting, [Slot()]) == {} and len(ran) == 3
+    run(mended, noting, [Slot()], anew=True)
     assert len(ran) == 8
+
+
+def test_a_job_that_is_killed_or_only_has_a_status_is_said_to_be(tmp_path):
+    assert "SIGKILL" in cause_of(tmp_path, -signal.SIGKILL)
+    assert "7" in cause_of(tmp_path, 7)
+
+
+def raising(error: BaseException):
+    """A command's main that ends with an error, as commands do."""
+
+    def main() -> None:
+        with command():
+            raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status", "says"),
+    [
+        (InputError("no such gene"), "InputError", 2, "no such gene"),
+        (OSError(28, "No space left on device", "x.h5ad"), "OSError", 2, "No space left on device"),
+        (KeyboardInterrupt(), "KeyboardInterrupt", 130, ""),
+        (ZeroDivisionError("two\nlines"), "ZeroDivisionError", 1, "two lines"),
+        (SystemExit(3), "SystemExit", 3, "3"),
+        (SystemExit(0), None, 0, ""),
+    ],
+)
+def test_a_job_records_why_it_failed(error, kind, status, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
+    monkeypatch.setattr("importlib.import_module", lambda name: SimpleNamespace(main=raising(error)))
+    monkeypatch.setattr(sys, "argv", ["job"])
+    with pytest.raises(type(error) if kind == "ZeroDivisionError" else SystemExit):
+        process_of_job.main(str(tmp_path), "train", ["fold=A"])
+    assert sys.argv == ["stexp-train", "fold=A"]
+    if kind is None:
+        assert not (tmp_path / "failure.json").exists()
+        return
+    record = json.loads((tmp_path / "failure.json").read_text())
+    assert (record["kind"], record["exit"]) == (kind, status) and says in record["message"]
+    assert record["message"] in cause_of(tmp_path, status)
+
+
+@pytest.fixture
+def slow_import(tmp_path) -> dict[str, str]:
+    """Environment of a job that never gets past importing, and holds a file meanwhile as a run holds its folder."""
+    (tmp_path / "slow" / "hydra").mkdir(parents=True)
+    (tmp_path / "slow" / "hydra" / "__init__.py").write_text(
+        "import os, time\nfrom filelock import FileLock\nheld = FileLock(os.environ['HELD'])\nheld.acquire()\n"
+        "open(os.environ['HELD'] + '.began', 'w').close()\nwhile True: time.sleep(1)\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "slow"), *sys.path])
+    return {"PYTHONPATH": path, "HELD": str(tmp_path / "held")}
+
+
+def start_job(arguments: list[str], environment: dict[str, str], parent: int) -> subprocess.Popen:
+    environment = {**os.environ, **environment, "STEXP_PARENT": str(parent)}
+    return subprocess.Popen([sys.executable, *arguments], stdin=subprocess.PIPE, env=environment)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_job_that_still_imports_ends_with_a_sweep_that_is_killed(tmp_path, slow_import):
+    start = f"""
+import sys
+from pathlib import Path
+from stexp.sweeps.local import start_process
+arguments = [sys.executable, "-m", "stexp.cli.job", sys.argv[1], "train"]
+job = start_process(arguments, "typed", Path(sys.argv[1]), {slow_import!r})
+sys.stdin.read()"""
+    sweep = subprocess.Popen([sys.executable, "-c", start, str(tmp_path / "logs")], stdin=subprocess.PIPE)
+    wait_for(tmp_path / "held.began", sweep)
+    held = FileLock(tmp_path / "held")
+    with pytest.raises(Timeout):
+        held.acquire(timeout=0)
+    sweep.kill()
+    held.acquire(timeout=30)  # by the same command again
+    held.release()
+    sweep.communicate()
+
+
+def test_a_job_whose_sweep_is_gone_before_it_looks_does_not_begin(tmp_path, slow_import):
+    with start_job(["-m", "stexp.cli.job", str(tmp_path), "train"], slow_import, parent=0) as process:
+        assert process.wait(30) == 1
+    assert not (tmp_path / "held.began").exists()
+
+
+def test_a_job_ends_with_its_sweep_where_the_kernel_does_not_end_it(tmp_path, slow_import):
+    without = (
+        "import ctypes, runpy, types\nctypes.CDLL = lambda name: types.SimpleNamespace(prctl=lambda *_: -1)\n"
+        "runpy.run_module('stexp.cli.job', run_name='__main__')"
+    )
+    with start_job(["-c", without, str(tmp_path), "train"], slow_import, parent=os.getpid()) as process:
+        wait_for(tmp_path / "held.began", process)
+        process.stdin.close()
+        assert process.wait(30) == 1
 
 
 def test_an_interrupted_sweep_ends_its_jobs(tmp_path, monkeypatch):
@@ -301,8 +449,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where this test was sta
 while True: time.sleep(1)"""
     started = []
 
-    def start(job: Job, slot: launch.Slot) -> launch.Local:
-        started.append(launch.Local(job, {}))
+    def start(job: Job, slot: Slot) -> Local:
+        started.append(Local(job, {}))
         return started[-1]
 
     interruptions = iter([KeyboardInterrupt])
@@ -311,9 +459,9 @@ while True: time.sleep(1)"""
         if all((tmp_path / name / "began").exists() for name in "ab"):
             raise next(interruptions, ValueError)
 
-    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
+    monkeypatch.setattr(schedule, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
     with pytest.raises(KeyboardInterrupt):
-        launch.run([fake(tmp_path / name, endless) for name in "abc"], start, [launch.Slot(), launch.Slot()])
+        run([fake(tmp_path / name, endless) for name in "abc"], start, [Slot(), Slot()])
     assert [child.process.returncode for child in started] == [-signal.SIGINT] * 2
     assert not (tmp_path / "c").exists()
 
@@ -324,7 +472,7 @@ import signal, sys, time, pathlib
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 (pathlib.Path(sys.argv[1]) / 'began').touch()
 while True: time.sleep(1)"""
-    child = launch.Local(fake(tmp_path / "deaf", deaf), {})
+    child = Local(fake(tmp_path / "deaf", deaf), {})
     while not (tmp_path / "deaf" / "began").exists():
         assert child.poll() is None
     child.interrupt()
@@ -341,15 +489,15 @@ def test_devices_are_those_that_this_process_may_use(tmp_path, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.visible_gpus() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]
     for told, there in (("2,GPU-9", ["2", "GPU-9"]), ("", []), ("-1", []), ("1,-1,2", ["1"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-        assert launch.visible_gpus() == there
+        assert visible_gpus() == there
 
 
 def test_two_jobs_share_a_device_only_where_asked():
     def names(*arguments) -> list[str]:
-        return [slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in launch.gpu_slots(*arguments)]
+        return [slot.environment.get("CUDA_VISIBLE_DEVICES") for slot in gpu_slots(*arguments)]
 
     assert names(["0", "1"], None, 1) == ["0", "1"]
     assert names(["0", "1"], None, 2) == ["0", "1", "0", "1"]
@@ -361,7 +509,7 @@ def test_two_jobs_share_a_device_only_where_asked():
         (["0"], None, 0, "jobs_per_gpu=0"),
     ):
         with pytest.raises(InputError, match=says):
-            launch.gpu_slots(there, wanted, n)
+            gpu_slots(there, wanted, n)
 
 
 def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
@@ -387,8 +535,8 @@ def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
     overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "+hydra.launcher.additional.qos=long"]
     launcher = compose("train", overrides, with_hydra=True).hydra.launcher
     members = [fake(tmp_path / "a"), fake(tmp_path / "b", "raise SystemExit(2)")]
-    start, slots = launch._starter(launcher, members, "table1")
-    assert set(launch.run(members, start, slots)) == {tmp_path / "b"}
+    start, slots = starter(to_plain(launcher), members, "table1")
+    assert set(run(members, start, slots)) == {tmp_path / "b"}
     assert given[0] == (tmp_path / "a" / "logs" / "submitit", "slurm")
     assert given[1]["slurm_partition"] == "gpu" and given[1]["gpus_per_node"] == 1
     assert given[1]["slurm_additional_parameters"] == {"qos": "long"} and "slurm_account" not in given[1]
@@ -396,21 +544,24 @@ def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
 
 def test_the_preview_says_what_is_done_and_scales_recorded_hours_by_epochs(tmp_path):
     members = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4,C2,C3"])
-    text = launch.preview(members)
+    text = preview(members)
     assert "3 jobs, 0 done, 3 to do: no run to go by; unknown for 3" in text
     # another setting of the method, with a tenth of the epochs: 600 s besides 3000 s of fitting
     other = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4", "trainer.max_epochs=9"])[0].output_dir
     record = {"seconds": 3600, "stages": {"fit": 3000}, "hardware": {"cpu": "abacus"}}
     finish(other, provenance=record)
-    (other / "config.yaml").write_text("trainer: {max_epochs: 9}")
+    config = "{seed: 0, protocol: {}, data: {}, model: {}, trainer: {max_epochs: 9}}"
+    (other / "config.yaml").write_text(config)
     (other / "weights").write_bytes(bytes(10_000_000))
-    text = launch.preview(members)
+    text = preview(members)
     assert f"{(600 + 30000) / 3600:.2f}" in text and "unknown" not in text
     assert f"3 to do: {3 * 30600 / 3600:.1f} h and 0.0 GB by runs on CPU abacus" in text
     # the same settings count alone
     finish(members[0].output_dir, provenance={**record, "seconds": 36000, "stages": {"fit": 1}})
-    (members[0].output_dir / "config.yaml").write_text("trainer: {max_epochs: 90}")
-    text = launch.preview(members)
+    (members[0].output_dir / "config.yaml").write_text(
+        "{seed: 0, protocol: {}, data: {}, model: {}, trainer: {max_epochs: 90}}"
+    )
+    text = preview(members)
     assert f"done   {members[0].output_dir}" in text and "1 done, 2 to do: 20.0 h" in text
 
 
@@ -420,7 +571,7 @@ def test_a_search_chooses_by_validation_and_not_by_the_test_spots(tmp_path):
     for i, job in enumerate(cells):
         scores = {"pearson_acg": -float(i), "pearson_heg50": 0.0}
         finish(job.output_dir, provenance={"validation_pearson": i % 5}, metrics={"scores": scores})
-    best = sweeps.choose(cells, "validation_pearson")
+    best = choose(cells, "validation_pearson")
     for _, row in best.iterrows():
         of_fold = [i for i, job in enumerate(cells) if job.fold == row["fold"]]
         first = max(of_fold, key=lambda i: (i % 5, -i))
@@ -429,7 +580,7 @@ def test_a_search_chooses_by_validation_and_not_by_the_test_spots(tmp_path):
     assert list(best["fold"]) == ["B", "C"]
     finish(cells[0].output_dir)
     with pytest.raises(InputError, match="has no validation_pearson"):
-        sweeps.choose(cells, "validation_pearson")
+        choose(cells, "validation_pearson")
 
 
 # the command
@@ -480,12 +631,12 @@ def test_a_sweep_runs_end_to_end_and_a_second_time_does_nothing(tmp_path, monkey
     demo = ["data=demo", f"data.root={tmp_path}/demo", f"data.cache_dir={tmp_path}/cache", "data.reader.patients=2"]
     few = ["data.reader.sections_per_patient=1", "protocol.k=20", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     line = ["sweep=tableS6", *demo, *few, f"output_dir={tmp_path}/runs", "fold=A1", "model.distance=l1,l2"]
-    assert launch.sweep(line) == 0
+    assert sweep(line) == 0
     cells = jobs("tableS6", line[1:])
     assert [job.command for job in cells] == ["train", "score"] and all(job.done for job in cells)
     config = OmegaConf.load(cells[0].output_dir / "config.yaml")
     assert "sweep" not in config and config.fold == "A1", "the same run for whichever sweep"
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     caplog.clear()
-    assert launch.sweep(line) == 0 and "2 jobs, 2 of them done" in caplog.text
+    assert sweep(line) == 0 and "2 jobs, 2 of them done" in caplog.text
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}

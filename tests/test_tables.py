@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
 from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.reporting.labels import label_methods
 from stexp.reporting.tables import FILES, Table, latex, markdown, tabulate_all
-from stexp.runs.collection import find_runs, label_methods, read_run
-from stexp.runs.provenance import size
+from stexp.runs.scored import find_runs, read_scored_run
+from stexp.training.fit import size_of_training
 
 STRICT = {"_target_": "stexp.protocol.Protocol", "name": "strict", "hold_out": "patient", "truth": "spot", "k": "auto"}
 ACG = {"A1": 0.10, "A2": 0.20, "B1": 0.30, "C1": 0.40}
@@ -108,7 +111,7 @@ def write_folds(folder: Path, add: float = 0.0, **options) -> list[Path]:
 
 
 def one(folders: list[Path], scored_as: str | None = None, **options) -> Table:
-    (table,) = tabulate_all([read_run(folder, scored_as) for folder in folders], **options)
+    (table,) = tabulate_all([read_scored_run(folder, scored_as) for folder in folders], **options)
     return table
 
 
@@ -273,7 +276,7 @@ def test_another_file_behind_a_section_is_refused(runs: list[Path]) -> None:
 def test_protocols_and_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
     folders = write_folds(tmp_path / "x") + write_folds(tmp_path / "y", **{"protocol.truth": "gene"})
     folders += write_folds(tmp_path / "z", **{"protocol.spot_context": "batch"}, seed=1)  # of the method, as k is
-    tables = tabulate_all([read_run(folder) for folder in folders])
+    tables = tabulate_all([read_scored_run(folder) for folder in folders])
     assert [table.title for table in tables] == [
         "demo, protocol strict, truth=spot",
         "demo, protocol strict, truth=gene",
@@ -287,12 +290,23 @@ def test_the_scoring_of_another_protocol(tmp_path: Path) -> None:
     table = one([folder], scored_as="paper")
     assert table.title == "demo, protocol strict, scored as paper" and row(table, "mclstexp")["pearson_acg"] == 0.8
     with pytest.raises(InputError, match="not scored as blocks, only as strict, paper"):
-        read_run(folder, "blocks")
+        read_scored_run(folder, "blocks")
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["scored_as"]["paper"] = {"scores": scores(0.8), "floors": {}, "ceiling": {}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(InputError, match=f"not kept by section; do that with stexp-score run={folder}"):
-        read_run(folder, "paper")
+        read_scored_run(folder, "paper")
+
+
+def test_runs_whose_predictions_changed_are_said(runs: list[Path]) -> None:
+    assert "changed since the run" not in markdown(one(runs))
+    adata = ad.AnnData(layers={"predicted": np.ones((2, 3), np.float32)}, shape=(2, 3))
+    predictions.write(adata, runs[1] / "predictions.h5ad")
+    for recorded, changed in ((predictions.digest(adata), False), ("another", True)):
+        provenance = json.loads((runs[1] / "provenance.json").read_text()) | {predictions.DIGEST: recorded}
+        (runs[1] / "provenance.json").write_text(json.dumps(provenance))
+        text = markdown(one(runs))
+        assert (f"changed since the run, and perhaps since they were scored: {runs[1]}." in text) == changed
 
 
 def test_too_few_units_are_said(runs: list[Path], tmp_path: Path) -> None:
@@ -330,7 +344,7 @@ def test_size_counts_what_trains_apart() -> None:
         SimpleNamespace(numel=lambda: 7, requires_grad=True),
     )
     model = SimpleNamespace(parameters=lambda: iter([frozen, trained, trained]))
-    found = size(SimpleNamespace(lightning_module=model, current_epoch=3))
+    found = size_of_training(SimpleNamespace(lightning_module=model, current_epoch=3))
     assert found == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
 
 
@@ -395,12 +409,15 @@ def test_a_table_of_genes_that_is_cut_and_a_config_that_is_cut_are_one_line(runs
     path = runs[0] / "per_gene.csv"
     whole = path.read_text()
     path.write_text(whole.splitlines()[0] + "\n")
-    with pytest.raises(InputError, match=r"per_gene\.csv cannot be read; write it again"):
-        read_run(runs[0])
+    with pytest.raises(InputError, match=r"per_gene\.csv names no gene; score the run again"):
+        read_scored_run(runs[0])
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match=r"per_gene\.csv has 1 of 2 genes; write it again"):
+        read_scored_run(runs[0])
     path.write_text(whole)
     (runs[0] / "config.yaml").write_text("data: {name: x}\n")
     with pytest.raises(InputError, match=r"config\.yaml lacks seed, protocol, model: it is not whole"):
-        read_run(runs[0])
+        read_scored_run(runs[0])
 
 
 def test_links_that_lead_back_are_not_followed(runs: list[Path], tmp_path: Path) -> None:

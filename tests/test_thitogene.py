@@ -21,8 +21,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(data: SpotDataModule) -> SpotDataModule:
-    """Batches are whole sections."""
-    data.batching = "section"
+    """With its tiles."""
     data.setup()
     return data
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import tracemalloc
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -229,7 +231,7 @@ def test_a_damaged_jpeg_names_its_file(section, tmp_path):
 def test_a_damaged_image_leaves_nothing_behind(section, tmp_path, kind):
     whole = section.slide.path.read_bytes()
     section.slide.path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is truncated or damaged"):
+    with pytest.raises(InputError, match="is truncated"):
         open_tiles(section, SPEC, tmp_path, kind)
     assert left(tmp_path) <= {".lock"}
 
@@ -287,3 +289,23 @@ def test_a_stub_of_a_jpeg_store_is_cut_again(section, tmp_path):
     path = Path(open_tiles(section, SPEC, tmp_path, "jpeg").filename)
     path.write_bytes(b"12345678")
     assert_right(open_tiles(section, SPEC, tmp_path, "jpeg"), section, "jpeg")
+
+
+def test_a_tile_that_says_it_is_huge_takes_no_memory(tmp_path):
+    """The header of the first tile, or of another one, is patched to 65,500 px."""
+    jpeg = imagecodecs.jpeg8_encode(np.zeros((40, 40, 3), np.uint8), level=95, subsampling="444")
+    frame = jpeg.index(b"\xff\xc0") + 5
+    huge = jpeg[:frame] + (65_500).to_bytes(2, "big") * 2 + jpeg[frame + 4 :]
+    for first, second in ((jpeg, huge), (huge, jpeg)):
+        places = np.array([[0, len(first)], [len(first), len(second)]], np.int64).tobytes()
+        path = tmp_path / "a.jpegs"
+        path.write_bytes(first + second + places + np.int64(2).tobytes() + b"stexptil")
+        path.with_suffix(".json").write_text("{}")
+        tracemalloc.start()
+        store = tile_store.open_store(path, (2, 40, 40, 3))
+        if store is not None:
+            with pytest.raises(InputError, match=r"tile 1 of .* is damaged"):
+                store[1]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (store is None) == (first is huge) and peak < 50_000_000

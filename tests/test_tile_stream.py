@@ -9,6 +9,7 @@ from PIL import Image
 from sections import make_section, slide_pixels
 
 from stexp.data.slides import formats as slide_formats
+from stexp.data.slides import pixels as limits
 from stexp.data.slides import stream as tile_stream
 from stexp.data.slides.slide import Slide, SlideReader
 from stexp.data.slides.stream import tile_batches
@@ -23,9 +24,9 @@ def small_blocks(monkeypatch):
     """Blocks of 64 px, so that a little slide has many."""
     for reader in (slide_formats.PillowImage, slide_formats.OpenSlideImage):
         monkeypatch.setattr(reader, "block", (64, 64))
-    monkeypatch.setattr(slide_formats, "BLOCK_PX", 64)
+    monkeypatch.setattr(limits, "BLOCK_PX", 64)
     monkeypatch.setattr(tile_stream, "BLOCK_PX", 64)
-    monkeypatch.setattr(slide_formats, "STRIP_BYTES", 3 * 400 * 50)
+    monkeypatch.setattr(limits, "STRIP_BYTES", 3 * 400 * 50)
 
 
 def written(path: Path, kind: str, pixels: np.ndarray) -> Slide:
@@ -167,5 +168,5 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(tmp_path):
     tifffile.imwrite(tmp_path / "cut.tif", pixels, photometric="rgb", tile=(32, 32), compression="zlib")
     whole = (tmp_path / "cut.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="truncated or damaged"):
+    with pytest.raises(InputError, match=r"is (truncated|damaged)"):
         list(tile_batches(Slide(tmp_path / "cut.tif"), places(), 20, 20, 8))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import multiprocessing
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from sections import make_section, slide_pixels
 
 from stexp.data.slides import formats as slide_formats
+from stexp.data.slides import pixels as limits
 from stexp.data.slides import tiles as tiles_module
 from stexp.data.slides.slide import Slide, SlideReader
 from stexp.data.slides.tiles import TileBank, TileSpec, cut_tiles, open_tiles
@@ -119,8 +119,8 @@ def on_slide(section, path: Path):
 def test_tiles_cut_by_region_are_those_of_the_whole_image(tmp_path, monkeypatch, kind, spec):
     for reader in (slide_formats.PillowImage, slide_formats.OpenSlideImage):
         monkeypatch.setattr(reader, "block", (64, 64))
-    monkeypatch.setattr(slide_formats, "BLOCK_PX", 64)
-    monkeypatch.setattr(slide_formats, "STRIP_BYTES", 3 * 400 * 50)
+    monkeypatch.setattr(limits, "BLOCK_PX", 64)
+    monkeypatch.setattr(limits, "STRIP_BYTES", 3 * 400 * 50)
     monkeypatch.setattr(tiles_module, "_AT_ONCE", 3)
     pixels = slide_pixels(300, 400)
     rng = np.random.default_rng(1)
@@ -188,18 +188,6 @@ def test_a_tile_from_a_level_shows_the_place_that_level_0_shows(tmp_path):
     inner = np.abs(tiles - whole)[:, 1:-1, 1:-1].mean()
     shifted = np.abs(tiles[:, 1:] - whole[:, :-1]).mean()
     assert inner < 4 and 2.5 * inner < shifted
-
-
-def test_long_work_says_how_far_it_is(monkeypatch, caplog):
-    clock = itertools.count(0, 10)
-    monkeypatch.setattr(tiles_module.time, "monotonic", lambda: next(clock))
-    regions = [np.arange(3), np.array([], int), np.arange(5), np.arange(2), np.arange(4)]
-    with caplog.at_level("INFO", logger="stexp"):
-        assert [len(rows) for rows in tiles_module.shown(regions, "section A1: tiles")] == [3, 5, 2, 4]
-    assert [record.getMessage() for record in caplog.records] == [
-        "section A1: tiles: 8 of 14",
-        "section A1: tiles: 14 of 14",
-    ]
 
 
 # the store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
 import torch
-from demo_run import configure, run
+from demo_run import configure, overrides_of, run
 from omegaconf import OmegaConf
 
 from stexp import config
 from stexp.cli.train import main, train
 from stexp.errors import InputError
+from stexp.models.method import Method, Prediction
 from stexp.runs.rescore import predict_again
 from stexp.runs.scoring import score_run
 from stexp.training import callbacks
@@ -84,6 +85,13 @@ def test_checkpoint_is_plain_and_says_what_it_needs(strict: Path) -> None:
     assert about["protocol"]["name"] == "strict" and about["tile_um"] == 120 and about["array_size"] > 1
 
 
+def test_the_best_checkpoint_holds_no_more_than_its_weights(strict: Path) -> None:
+    path = strict / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint["state_dict"].values())
+    assert path.stat().st_size < 1.1 * weights + 100_000
+
+
 def test_interrupted_run_ends_as_an_uninterrupted_one(strict: Path, demo: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(self, trainer, model, outputs, batch, batch_idx):
         if trainer.current_epoch == 2 and batch_idx == 1:
@@ -123,7 +131,7 @@ def test_choosing_genes_leaves_the_number_of_threads(demo: Path, tmp_path: Path,
         seen.append(torch.get_num_threads())
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("stexp.training.fit.frozen_features", stop)
+    monkeypatch.setattr("stexp.data.datamodule.encode_tiles", stop)
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="far enough"):
         run(demo, tmp_path / "run")
@@ -207,7 +215,7 @@ def test_genes_outside_the_panel_are_predicted(demo: Path, tmp_path: Path) -> No
 
 
 def test_a_method_needs_no_more_than_the_recipe_says(demo: Path, tmp_path: Path, monkeypatch) -> None:
-    class Mean(pl.LightningModule):
+    class Mean(Method):
         """One number a gene, learned: CONTRIBUTING.md's recipe and nothing else."""
 
         def __init__(self, n_genes: int, n_positions: int) -> None:
@@ -218,9 +226,7 @@ def test_a_method_needs_no_more_than_the_recipe_says(demo: Path, tmp_path: Path,
             return (self.mean - batch.target).square().mean()
 
         def predict_step(self, batch, batch_idx=0):
-            return {"predicted": self.mean.detach().expand_as(batch.target)}
-
-        validation_step = predict_step
+            return Prediction(self.mean.detach().expand_as(batch.target))
 
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), lr=0.3)
@@ -231,10 +237,28 @@ def test_a_method_needs_no_more_than_the_recipe_says(demo: Path, tmp_path: Path,
     cfg = configure(demo, tmp_path / "mean", "trainer.max_epochs=6", "protocol.validation=false")
     OmegaConf.set_struct(cfg, False)
     cfg.model = {"_target_": "stexp.models.mean.Mean", "name": "mean"}
-    sections = config.load_sections(cfg, config.build(cfg.protocol))
+    sections = config.dataset_of(cfg).read_sections(config.build(cfg.protocol))
     metrics = train(cfg, sections, "A", tmp_path / "mean")
     assert metrics["scores"]["pearson_acg"] == 0, "a constant has no skill"
     assert metrics["scores"]["mse"] < 1.5 * metrics["floors"]["mean"]["mse"]
     assert not (tmp_path / "mean" / "embeddings.h5ad").exists()
     with pytest.raises(InputError, match="does not retrieve"):
         predict_again(tmp_path / "mean", {"k": 5}, "panel", None)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_fit_says_how_to_go_on(demo: Path, tmp_path: Path) -> None:
+    arguments = [*overrides_of(demo, tmp_path / "run"), "trainer.max_epochs=10000"]
+    command = [sys.executable, "-m", "stexp.cli.train", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            seen = next((line for line in process.stderr if "epoch 2/" in line), None)
+            assert seen, "it trains"
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+            assert process.wait() == 130
+        finally:
+            process.kill()
+    assert "interrupted" in rest and "the same command goes on" in rest and "Traceback" not in rest
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 import requests
@@ -21,7 +22,6 @@ from unreliable import (
     half,
     left_over,
     no_range,
-    other,
     silence,
     stall,
     stated,
@@ -29,11 +29,11 @@ from unreliable import (
     vanish,
 )
 
-from stexp.data.download.transfer import Failed, Patience, download
+from stexp.data.download.transfer import Failed, download
 from stexp.errors import InputError
 
 
-@pytest.mark.parametrize("mishaps", [[], [stall], [drop], [drop, drop], [silence], [vanish], [half], [stall, no_range]])
+@pytest.mark.parametrize("mishaps", [[], [stall], [drop, drop], [silence], [vanish], [half], [half, no_range]])
 @pytest.mark.parametrize("hashed", [True, False])
 def test_arrives_whole_in_spite_of(mishaps: list, hashed: bool, site: Site, publish: Callable) -> None:
     site.files["a/x.bin"], site.mishaps["a/x.bin"] = content("x"), list(mishaps)
@@ -46,14 +46,28 @@ def test_arrives_whole_in_spite_of(mishaps: list, hashed: bool, site: Site, publ
 def test_goes_on_from_the_byte_where_it_stopped(site: Site, publish: Callable) -> None:
     site.files["x.bin"], site.mishaps["x.bin"] = content("x"), [half] * 3  # more often than it is tried
     root = publish({"x.bin": {}})
-    with pytest.raises(InputError, match=r"1 of 1 files did not arrive: x.bin \(.* after .*, 3 times\); 0 are"):
+    with pytest.raises(InputError, match=r"1 of 1 files did not arrive: x.bin \(.* after .* 3 times\); 0 are"):
         bring(root)
+    so_far = (root / ".x.bin.part").read_bytes()
     assert not (root / "x.bin").exists()
-    so_far = (root / ".x.bin.part").stat().st_size
-    assert content("x")[:so_far] == (root / ".x.bin.part").read_bytes() and so_far > len(content("x")) // 2
+    assert content("x").startswith(so_far) and len(so_far) > len(content("x")) // 2
     bring(root)
-    assert site.asked[-1] == ("x.bin", f"bytes={so_far}-")
+    assert site.asked[-1] == ("x.bin", f"bytes={len(so_far)}-")
     assert (root / "x.bin").read_bytes() == content("x")
+
+
+@pytest.mark.parametrize("so_far", [content("x"), content("x") + b"more", content("y", 1000)])
+def test_what_a_killed_run_left_is_completed_or_replaced(so_far: bytes, site: Site, publish: Callable) -> None:
+    site.files["x.bin"], site.mishaps["x.bin"] = content("x"), [half] * 3
+    root = publish({"x.bin": stated(content("x"))})
+    with pytest.raises(InputError):
+        bring(root)
+    (root / ".x.bin.part").write_bytes(so_far)
+    if so_far == content("y", 1000):  # as after a crash of the file system: only the hash can tell
+        with pytest.raises(InputError, match="wrong bytes"):
+            bring(root)
+    bring(root)
+    assert (root / "x.bin").read_bytes() == content("x") and left_over(root) == []
 
 
 @pytest.mark.parametrize("hashed", [True, False])
@@ -67,8 +81,7 @@ def test_two_versions_are_never_glued_together(tags: str, hashed: bool, site: Si
         "none": lambda body: {},
         "careless": lambda body: {"ETag": f'"{hashlib.md5(body).hexdigest()}"'},
     }[tags]
-    site.files["x.bin"] = old
-    site.mishaps["x.bin"] = [changed(new)]
+    site.files["x.bin"], site.mishaps["x.bin"] = old, [changed(new)]
     if tags == "careless":  # sends the rest of the new file, whatever If-Range says
 
         def careless(handler: Handler) -> None:
@@ -79,32 +92,21 @@ def test_two_versions_are_never_glued_together(tags: str, hashed: bool, site: Si
     root = publish({"x.bin": stated(new) if hashed else {}})
     bring(root)
     assert (root / "x.bin").read_bytes() == new
-    if tags in ("strong", "dated"):
-        assert site.times("x.bin") == 2  # If-Range spares asking once more
+    assert site.times("x.bin") == 2 + (tags == "careless")  # If-Range spares asking once more
 
 
-def test_wrong_bytes_are_asked_for_once_more(site: Site, publish: Callable) -> None:
-    right, wrong = content("right"), content("wrong")
-    site.files["x.bin"], site.mishaps["x.bin"] = right, [other(wrong)]
-    root = publish({"x.bin": stated(right)})
-    bring(root)
-    assert (root / "x.bin").read_bytes() == right and site.times("x.bin") == 2
-
-
-def test_wrong_bytes_twice_are_refused_with_both_hashes(site: Site, publish: Callable) -> None:
+def test_wrong_bytes_are_refused_with_both_hashes(site: Site, publish: Callable) -> None:
     right, wrong = content("right"), content("wrong")
     site.files |= {"x.bin": wrong, "y.bin": content("y")}
     root = publish({"x.bin": stated(right), "y.bin": stated(content("y"))})
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=r"1 of 2 files did not arrive: x.bin .*1 are finished") as error:
         bring(root)
-    message = str(error.value)
-    assert stated(right)["hash"] in message and stated(wrong)["hash"] in message and "\n" not in message
-    assert "1 of 2 files did not arrive: x.bin" in message and "1 are finished" in message
-    assert site.times("x.bin") == 2 and not (root / "x.bin").exists() and left_over(root) == []
-    assert (root / "y.bin").read_bytes() == content("y")
+    assert stated(right)["hash"] in str(error.value) and stated(wrong)["hash"] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (root / "x.bin").exists() and left_over(root) == []
     site.files["x.bin"] = right
     bring(root)
-    assert site.times("y.bin") == 1  # the same command goes on
+    assert site.times("y.bin") == 1 and (root / "x.bin").read_bytes() == right  # the same command goes on
 
 
 @pytest.mark.parametrize("length", [100, 400_000])
@@ -118,11 +120,25 @@ def test_another_length_than_stated_is_refused_before_it_is_read(length: int, si
 def test_more_than_stated_is_noticed_without_a_length(site: Site, publish: Callable) -> None:
     def endless(handler: Handler) -> None:
         handler.close_connection = True
-        handler.serve(content("x", 2_000_000), Content_Length=None, **{"Content-Length": None, "Connection": "close"})
+        handler.serve(content("x", 2_000_000), **{"Content-Length": None, "Connection": "close"})
 
     site.mishaps["x.bin"] = [endless]
     with pytest.raises(InputError, match=r"more than the 300,000 bytes"):
         bring(publish({"x.bin": stated(content("x"))}))
+
+
+def test_a_gz_stays_packed_and_other_packing_is_refused(site: Site, publish: Callable) -> None:
+    packed = {"Content-Encoding": "gzip"}
+    site.mishaps = {name: [lambda handler: handler.serve(content("x"), **packed)] for name in ("x.tsv.gz", "x.h5")}
+    with pytest.raises(InputError, match=r"1 of 2 .*x.h5 \(the source packs the file"):
+        bring(root := publish({"x.tsv.gz": stated(content("x")), "x.h5": {}}))
+    assert (root / "x.tsv.gz").read_bytes() == content("x")
+
+
+def test_headers_that_make_no_sense_are_one_line(site: Site, publish: Callable) -> None:
+    site.mishaps["x.bin"] = [lambda handler: handler.serve(b"", **{"Content-Length": "many"})]
+    with pytest.raises(InputError, match="headers make no sense"):
+        bring(publish({"x.bin": {}}))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +148,6 @@ def test_more_than_stated_is_noticed_without_a_length(site: Site, publish: Calla
         ([status(403)], 1),
         ([status(500), status(503)], 3),
         ([status(429, Retry_After="0")], 2),
-        ([status(503, Retry_After="Mon, 01 Jan 2024 00:00:00 GMT")], 2),
         ([status(503, Retry_After="soon")], 2),
         ([status(502)] * 3, 3),
         ([status(429, Retry_After="3600")], 1),
@@ -150,7 +165,7 @@ def test_what_a_status_means(mishaps: list, times: int, site: Site, publish: Cal
 
 
 def test_redirects_are_followed_and_keep_the_range(site: Site, publish: Callable) -> None:
-    site.files["moved/x.bin"], site.mishaps["moved/x.bin"] = content("x"), [drop]
+    site.files["moved/x.bin"], site.mishaps["moved/x.bin"] = content("x"), [half]
     site.mishaps["x.bin"] = [status(302, Location="/moved/x.bin"), status(307, Location=f"{site.url}/moved/x.bin")]
     root = publish({"x.bin": stated(content("x"))})
     bring(root)
@@ -158,61 +173,84 @@ def test_redirects_are_followed_and_keep_the_range(site: Site, publish: Callable
     assert site.asked[-1][1] is not None
 
 
-@pytest.mark.parametrize(("to", "why"), [("/x.bin", "more than five times"), ("ftp://127.0.0.1/x", "not safe")])
-def test_redirects_that_lead_nowhere(to: str, why: str, site: Site, publish: Callable) -> None:
-    site.mishaps["x.bin"] = [status(302, Location=to)] * 10
-    with pytest.raises(InputError, match=why):
-        bring(publish({"x.bin": stated(content("x"))}))
+@pytest.mark.parametrize("to", ["/x.bin", "ftp://127.0.0.1/x", "file:///etc/passwd"])
+def test_redirects_that_lead_nowhere(to: str, site: Site, publish: Callable) -> None:
+    site.mishaps["x.bin"] = [status(302, Location=to)] * 40
+    root = publish({"x.bin": stated(content("x"))})
+    with pytest.raises(InputError, match="1 of 1 files did not arrive"):
+        bring(root)
+    assert not (root / "x.bin").exists()
 
 
-def test_a_safe_address_never_leads_to_an_unsafe_one(site: Site, tmp_path: Path) -> None:
-    class Safe(requests.adapters.BaseAdapter):
-        def send(self, request: requests.PreparedRequest, **kwargs: object) -> requests.Response:
-            response = requests.Response()
-            response.status_code, response.url, response.request = 302, request.url, request
-            response.headers["Location"] = f"{site.url}/x.bin"
-            return response
-
-        def close(self) -> None:
-            pass
+def test_a_safe_address_never_leads_to_an_unsafe_one(site: Site, tmp_path: Path, monkeypatch) -> None:
+    def redirect(self, request: requests.PreparedRequest, **kwargs: object) -> requests.Response:
+        response = requests.Response()
+        response.status_code, response.url, response.request = 302, request.url, request
+        response.headers["Location"] = f"{site.url}/x.bin"
+        return response
 
     site.files["x.bin"] = content("x")
-    with requests.Session() as session:
-        session.mount("https://", Safe())
-        with pytest.raises(Failed, match=r"redirected from https://data.org/x.bin to http://.*not safe"):
-            download(session, "https://data.org/x.bin", tmp_path / "part", HASTY)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", redirect)
+    with pytest.raises(Failed, match=r"redirected from https://data.org/x.bin to http://.*not safe"):
+        download("https://data.org/x.bin", tmp_path / "part", None, HASTY, Event())
     assert site.asked == []
 
 
 def test_an_interrupt_keeps_what_came(site: Site, tmp_path: Path) -> None:
-    site.files["x.bin"], stop, came = content("x"), threading.Event(), []
+    site.files["x.bin"], part, stop = content("x"), tmp_path / "x.part", Event()
+    site.mishaps["x.bin"] = [lambda handler: half(handler, lambda handler: (stop.set(), silence(handler)))]
+    with pytest.raises(Failed, match="interrupted"):
+        download(f"{site.url}/x.bin", part, None, HASTY, stop)
+    so_far = part.read_bytes()
+    assert content("x").startswith(so_far) and so_far != content("x")
+    download(f"{site.url}/x.bin", part, None, HASTY, Event())
+    assert part.read_bytes() == content("x") and site.times("x.bin") == 2
 
-    def tick(n: int) -> None:
-        came.append(n)
-        stop.set()
 
-    with requests.Session() as session:
-        with pytest.raises(Failed, match=r"interrupted"):
-            download(session, f"{site.url}/x.bin", tmp_path / "part", HASTY, stop=stop, tick=tick)
-        assert 0 < (tmp_path / "part").stat().st_size == sum(came) < len(content("x"))
-        download(session, f"{site.url}/x.bin", tmp_path / "part", HASTY, tick=came.append)
-    assert (tmp_path / "part").read_bytes() == content("x") and sum(came) == len(content("x"))
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(site: Site, publish: Callable, monkeypatch) -> None:
+    site.files["x.bin"] = content("x")
+    root = publish({"x.bin": {}})
+    usage = shutil.disk_usage("/")._replace(free=200_000)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(InputError, match=r"x.bin \(300,000 bytes are to come, less are free"):
+            bring(root)
+
+    def no_space(self, url: str, file, pooch) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("pooch.HTTPDownloader.__call__", no_space)
+        with pytest.raises(InputError, match=r"x.bin \(No space left on device\)"):
+            bring(root)
+    bring(root)
+    assert (root / "x.bin").read_bytes() == content("x") and left_over(root) == []
 
 
 def test_a_host_that_is_not_there_is_tried_for_one_file_only(publish: Callable, monkeypatch) -> None:
-    asked = []
-    request = requests.Session.request
-    monkeypatch.setattr(
-        requests.Session,
-        "request",
-        lambda self, method, url, **kw: (asked.append(url), request(self, method, url, **kw))[1],
-    )
+    asked, get = [], requests.get
+    monkeypatch.setattr(requests, "get", lambda url, **settings: (asked.append(url), get(url, **settings))[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         base = f"http://127.0.0.1:{free.getsockname()[1]}/"
     root = publish({f"{i}.bin": stated(content("x")) for i in range(20)}, base=base)
-    with pytest.raises(
-        InputError, match=r"20 of 20 files .* \(no connection to 127.0.0.1.* and 17 more; 0 are finished"
-    ):
-        bring(root, patience=Patience(pause=0.001, tries=2, workers=2))
-    assert len(asked) <= 2 * 2
+    with pytest.raises(InputError, match=r"20 of 20 files .* \(no connection to 127.0.0.1.* and 17 more; 0 are"):
+        bring(root)
+    assert len(asked) <= 4 * HASTY.tries  # by each of the workers
+
+
+def test_addresses_are_tried_in_order(site: Site, publish: Callable) -> None:
+    site.files |= {"wrong/x.bin": content("wrong"), "right/x.bin": content("x"), "unasked/x.bin": content("x")}
+    names = ("absent", "wrong", "right", "unasked")
+    root = publish({"x.bin": {"url": [f"{name}/x.bin" for name in names], **stated(content("x"))}})
+    bring(root)
+    assert (root / "x.bin").read_bytes() == content("x")
+    assert [path for path, _ in site.asked] == ["absent/x.bin", "wrong/x.bin", "right/x.bin"]
+
+
+def test_wrong_bytes_of_another_address_are_not_gone_on_from(site: Site, publish: Callable) -> None:
+    site.files |= {"a/x.bin": content("old"), "b/x.bin": content("x")}
+    site.mishaps["a/x.bin"] = [half] * 3
+    root = publish({"x.bin": {"url": ["a/x.bin", "b/x.bin"]}})
+    bring(root)
+    assert (root / "x.bin").read_bytes() == content("x") and site.asked[-1] == ("b/x.bin", None)

@@ -9,15 +9,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
+from encoders import frozen
+from sections import make_data
 from torch.nn import functional as F
 
 from stexp.data.batches import SpotIndex
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
-from stexp.models.encoders.features import frozen_features, surrounding_features
-from stexp.models.encoders.image import ImageEncoder, from_torchvision
+from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.views import array_neighbours, feature_map, nearest_spots
+from stexp.models.encoders.weights import from_torchvision
 from stexp.models.triplex import Triplex
+from stexp.protocol import Protocol
 
 SMALL = {
     "dim": 16,
@@ -34,16 +37,16 @@ def make_encoder(seed: int = 0) -> ImageEncoder:
 
 
 @pytest.fixture(scope="module")
-def data(data: SpotDataModule) -> SpotDataModule:
-    data.features = frozen_features(data, make_encoder(), torch.device("cpu"))
-    data.surroundings = surrounding_features(data, make_encoder(), 3, torch.device("cpu"))
-    return data
+def data(tmp_path_factory) -> SpotDataModule:
+    folder = tmp_path_factory.mktemp("sections")
+    return make_data(folder, Protocol("strict"), encoder=frozen(make_encoder(), folder / "cache"))
 
 
 def make_model(data: SpotDataModule, *, seed: int = 0, **kwargs) -> Triplex:
     torch.manual_seed(seed)
-    model = Triplex(make_encoder(seed), len(data.panel), data.features.shape[1], **SMALL | kwargs).eval()
+    model = Triplex(make_encoder(seed), len(data.panel), data.n_features, **SMALL | kwargs).eval()
     model._trainer = SimpleNamespace(datamodule=data)
+    model.on_fit_start()
     return model
 
 
@@ -314,8 +317,8 @@ def test_prediction_does_not_depend_on_the_batch(data, neighbours):
     model = make_model(data, neighbours=neighbours)
     torch.nn.init.normal_(model.neighbour_encoder.bias)
     rows = np.random.default_rng(0).permutation(data.rows("train", "test"))[:9]
-    together = model.predict_step(batch_of(data, rows))["predicted"]
-    alone = torch.cat([model.predict_step(batch_of(data, rows[i : i + 1]))["predicted"] for i in range(9)])
+    together = model.predict_step(batch_of(data, rows)).predicted
+    alone = torch.cat([model.predict_step(batch_of(data, rows[i : i + 1])).predicted for i in range(9)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert together.std(dim=0).min() > 1e-3
 
@@ -336,10 +339,8 @@ def test_every_view_is_its_own_and_of_its_own_section(data, neighbours):
     assert changed["neighbour"] == changed["whole"] == [False] * 3
     features = data.features.copy()
     features[rows[1]] += 1  # beside the first, far from the second
-    data = SimpleNamespace(
-        **{name: getattr(data, name) for name in ("spots", "section_names", "xy_px", "surroundings")}
-    )
-    data.features, model._trainer.datamodule = features, data
+    kept = {"spots": data.spots, "section_names": data.section_names, "xy_px": data.xy_px}
+    model._trainer.datamodule = SimpleNamespace(**kept, tile_features=features)
     model.setup("predict")
     seen = model.see(batch)
     changed = {name: (seen[name] != after[name]).any(dim=1).tolist() for name in before}
@@ -374,15 +375,15 @@ def test_overfits_eight_spots(data, neighbours):
     batch.image = (0.5 * batch.image + 0.5 * torch.rand(8, 3, 1, 1, generator=draw)).contiguous()
     features = torch.randn(data.features.shape, generator=draw).numpy()
     model = make_model(data, neighbours=neighbours, dim=32, lr=5e-3).train()
-    kept = ("spots", "section_names", "xy_px", "surroundings")
-    model._trainer.datamodule = SimpleNamespace(**{name: getattr(data, name) for name in kept}, features=features)
+    kept = {"spots": data.spots, "section_names": data.section_names, "xy_px": data.xy_px}
+    model._trainer.datamodule = SimpleNamespace(**kept, tile_features=features)
     batch.features = torch.from_numpy(features[rows])
     optimizer = model.configure_optimizers()["optimizer"]
     for _ in range(200):
         optimizer.zero_grad()
         model.loss(model.see(batch), batch.target).backward()
         optimizer.step()
-    predicted = model.eval().predict_step(batch)["predicted"].detach()
+    predicted = model.eval().predict_step(batch).predicted.detach()
     error = (predicted - batch.target).square().mean() / batch.target.var(dim=0).mean()
     assert error < 0.05, "a spot is told from seven others"
 
@@ -406,13 +407,13 @@ def test_tokens_of_sections_are_kept_only_where_weights_stay(data, tmp_path):
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path, log_every_n_steps=1, **quiet
     )
-    before = torch.cat([out["predicted"] for out in trainer.predict(model, datamodule=data)])
+    before = torch.cat([out.predicted for out in trainer.predict(model, datamodule=data)])
     trainer.fit(model, datamodule=data)
-    after = torch.cat([out["predicted"] for out in trainer.predict(model, datamodule=data)])
+    after = torch.cat([out.predicted for out in trainer.predict(model, datamodule=data)])
     assert model._tokens is None
     rows = data.rows("test")
     with torch.no_grad():
-        direct = model.eval().predict_step(batch_of(data, rows))["predicted"]
+        direct = model.eval().predict_step(batch_of(data, rows)).predicted
     torch.testing.assert_close(after, direct, rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() > 1e-2
 
@@ -430,7 +431,7 @@ def test_nonnegative_clamps_every_head(data):
     ("kwargs", "says"),
     [
         ({"neighbours": "hexagons"}, "model.neighbours=hexagons: choose tiles or spots"),
-        ({"side": 4}, "model.side=4: an odd whole number above 0 would fit"),
+        ({"side": 4}, "model.side=4: an odd whole number .* would fit"),
         ({"kernel_size": 2}, "model.kernel_size=2: an odd whole number"),
         ({"global_heads": 3}, "model.global_heads=3: a divisor of model.dim=16 would fit"),
         ({"neighbour_depth": 0}, "model.neighbour_depth=0: a whole number of at least 1 would fit"),

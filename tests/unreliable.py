@@ -7,7 +7,6 @@ import io
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ import yaml
 
 from stexp.data.download import sources
 from stexp.data.download.fetch import fetch
+from stexp.data.download.record import RECORD
 from stexp.data.download.transfer import Patience
 
-HASTY = Patience(connect=2, stall=0.1, tries=3, pause=0.001, longest_pause=0.05)
+HASTY = Patience(connect=2, stall=0.5, tries=3, pause=0, longest_pause=0.5)
 
 
 def content(seed: str, size: int = 300_000) -> bytes:
@@ -47,12 +47,17 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
+    @property
+    def name(self) -> str:
+        return self.path[1:].partition("?")[0]
+
     def do_HEAD(self) -> None:
-        body = self.site.files.get(self.path[1:])
-        self.reply(404 if body is None else 200, {"Content-Length": len(body or b"")})
+        body = self.site.files.get(self.name)
+        tags = {} if body is None else self.site.tags(body)
+        self.reply(404 if body is None else 200, {"Content-Length": len(body or b""), **tags})
 
     def do_GET(self) -> None:
-        path = self.path[1:]
+        path = self.name
         self.site.asked.append((path, self.headers["Range"]))
         mishaps = self.site.mishaps.get(path, [])
         if mishaps:
@@ -95,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def half(handler: Handler, then: Callable = lambda handler: None) -> None:
-    body = handler.site.files[handler.path[1:]]
+    body = handler.site.files[handler.name]
     start = int((handler.headers["Range"] or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
     handler.serve(body, up_to=start + (len(body) - start) // 2)
     handler.close_connection = True
@@ -103,16 +108,16 @@ def half(handler: Handler, then: Callable = lambda handler: None) -> None:
 
 
 def stall(handler: Handler) -> None:
-    half(handler, lambda handler: time.sleep(0.2))
+    half(handler, silence)
 
 
 def drop(handler: Handler) -> None:
-    half(handler, lambda handler: (time.sleep(0.02), handler.hang_up()))
+    half(handler, lambda handler: handler.hang_up())
 
 
 def silence(handler: Handler) -> None:
-    time.sleep(0.2)
     handler.close_connection = True
+    handler.rfile.read(1)  # until the other side gives up
 
 
 def vanish(handler: Handler) -> None:
@@ -120,7 +125,7 @@ def vanish(handler: Handler) -> None:
 
 
 def no_range(handler: Handler) -> None:
-    handler.serve(handler.site.files[handler.path[1:]], ranges=False)
+    handler.serve(handler.site.files[handler.name], ranges=False)
 
 
 def status(code: int, **headers: str) -> Callable:
@@ -129,16 +134,12 @@ def status(code: int, **headers: str) -> Callable:
     )
 
 
-def other(body: bytes) -> Callable:
-    return lambda handler: handler.serve(body)
-
-
-def changed(body: bytes, before: Callable = drop) -> Callable:
+def changed(body: bytes) -> Callable:
     """Half of the file as it was; from then on it is another one."""
 
     def mishap(handler: Handler) -> None:
-        before(handler)
-        handler.site.files[handler.path[1:]] = body
+        half(handler)
+        handler.site.files[handler.name] = body
 
     return mishap
 
@@ -180,4 +181,4 @@ def bring(root: Path, **settings: object) -> None:
 
 
 def left_over(root: Path) -> list[str]:
-    return sorted(path.name for path in root.rglob(".*part*"))
+    return sorted({path.name for path in root.rglob(".*")} - {RECORD, ".stexp-downloads.lock"})

@@ -86,8 +86,8 @@ def cluster(values: np.ndarray, k: int, scale: str = "none", starts: int = START
     if min(values.shape) < COMPONENTS or len(values) < k:
         raise InputError(f"{values.shape[0]} spots x {values.shape[1]} genes are too few for nine components")
     components = PCA(COMPONENTS, svd_solver="full").fit_transform(values)
-    found = [KMeans(k, n_init=1, random_state=seed * starts + i).fit(components).labels_ for i in range(starts)]
-    return min((settled(components, each) for each in found), key=lambda pair: pair[1])[0]
+    runs = [KMeans(k, n_init=1, random_state=seed * starts + i).fit(components).labels_ for i in range(starts)]
+    return min((settled(components, each) for each in runs), key=lambda pair: pair[1])[0]
 
 
 def settled(x: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, float]:
@@ -145,14 +145,14 @@ def against_labels(
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    known = labels != ""
-    k = len(set(labels[known]))
+    labelled = labels != ""
+    k = len(set(labels[labelled]))
     if k < 2:
         raise InputError(f"clusters: {k} labels; two or more can be compared with")
-    taken = known if spots == "labelled" else np.ones(len(labels), dtype=bool)
+    chosen = labelled if spots == "labelled" else np.ones(len(labels), dtype=bool)
     clusters = np.full(len(labels), -1)
-    clusters[taken] = cluster(values[taken], k, scale, **options)
-    pair = labels[known], clusters[known]
+    clusters[chosen] = cluster(values[chosen], k, scale, **options)
+    pair = labels[labelled], clusters[labelled]
     return clusters, float(adjusted_rand_score(*pair)), float(normalized_mutual_info_score(*pair))
 
 
@@ -160,8 +160,8 @@ def matched(clusters: np.ndarray, labels: np.ndarray) -> dict[int, str]:
     """The label that each cluster is drawn as: pairs that share the most spots (Hungarian method), one to one."""
     from scipy.optimize import linear_sum_assignment
 
-    known = (labels != "") & (clusters >= 0)
-    shared = pd.crosstab(clusters[known], labels[known])
+    labelled = (labels != "") & (clusters >= 0)
+    shared = pd.crosstab(clusters[labelled], labels[labelled])
     rows, columns = linear_sum_assignment(-shared.to_numpy())
     return {int(shared.index[i]): str(shared.columns[j]) for i, j in zip(rows, columns, strict=True)}
 
@@ -187,11 +187,11 @@ def search(
         row, off = dict(definition), []
         for section in sections:
             values = observed(section, panel, definition)
-            found = against_labels(values, labels_of(section), definition["scale"], definition["spots"], starts=starts)[
-                1:
-            ]
-            off += np.abs(np.subtract(found, printed[section.name])).tolist()
-            row |= dict(zip(_columns(section.name), found, strict=True))
+            scores = against_labels(
+                values, labels_of(section), definition["scale"], definition["spots"], starts=starts
+            )[1:]
+            off += np.abs(np.subtract(scores, printed[section.name])).tolist()
+            row |= dict(zip(_columns(section.name), scores, strict=True))
         rows.append({**row, "distance": float(np.mean(off))})
     return pd.DataFrame(rows).sort_values("distance", ignore_index=True)
 

@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 
 from paper import clusters
 from paper.tables import TITLES, TOP, Cells, Result, missing_of, rank_genes, record, score_tables, started
-from stexp.config import build, panel_of
+from stexp.config import build, dataset_of
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.verdict import count
 from stexp.reporting import grids
-from stexp.reporting.exports import Place, places
+from stexp.reporting.places import Place, places
 from stexp.reporting.tables import LOWER_IS_BETTER
 from stexp.sweeps.jobs import Job
 
@@ -44,7 +45,7 @@ def genes_on_tissue(cells: Cells) -> Result:
         shown = [gene for gene in printed if gene in table.index]
         shown += [gene for gene in table.index if gene not in printed][: max(0, TOP - len(printed))]
         run_of = {section: job for job in jobs if job.done for section in cells.facts(job)[1]}
-        held: dict[Path, ad.AnnData] = {}
+        adatas: dict[Path, ad.AnnData] = {}
         panels = []
         grid = [["gene", "section", "Pearson", "paper", "difference", "chosen"]]
         for gene in shown:
@@ -53,9 +54,9 @@ def genes_on_tissue(cells: Cells) -> Result:
             if section not in run_of:
                 section, paper, chosen = table.loc[gene, "best_section"], None, "our best section"
             job = run_of[section]
-            if job.output_dir not in held:
-                held[job.output_dir] = predictions.read(job.output_dir / "predictions.h5ad", "layers/observed")
-            adata = held[job.output_dir]
+            if job.output_dir not in adatas:
+                adatas[job.output_dir] = predictions.read(job.output_dir / "predictions.h5ad", "layers/observed")
+            adata = adatas[job.output_dir]
             place = next(place for place in places(adata) if place.name == section)
             both = [np.asarray(adata[place.rows, gene].layers[key]).ravel() for key in ("observed", "predicted")]
             r = float(np.corrcoef(*both)[0, 1]) if min(np.ptp(values) for values in both) > 0 else None
@@ -123,7 +124,7 @@ def correlations(cells: Cells) -> Result:
         r = float(np.corrcoef(both[0][upper], both[1][upper])[0, 1])
         means = [float(matrix[upper].mean()) for matrix in both]
         caption = [
-            f"Pearson between genes over the spots of a section, mean over {grids.count(n, 'section')}; {len(genes)} "
+            f"Pearson between genes over the spots of a section, mean over {count(n, 'section')}; {len(genes)} "
             "genes that vary in every section, in both; order: average linkage of 1 − observed correlation.",
             "Predictions that follow one direction, such as depth, correlate all genes: a high mean is no success.",
             *caption,
@@ -162,9 +163,9 @@ def _mean_correlations(jobs: list[Job]) -> tuple[list[str], list[np.ndarray], in
         for place in places(adata):
             values = [np.asarray(adata.layers[key], dtype=np.float64)[place.rows] for key in LAYERS]
             # NaN compares as False: genes that are not measured do not vary
-            here = np.logical_and(*(np.ptp(each, axis=0) > 1e-6 * np.abs(each).max(axis=0) for each in values))
+            spread = np.logical_and(*(np.ptp(each, axis=0) > 1e-6 * np.abs(each).max(axis=0) for each in values))
             sections.append((list(adata.var_names), values))
-            genes = {gene for gene, varies in zip(adata.var_names, here, strict=True) if varies}
+            genes = {gene for gene, varies in zip(adata.var_names, spread, strict=True) if varies}
             varying = genes if varying is None else varying & genes
     names = [gene for gene in sections[0][0] if gene in varying]
     if len(names) < 3:
@@ -192,15 +193,15 @@ def neighbours(cells: Cells, metric: str, baseline: str | None) -> Result:
     figure = Figure(figsize=(3.5 * len(shown), 2.6 * len(groups) + 0.5), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(groups), len(shown), squeeze=False)
     for line, ((data, protocol), jobs) in zip(axes, groups, strict=True):
-        here = pd.DataFrame([n for n in out.numbers if (n["data"], n["protocol"]) == (data, protocol)])
-        methods, best = here[here["kind"] == "method"], cells.reference["best"].get(data)
+        numbers = pd.DataFrame([n for n in out.numbers if (n["data"], n["protocol"]) == (data, protocol)])
+        methods, best = numbers[numbers["kind"] == "method"], cells.reference["best"].get(data)
         methods = methods.assign(k=methods["row"].astype(int)).dropna(subset="value").sort_values("k")
         for ax, name in zip(line, shown, strict=True):
-            mine = methods[methods["metric"] == name]
-            for colour, (label, part) in zip(COLOURS, mine.groupby(mine["label"].map(_curve)), strict=False):
+            values = methods[methods["metric"] == name]
+            for colour, (label, part) in zip(COLOURS, values.groupby(values["label"].map(_curve)), strict=False):
                 text = label or cells.reference["curve"]
                 ax.plot(part["k"], part["value"], "o-", color=colour, markersize=4, label=text)
-            floors = here[(here["kind"] == "floor") & (here["metric"] == name)].dropna(subset="value")
+            floors = numbers[(numbers["kind"] == "floor") & (numbers["metric"] == name)].dropna(subset="value")
             if len(floors):
                 least = name in LOWER_IS_BETTER
                 floor = floors.loc[floors["value"].idxmin() if least else floors["value"].idxmax()]
@@ -222,10 +223,10 @@ def neighbours(cells: Cells, metric: str, baseline: str | None) -> Result:
             top = acg.loc[acg["value"].idxmax()]
             what = {"row": "best", "label": "k with the highest ACG", "kind": "method", "metric": "best_k"}
             out.numbers.append(record(cells, jobs, **what, value=float(top["k"]), paper=best))
-            told = "" if best is None else f" (the paper's: {best})"
+            paper = "" if best is None else f" (the paper's: {best})"
             title, caption, *rest = next(p for p in out.parts if p[0] == f"{data}, protocol {protocol}")
-            said = f"Highest ACG at k = {top['k']}{told}, chosen on the test sections, in the paper as here."
-            out.parts[out.parts.index((title, caption, *rest))] = (title, [*caption, said], *rest)
+            sentence = f"Highest ACG at k = {top['k']}{paper}, chosen on the test sections, in the paper as here."
+            out.parts[out.parts.index((title, caption, *rest))] = (title, [*caption, sentence], *rest)
     handles, texts = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False, fontsize=9)
     figure.suptitle("Scores against the number of retrieved neighbours", fontsize=11)
@@ -234,7 +235,7 @@ def neighbours(cells: Cells, metric: str, baseline: str | None) -> Result:
 
 
 def _curve(label: str) -> str:
-    """What a row is besides its k."""
+    """Label of a row without its k."""
     return re.sub(r"k = \d+ ?", "", label)
 
 
@@ -254,36 +255,37 @@ def clusters_of_sections(cells: Cells) -> Result:
                 f"{data}, protocol {protocol}: no fold holds out {', '.join(printed) or 'what is labelled'}"
             )
         sections = build(OmegaConf.merge(cfg.data.reader, {"sections": names}))
-        panel = panel_of(cfg, build(cfg.protocol))
+        panel = dataset_of(cfg).panel(build(cfg.protocol))
         order = list(cells.reference["rows"].values())
         labels = list(dict.fromkeys(map(cells.label, jobs)))
         heads = [head for head in order if head in ("observed", *labels)]
         heads += [label for label in labels if label not in heads]
         grid = [["section", "spots", "labels", *(text for head in heads for text in (head, "paper"))]]
-        drawn = []
+        panels = []
         for section in sections:
             log.info("%s: clusters of %s", section.name, ", ".join(heads))
-            known = clusters.labels_of(section)
-            line = [section.name, str(int((known != "").sum())), str(len(set(known) - {""}))]
+            pathologist = clusters.labels_of(section)
+            line = [section.name, str(int((pathologist != "").sum())), str(len(set(pathologist) - {""}))]
             rows: list[tuple[np.ndarray | None, str]] = []
             for head in heads:
                 job = run_of.get((head, section.name))
                 key = "observed" if head == "observed" else _model_of(jobs, cells, head)
-                found = _clustered(section, known, head, job, panel)
+                clustered = _clustered(section, pathologist, head, job, panel)
                 paper = printed.get(section.name, {}).get(key, (None, None))
-                line += [_pair(found[1:]), _pair(paper)]
-                rows.append((found[0], f"{_pair(found[1:])}\n(paper {_pair(paper)})" if found[0] is not None else ""))
+                line += [_pair(clustered[1:]), _pair(paper)]
+                text = f"{_pair(clustered[1:])}\n(paper {_pair(paper)})"
+                rows.append((clustered[0], text if clustered[0] is not None else ""))
                 of = [each for each in jobs if cells.label(each) == head and section.name in _sections_of(each)]
-                for metric, value, other in zip(("ari", "nmi"), found[1:], paper, strict=True):
+                for metric, value, other in zip(("ari", "nmi"), clustered[1:], paper, strict=True):
                     what = {"row": key, "label": f"{head}, {section.name}", "kind": "method", "metric": metric}
                     number = record(cells, of or jobs, **what, section=section.name, value=value, paper=other)
                     if head == "observed":
-                        made = {"command": f"stexp-table sweep={cells.name} allow_missing=true", "commit": None}
-                        number |= {**made, "hours": 0.0, "hardware": None, "seeds": 0, "cells": 0, "missing_cells": 0}
-                        number["n_sections"] = 1
+                        command = f"stexp-table sweep={cells.name} allow_missing=true"
+                        number |= {"command": command, "commit": None, "hours": 0.0, "hardware": None, "seeds": 0}
+                        number |= {"cells": 0, "missing_cells": 0, "n_sections": 1}
                     out.numbers.append(number)
             grid.append(line)
-            drawn.append((section, known, rows))
+            panels.append((section, pathologist, rows))
         caption = [
             f"ARI / NMI of k-means ({clusters.STARTS} starts) on nine principal components with the pathologist's "
             "labels, as many clusters as labels; all spots are clustered, those labelled undetermined not compared.",
@@ -292,12 +294,12 @@ def clusters_of_sections(cells: Cells) -> Result:
             *missing_of(jobs),
         ]
         out.parts.append((f"{data}, protocol {protocol}", caption, grid, ""))
-        out.figures[_file("clusters", cells, data, protocol, "")] = _cluster_figure(heads, drawn)
+        out.figures[_file("clusters", cells, data, protocol, "")] = _cluster_figure(heads, panels)
     return out
 
 
 def _clustered(
-    section: Section, known: np.ndarray, head: str, job: Job | None, panel: list[str] | None
+    section: Section, pathologist: np.ndarray, head: str, job: Job | None, panel: list[str] | None
 ) -> tuple[np.ndarray | None, float | None, float | None]:
     """Clusters of a section's spots, and ARI and NMI; None without a run."""
     if head == "observed":
@@ -307,33 +309,33 @@ def _clustered(
         return None, None, None
     else:
         adata = predictions.read(job.output_dir / "predictions.h5ad", "layers/predicted", "obs/spot")
-        here = (adata.obs["section"] == section.name).to_numpy()
-        rows = pd.Index(adata.obs["spot"][here].astype(str)).get_indexer(section.spots.obs_names)
+        in_section = (adata.obs["section"] == section.name).to_numpy()
+        rows = pd.Index(adata.obs["spot"][in_section].astype(str)).get_indexer(section.spots.obs_names)
         if (rows < 0).any():
             raise InputError(f"{job.output_dir} lacks {int((rows < 0).sum())} spots of section {section.name}")
-        values = np.asarray(adata.layers["predicted"])[here][rows]
+        values = np.asarray(adata.layers["predicted"])[in_section][rows]
     chosen = clusters.OBSERVED
-    return clusters.against_labels(values, known, chosen["scale"], chosen["spots"], starts=clusters.STARTS)
+    return clusters.against_labels(values, pathologist, chosen["scale"], chosen["spots"], starts=clusters.STARTS)
 
 
-def _cluster_figure(heads: list[str], drawn: list[tuple[Section, np.ndarray, list]]) -> Figure:
-    names = sorted({label for _, known, _ in drawn for label in known if label})
+def _cluster_figure(heads: list[str], panels: list[tuple[Section, np.ndarray, list]]) -> Figure:
+    names = sorted({label for _, pathologist, _ in panels for label in pathologist if label})
     colour = dict(zip(names, COLOURS, strict=False)) | {"": UNLABELLED}
-    figure = Figure(figsize=(2.0 * (1 + len(heads)), 2.3 * len(drawn) + 0.8), dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(drawn), 1 + len(heads), squeeze=False)
-    for line, (section, known, rows) in zip(axes, drawn, strict=True):
+    figure = Figure(figsize=(2.0 * (1 + len(heads)), 2.3 * len(panels) + 0.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(panels), 1 + len(heads), squeeze=False)
+    for line, (section, pathologist, rows) in zip(axes, panels, strict=True):
         xy = section.xy_px
         place = Place(section.name, np.arange(len(xy)), xy, predictions.spacing(xy), 1.0, section.um_per_px, None, 1.0)
-        draw_spots(line[0], place).set(facecolor=[colour[label] for label in known])
+        draw_spots(line[0], place).set(facecolor=[colour[label] for label in pathologist])
         line[0].set_ylabel(section.name, fontsize=11, rotation=0, ha="right", va="center")
-        for ax, (found, text) in zip(line[1:], rows, strict=True):
+        for ax, (clustered, text) in zip(line[1:], rows, strict=True):
             ax.set_title(text, fontsize=8)
-            if found is None:
+            if clustered is None:
                 ax.axis("off")
                 ax.text(0.5, 0.5, "no run", ha="center", va="center", color="#777777", transform=ax.transAxes)
                 continue
-            of = clusters.matched(found, known)
-            draw_spots(ax, place).set(facecolor=[colour[of.get(each, "")] for each in found])
+            of = clusters.matched(clustered, pathologist)
+            draw_spots(ax, place).set(facecolor=[colour[of.get(each, "")] for each in clustered])
     for ax, head in zip(axes[0], ["pathologist", *heads], strict=True):
         ax.set_title("\n".join(filter(None, [head, ax.get_title()])), fontsize=9)
     handles = [

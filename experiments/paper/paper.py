@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from paper.tables import TITLES, Cells, Result, refuse_gaps, score_tables, top_genes
-from stexp.config import write_atomically
 from stexp.config.compose import compose, parse, quoted
 from stexp.errors import InputError
+from stexp.evaluation.verdict import count
+from stexp.files import replacing, write_atomically, write_csv
 from stexp.reporting import grids, tables
 from stexp.sweeps.jobs import jobs
 
@@ -145,18 +145,20 @@ def known_causes(number: dict[str, Any], causes: list[dict[str, Any]]) -> list[s
     """Why a number may differ from the paper's: sentences of ``causes.json`` whose keys all fit, and sizes."""
     if number.get("kind") != "method":
         return []
-    found = []
+    sentences = []
     for cause in causes:
-        wanted = {key: value if isinstance(value, list) else [value] for key, value in cause.items() if key != "cause"}
-        if all(number.get(key) in values for key, values in wanted.items()):
-            found.append(cause["cause"])
+        conditions = {
+            key: value if isinstance(value, list) else [value] for key, value in cause.items() if key != "cause"
+        }
+        if all(number.get(key) in values for key, values in conditions.items()):
+            sentences.append(cause["cause"])
     n, of = number["n_sections"], number["paper_sections"]
     by_section = number.get("section") is not None
     if of is not None and n < of and not by_section and number["value"] is not None:
-        found.insert(0, f"{n} of the paper's {grids.count(of, 'section')}")
+        sentences.insert(0, f"{n} of the paper's {count(of, 'section')}")
     if number["changed"]:
-        found.insert(0, f"not the published set-up: {number['changed']}")
-    return found
+        sentences.insert(0, f"not the published set-up: {number['changed']}")
+    return sentences
 
 
 def text_of(result: Result, cells: Cells) -> str:
@@ -187,8 +189,8 @@ def cards(result: Result, cells: Cells) -> str:
             shown = [grids.number(number[key], form) for key in ("value", "paper")]
             off = grids.number(number["difference"], form.replace(":", ":+"))
             grid.append([TITLES[number["metric"]], *shown, off])
-        made = [grids.count(first["n_sections"], "section")]
-        made += [grids.count(first["seeds"], "seed")] if first["seeds"] else []
+        made = [count(first["n_sections"], "section")]
+        made += [count(first["seeds"], "seed")] if first["seeds"] else []
         made += [f"{first['missing_cells']} of {first['cells']} cells missing"] if first["missing_cells"] else []
         lines = [f"- Of: {', '.join(made)}.", f"- Command: `{first['command']}`"]
         lines += [f"- Commit: {first['commit']}"] if first["commit"] else []
@@ -228,17 +230,18 @@ def write(result: Result, cells: Cells, folder: Path) -> list[Path]:
         parts = [part.dropna(axis="columns", how="all") for part in parts if len(part)]
         if parts:
             frames[name] = pd.concat(parts, ignore_index=True)
-    texts |= {f"{name}.csv": frame.to_csv(index=False, float_format="%.6g") for name, frame in frames.items()}
     written = []
-    for name, text in texts.items():
+    for name, content in (texts | {f"{name}.csv": frame for name, frame in frames.items()}).items():
         written.append(folder / name.replace(" ", "_").replace("/", "_"))
-        write_atomically(written[-1], text)
+        if isinstance(content, str):
+            write_atomically(written[-1], content)
+        else:
+            write_csv(content, written[-1])
     for name, figure in result.figures.items():
         for ending in ("pdf", "png"):
-            path = folder / f"{name}.{ending}"
-            part = path.with_name(f".{path.name}.part")
+            written.append(folder / f"{name}.{ending}")
             # without the date, the same numbers give the same file
-            figure.savefig(part, format=ending, metadata={"CreationDate": None} if ending == "pdf" else None)
-            os.replace(part, path)
-            written.append(path)
+            metadata = {"CreationDate": None} if ending == "pdf" else None
+            with replacing(written[-1]) as part:
+                figure.savefig(part, format=ending, metadata=metadata)
     return written

@@ -16,10 +16,13 @@ from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import pearson_per_gene
+from stexp.evaluation.verdict import count
 from stexp.reporting import grids
 from stexp.reporting.tables import LOWER_IS_BETTER, METRICS, Table, details, tabulate
-from stexp.runs.collection import read_run
-from stexp.sweeps.jobs import NOT_IN_NAME, Job, read_plan
+from stexp.runs.scored import read_scored_run
+from stexp.sweeps.jobs import Job
+from stexp.sweeps.names import NOT_IN_NAME
+from stexp.sweeps.plan import read_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,10 +139,10 @@ def record(cells: Cells, jobs: list[Job], **what: Any) -> dict[str, Any]:
         ``label``, ``row``, ``metric``, ``value``, ``paper`` and whatever tells it apart.
     """
     done = [job for job in jobs if job.done]
-    known = [cells.facts(job)[0] for job in done]
+    records = [cells.facts(job)[0] for job in done]
     value, paper = what.get("value"), what.get("paper")
-    commits = {str(each.get("commit"))[:10] + ("+changes" if each.get("dirty") else "") for each in known}
-    gpus = {", ".join(each.get("hardware", {}).get("gpu") or []) or "CPU" for each in known}
+    commits = {str(each.get("commit"))[:10] + ("+changes" if each.get("dirty") else "") for each in records}
+    gpus = {", ".join(each.get("hardware", {}).get("gpu") or []) or "CPU" for each in records}
     return {
         "table": cells.name,
         "data": jobs[0].data,
@@ -154,7 +157,7 @@ def record(cells: Cells, jobs: list[Job], **what: Any) -> dict[str, Any]:
         "changed": ", ".join(cells.changed),
         "command": cells.command(jobs),
         "commit": ", ".join(sorted(commits)) or None,
-        "hours": sum(each.get("seconds", 0) for each in known) / 3600,
+        "hours": sum(each.get("seconds", 0) for each in records) / 3600,
         "hardware": ", ".join(sorted(gpus)) or None,
     }
 
@@ -164,7 +167,7 @@ def missing_of(jobs: Iterable[Job]) -> list[str]:
     lacking = [job for job in jobs if not job.done]
     if not lacking:
         return []
-    n = grids.count(len(lacking), "cell")
+    n = count(len(lacking), "cell")
     return [f"Gaps: {n} without a finished run; the first is made by `{fill(lacking[0])}`."]
 
 
@@ -176,54 +179,84 @@ def fill(job: Job) -> str:
 
 def score_tables(cells: Cells, metric: str, baseline: str | None) -> Result:
     """Scores, floors, oracle and ceiling by data set, each score beside the paper's: Tables 1 and S4 to S7."""
-    reference, out = cells.reference, Result(cells.reference["title"])
+    metrics, out = cells.reference["metrics"], Result(cells.reference["title"])
     for (data, protocol), jobs in cells.groups().items():
         done = [job for job in jobs if job.done]
-        title, labels = f"{data}, protocol {protocol}", list(dict.fromkeys(map(cells.label, jobs)))
-        caption, rows, below = missing_of(jobs), pd.DataFrame(columns=["kind", "label"]), ""
+        title, caption = f"{data}, protocol {protocol}", missing_of(jobs)
+        rows, below = pd.DataFrame(columns=["kind", "label"]), ""
         if done:
-            runs = [read_run(job.output_dir) for job in done]
+            runs = [read_scored_run(job.output_dir) for job in done]
             table = tabulate(title, runs, metric, baseline, True, [cells.label(job) for job in done])
             out.details.append(table)
             gaps = [line for line in table.caption if line.startswith("Gap: ")]
-            told = [line for line in table.caption if line not in gaps and not line.startswith("Mean over sections")]
-            caption = ["Means over sections; their spread: sections.csv.", *told, *caption, *gaps]
+            rest = [line for line in table.caption if line not in gaps and not line.startswith("Mean over sections")]
+            caption = ["Means over sections; their spread: sections.csv.", *rest, *caption, *gaps]
             rows, below = table.rows, details(table)
+        grid = [["", *(head for key in metrics for head in _heads(key)), "floors beaten", "leaks"]]
         by_label = rows.set_index("label")
-        grid = [["", *(head for key in reference["metrics"] for head in _heads(key)), "floors beaten", "leaks"]]
-        for label in labels:
-            mine = [job for job in jobs if cells.label(job) == label]
-            key = mine[0].cell[cells.varied[0]]
-            found = by_label.loc[label] if label in by_label.index else None
-            printed = reference["values"].get(data, {}).get(key, [None] * len(reference["metrics"]))
-            beaten, leaks, line = "–", None, [label]
-            if found is not None:
-                leaks = str(found["leaks"])
-                if pd.notna(found["floors_beaten"]):
-                    beaten = f"{found['floors_beaten']:.0f} of {found['n_floors']:.0f}"
-                    line[0] = f"**{label}**" if found["floors_beaten"] == found["n_floors"] else label
-            facts = {"row": key, "label": label, "kind": "method", "leaks": leaks, "floors_beaten": beaten}
-            for name, paper in zip(reference["metrics"], printed, strict=True):
-                value = None if found is None or pd.isna(found[name]) else float(found[name])
-                spread = None if found is None else found.get(f"{name}_sd_sections")
-                what = {"metric": name, "value": value, "paper": paper, "sd_sections": _plain(spread)}
-                out.numbers.append(record(cells, mine, **facts, **what))
-                line += _beside(value, paper)
-            grid.append([*line, beaten, leaks or "–"])
+        for label in dict.fromkeys(map(cells.label, jobs)):
+            row = by_label.loc[label] if label in by_label.index else None
+            of_label = [job for job in jobs if cells.label(job) == label]
+            line, numbers = _method_line(cells, of_label, label, row)
+            grid.append(line)
+            out.numbers += numbers
         kind = "method"
         for _, row in rows[rows["kind"] != "method"].iterrows():
             grid += [[]] if row["kind"] != kind else []
             kind = row["kind"]
-            line = [row["label"]]
-            for name in reference["metrics"]:
-                value = _plain(row[name])
-                line += [grids.number(value, "{:.4f}"), "", ""]
-                if value is not None:
-                    facts = {"row": row["name"], "label": row["label"], "kind": kind, "metric": name, "value": value}
-                    out.numbers.append(record(cells, jobs, **facts, paper=None))
-            grid.append([*line, "", ""])
+            values = {name: _plain(row[name]) for name in metrics}
+            shown = [cell for value in values.values() for cell in (grids.number(value, "{:.4f}"), "", "")]
+            grid.append([row["label"], *shown, "", ""])
+            facts = {"row": row["name"], "label": row["label"], "kind": kind}
+            out.numbers += [
+                record(cells, jobs, **facts, metric=name, value=value, paper=None)
+                for name, value in values.items()
+                if value is not None
+            ]
         out.parts.append((title, caption, grid, below))
     return out
+
+
+def _method_line(
+    cells: Cells, jobs: list[Job], label: str, row: pd.Series | None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Line of a method in the table, bold where it beats every floor, and the numbers in it beside the paper's.
+
+    Parameters
+    ----------
+    jobs
+        Cells of the method.
+    row
+        Of its finished runs; None where there is none.
+    """
+    metrics, key = cells.reference["metrics"], jobs[0].cell[cells.varied[0]]
+    printed = cells.reference["values"].get(jobs[0].data, {}).get(key, [None] * len(metrics))
+    beaten, leaks, line = "–", None, [label]
+    if row is not None:
+        leaks = str(row["leaks"])
+        if pd.notna(row["floors_beaten"]):
+            beaten = f"{row['floors_beaten']:.0f} of {row['n_floors']:.0f}"
+            line = [f"**{label}**" if row["floors_beaten"] == row["n_floors"] else label]
+    numbers = []
+    for name, paper in zip(metrics, printed, strict=True):
+        value = None if row is None else _plain(row[name])
+        numbers.append(
+            record(
+                cells,
+                jobs,
+                row=key,
+                label=label,
+                kind="method",
+                leaks=leaks,
+                floors_beaten=beaten,
+                metric=name,
+                value=value,
+                paper=paper,
+                sd_sections=None if row is None else _plain(row.get(f"{name}_sd_sections")),
+            )
+        )
+        line += _beside(value, paper)
+    return [*line, beaten, leaks or "–"], numbers
 
 
 def minus_log10_p(r: np.ndarray, n: int) -> np.ndarray:
@@ -257,13 +290,13 @@ def gene_correlations(folder: Path) -> pd.DataFrame:
     layers |= {key.removeprefix(own): np.asarray(floors.layers[key]) for key in floors.layers if key.startswith(own)}
     section, tables = adata.obs["section"].to_numpy(str), []
     for name in pd.unique(section):
-        here = section == name
+        rows = section == name
         for by, values in layers.items():
             if by in ORACLES:
                 continue
-            r = pearson_per_gene(np.asarray(adata.layers["observed"])[here], values[here])
+            r = pearson_per_gene(np.asarray(adata.layers["observed"])[rows], values[rows])
             table = pd.DataFrame({"gene": adata.var_names.to_numpy(str), "section": name, "by": by, "pearson": r})
-            tables.append(table.assign(minus_log10_p=minus_log10_p(r, int(here.sum()))))
+            tables.append(table.assign(minus_log10_p=minus_log10_p(r, int(rows.sum()))))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -331,9 +364,9 @@ def top_genes(cells: Cells) -> Result:
             grid.append([gene, *_beside(value, paper, "{:.2f}"), *rest])
             facts = {"row": jobs[0].model, "label": f"{label}, {gene}", "kind": "method", "gene": gene}
             out.numbers.append(record(cells, jobs, **facts, metric="minus_log10_p", value=value, paper=paper))
-        found = [gene for gene in printed if gene in table.index[: len(printed)]]
+        shared = [gene for gene in printed if gene in table.index[: len(printed)]]
         if printed:
-            caption.append(f"Of the paper's {len(printed)} best, {len(found)} are among our {len(printed)} best.")
+            caption.append(f"Of the paper's {len(printed)} best, {len(shared)} are among our {len(printed)} best.")
         out.parts.append((title, caption, grid, ""))
         out.tables[f"genes-{data}-{protocol}-{label}"] = table.reset_index()
     return out

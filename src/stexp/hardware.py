@@ -1,15 +1,26 @@
-"""What this machine does faster: precision, memory format, allocator."""
+"""What this machine does faster: accelerator, precision, memory format, allocator.
+
+Everything here works on Linux, macOS and Windows; a figure that a system does not give is left out.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
-import resource
 import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from stexp.errors import InputError
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -28,15 +39,62 @@ def keep_freed_memory() -> bool:
     )
 
 
-def accelerator_of(name: str) -> str:
-    """``"cuda"`` or ``"cpu"`` for a trainer's ``accelerator``; ``auto`` takes a GPU where there is one."""
+def accelerator_of(name: str, key: str = "trainer.accelerator") -> str:
+    """``"cuda"``, ``"mps"`` (Apple's GPU) or ``"cpu"`` for a name of `ACCELERATORS`.
+
+    ``auto`` takes CUDA where there is one, else the CPU; ``gpu`` whichever GPU torch sees.
+
+    Parameters
+    ----------
+    key
+        The config key that `name` was given for, for messages.
+
+    Raises
+    ------
+    InputError
+        Another name, or a GPU that torch does not see.
+    """
     import torch
 
-    if name not in ("auto", "cpu", "gpu", "cuda"):
-        raise InputError(f"trainer.accelerator={name}: choose auto, cpu or gpu")
-    if name in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError(f"trainer.accelerator={name}: torch sees no GPU here; take cpu or auto")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    if name not in ACCELERATORS:
+        raise InputError(f"{key}={name}: choose {', '.join(ACCELERATORS)}")
+    # what mps computes differs from the CPU in the last digits: it is asked for by name
+    sees = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    order = {"auto": ("cuda", "cpu"), "gpu": ("cuda", "mps")}.get(name, (name,))
+    kind = next((kind for kind in order if sees[kind]), None)
+    if kind is None:
+        what = "GPU of Apple" if name == "mps" else "GPU"
+        raise InputError(f"{key}={name}: torch sees no {what} here; take cpu or auto")
+    return kind
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """How many cores of this machine others keep busy: measured for a moment, in which this process sleeps.
+
+    The load average is a mean over a minute, and would count what this command did before; it is taken where the
+    system does not say more, without this process. 0 where it says nothing.
+    """
+    try:
+        before = _core_ticks()
+        time.sleep(seconds)
+        busy, total = (now - then for now, then in zip(_core_ticks(), before, strict=True))
+        return (os.cpu_count() or 1) * busy / max(total, 1)
+    except (OSError, ValueError):
+        pass
+    try:
+        return max(0.0, os.getloadavg()[0] - 1)
+    except (OSError, AttributeError):  # the latter: Windows
+        return 0.0
+
+
+def _core_ticks() -> tuple[int, int]:
+    """Ticks of all cores since the start of the machine: busy, and all."""
+    with open("/proc/stat") as file:
+        name, *ticks = file.readline().split()[:9]  # user nice system idle iowait irq softirq steal
+    if name != "cpu" or len(ticks) < 5:
+        raise ValueError("not as Linux writes it")
+    numbers = [int(each) for each in ticks]
+    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
 
 
 def choose_precision(precision: str, device: str) -> str:
@@ -47,51 +105,83 @@ def choose_precision(precision: str, device: str) -> str:
         return precision
     if device == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if cpu_has_bf16() else "32-true"
+    return "bf16-mixed" if device == "cpu" and cpu_has_bf16() else "32-true"
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX)."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return False
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX), as Linux says."""
+    flags = _cpu_info("flags").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def describe() -> dict:
-    """Hardware and versions, for the provenance of a result."""
-    import torch
+def usable_cores() -> int:
+    """CPUs that this process may run on, where the system says so, else those of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux alone
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
-    facts = {"machine": platform.platform(), "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
-    if torch.cuda.is_available():
-        facts["gpu"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return facts
+
+def describe() -> dict:
+    """Hardware, for the provenance of a result; what is to be had."""
+    facts = {
+        "machine": _figure(platform.platform),
+        "cpu": _figure(_cpu_name),
+        "cores": _figure(usable_cores),
+        "gpu": _figure(_gpu_names),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak resident memory of this process and peak memory allocated on its GPU, in GB."""
+    """Peak resident memory of this process and peak memory allocated on its GPU, in GB; those that are to be had."""
+    peak = {"peak_memory_gb": _figure(_peak_resident_bytes), "peak_gpu_memory_gb": _figure(_peak_gpu_bytes)}
+    return {key: round(value / 1e9, 3) for key, value in peak.items() if value is not None}
+
+
+def _figure(read: Callable[[], T]) -> T | None:
+    """A figure for the record, None where it is not to be had: no such figure is worth the work that it describes."""
+    try:
+        return read()
+    except Exception as error:  # of whatever system, driver or version this is
+        log.debug("%s: %r", read, error)
+        return None
+
+
+def _gpu_names() -> list[str] | None:
     import torch
 
-    peak = {"peak_memory_gb": round(_peak_resident_bytes() / 1e9, 3)}
     if torch.cuda.is_available():
-        peak["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return peak
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ["Apple (mps)"] if torch.backends.mps.is_available() else None
 
 
-def _peak_resident_bytes() -> int:
+def _peak_gpu_bytes() -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def _peak_resident_bytes() -> int | None:
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        # on Linux this one starts from the size of the process that launched us
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return None
+    # of macOS in bytes, elsewhere in kB; on Linux it starts from the size of the process that launched us
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or "unknown"
+
+
+def _cpu_info(key: str) -> str:
+    """What ``/proc/cpuinfo`` says of the first CPU; nothing on other systems than Linux."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor() or "unknown"
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(key)), "")
+    except (OSError, IndexError):
+        return ""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
-from stexp.errors import InputError
+import yaml
+from pydantic import Field
+
+from stexp.arguments import Count, Positive, Share, checked
+from stexp.errors import InputError, did_you_mean
+from stexp.files import CONF
+
+_Name = Annotated[str, Field(pattern=r"^[^/\\:]+$", description="a name without slashes and colons")]
+_Blocks = Annotated[int, Field(ge=3, le=1000, description="3 to 1000 (one block tests, one validates, the rest train)")]
 
 
+@checked("protocol")
 @dataclass(frozen=True)
 class Protocol:
     """Every choice between data and score that changes what a number means.
@@ -55,21 +64,21 @@ class Protocol:
         Use the sections and the gene list of the paper where the data set names them.
     """
 
-    name: str
+    name: _Name
     hold_out: Literal["patient", "section", "block"] = "patient"
-    blocks: int = 4
+    blocks: _Blocks = 4
     validation: bool = True
     panel: Literal["train", "all"] = "train"
-    n_hvg: int = 1000
-    min_spots: float = 0.075
-    panel_size: int | None = 1000
+    n_hvg: Count = 1000
+    min_spots: Share = 0.075
+    panel_size: Count | None = 1000
     library: Literal["transcriptome", "panel"] = "transcriptome"
-    target_sum: float = 1e4
+    target_sum: Positive = 1e4
     log: Literal["natural", "log10"] = "natural"
     truth: Literal["spot", "gene"] = "spot"
     spot_context: Literal["neighbours", "batch"] = "neighbours"
     heg: Literal["train", "test"] = "train"
-    k: int | Literal["auto"] = "auto"
+    k: Count | Literal["auto"] = "auto"
     published: bool = False
 
     @property
@@ -82,21 +91,30 @@ class Protocol:
         """What the scale of the truth depends on."""
         return self.truth, self.library, self.log, self.target_sum
 
-    def __post_init__(self) -> None:
-        for key, kind in get_type_hints(type(self)).items():
-            value = getattr(self, key)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise InputError(f"protocol.{key}={value}: choose {' or '.join(get_args(kind))}")
-        if self.k != "auto" and not (isinstance(self.k, int) and self.k >= 1):
-            raise InputError(f"protocol.k={self.k}: give a whole number of neighbours, or auto")
-        if not isinstance(self.name, str) or not self.name or set(self.name) & set("/\\:"):
-            raise InputError(f"protocol.name={self.name}: a name without slashes and colons would fit")
-        for key, value in (("n_hvg", self.n_hvg), ("panel_size", 1 if self.panel_size is None else self.panel_size)):
-            if not (isinstance(value, int) and value >= 1):
-                raise InputError(f"protocol.{key}={value}: a whole number of at least 1 would fit")
-        if not (isinstance(self.min_spots, int | float) and 0 <= self.min_spots <= 1):
-            raise InputError(f"protocol.min_spots={self.min_spots}: a fraction of the spots, 0 to 1, would fit")
-        if not (isinstance(self.target_sum, int | float) and 0 < self.target_sum < float("inf")):
-            raise InputError(f"protocol.target_sum={self.target_sum}: a number above 0 (say 10000) would fit")
-        if not (isinstance(self.blocks, int) and self.blocks >= 3):
-            raise InputError(f"protocol.blocks={self.blocks}: give 3 or more: one tests, one validates, the rest train")
+
+def named_protocols() -> dict[str, Protocol]:
+    """The protocols of ``conf/protocol`` by name."""
+    files = sorted((CONF / "protocol").glob("*.yaml"))
+    nodes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
+    return {
+        name: Protocol(**{key: value for key, value in node.items() if key != "_target_"})
+        for name, node in nodes.items()
+    }
+
+
+def protocol_named(name: str) -> Protocol:
+    """One of :func:`named_protocols`."""
+    protocols = named_protocols()
+    if name not in protocols:
+        raise InputError(f"protocol={name}: choose {', '.join(protocols)}{did_you_mean(name, protocols)}")
+    return protocols[name]
+
+
+def other_protocols(own: Protocol) -> dict[str, Protocol]:
+    """The protocols that a run is scored under besides its own: those with another truth or other highest genes."""
+    others = {name: protocol for name, protocol in named_protocols().items() if name != own.name}
+    return {
+        name: protocol
+        for name, protocol in others.items()
+        if protocol.hold_out != "block" and protocol.scoring != own.scoring
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,30 +10,33 @@ from stexp.config import command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-from stexp.inference.export import export
-
 
 @entry("export")
 def main(cfg: DictConfig) -> None:
+    # torch is heavy, and help does without it
+    from stexp.inference.export import export, finished_export
+
     with command():
         for key, example in (("run", "runs/x"), ("output", "model.stexp")):
             if OmegaConf.is_missing(cfg, key):
                 raise InputError(f"{key} is not given; as in: stexp-export run=runs/x output=model.stexp ({example})")
-        output, plain = Path(cfg.output), to_plain(cfg)
-        if output.exists() and not (cfg.overwrite and (output / "model.json").exists()):
+        plain = to_plain(cfg)
+        run, output = (Path(str(plain[key])).expanduser() for key in ("run", "output"))
+        options = {key: plain[key] for key in ("bank", "prototypes", "folds", "alpha")}
+        facts = None if plain["overwrite"] else finished_export(run, output, **options)
+        if facts is not None:
+            print("\n".join(lines(facts)))
+            print(f"{output} was exported by this command already; give overwrite=true to export it again")
+            return
+        if output.exists() and not (plain["overwrite"] and (output / "model.json").exists()):
             raise InputError(f"{output} exists; choose another output, or overwrite=true where it is an exported model")
-        facts = export(
-            Path(cfg.run), output, bank=cfg.bank, prototypes=cfg.prototypes, folds=plain["folds"], alpha=cfg.alpha
-        )
-        print("\n".join(lines(facts)))
+        print("\n".join(lines(export(run, output, **options))))
         print(f"wrote {output}")
 
 
 def lines(facts: dict) -> list[str]:
     """What was exported, for the terminal."""
-    from stexp.inference import confidence
+    from stexp.inference import confidence  # brings torch
 
     out = [f"{facts['method']} of {facts['data']}, fold {facts['fold']}: {len(facts['panel'])} genes trained"]
     check = facts["reproduces"]

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from stexp.config import build, command, load_sections, panel_of
+from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
+from stexp.data.dataset import DataSet
 from stexp.evaluation.floors import ORACLES, floors_without_images
 
 
 @entry("floors")
 def main(cfg: DictConfig) -> None:
     with command():
-        protocol = build(cfg.protocol)
-        sections = load_sections(cfg, protocol)
-        scores = floors_without_images(sections, protocol, panel_of(cfg, protocol))
+        protocol, dataset = build(cfg.protocol), DataSet(to_plain(cfg.data))
+        sections = dataset.read_sections(protocol)
+        scores = floors_without_images(sections, protocol, dataset.panel(protocol))
         what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
         print(
-            f"{cfg.data.name}, protocol {protocol.name}: {len(sections)} sections, "
+            f"{dataset.name}, protocol {protocol.name}: {len(sections)} sections, "
             f"each {protocol.hold_out} held out in turn; "
             f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}"
         )

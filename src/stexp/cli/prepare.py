@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from stexp.config import CONF, build, command, load_sections, panel_of, to_plain, write_atomically
+from stexp.arguments import Odd, check
+from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
+from stexp.files import CONF, write_csv
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +27,24 @@ for _name in sorted(path.stem for path in (CONF / "image_encoder").glob("*.yaml"
 @entry("prepare")
 def main(cfg: DictConfig) -> None:
     with command():
-        from stexp.data.download.fetch import fetch_configured
-
         check_features(cfg)
-        fetch_configured(cfg.data)
+        bring(cfg.data)
         protocol = build(cfg.protocol)
-        sections = load_sections(cfg, protocol)
-        summary = prepare(cfg, sections, panel_of(cfg, protocol))
+        sections = dataset_of(cfg).read_sections(protocol)
+        summary = prepare(cfg, sections, dataset_of(cfg).panel(protocol))
         print("\n".join(lines(summary, cfg)))
         if cfg.features is not None:
             print(prepare_features(cfg, sections))
+
+
+def bring(data: DictConfig) -> None:
+    """Bring what is missing of a data set, where it names a public source."""
+    from stexp.data.download.fetch import fetch  # requests, pooch and the hub's client: not for local sections
+
+    if data.get("source") is not None:
+        data = to_plain(data)
+        settings = {key: data[key] for key in ("mirror", "keep_archives") if key in data}
+        fetch(data["source"], data["root"], data["sections"], data["download"], **settings)
 
 
 def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.DataFrame:
@@ -47,6 +56,8 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
         A row per section, as in ``qc.csv``.
     """
     from stexp.data.quality import inspect, stands_apart, summarise
+    from stexp.data.slides.orientation import doubts
+    from stexp.data.slides.store import file_of
     from stexp.data.slides.tiles import TileSpec, open_tiles
     from stexp.reporting import overlay
 
@@ -58,9 +69,9 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
         log.info("section %s (%d of %d)", section.name, number, len(sections))
         tiles = None if section.slide is None else open_tiles(section, spec, *kept)
         table = inspect(section, tiles, spec, thresholds)
-        row = summarise(section, table)
+        row = summarise(section, table) | {"orientation": "; ".join(doubts(section))}
         if tiles is not None:
-            facts = json.loads(Path(tiles.filename).with_suffix(".json").read_text())
+            facts = json.loads(file_of(tiles).with_suffix(".json").read_text())
             row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
         if panel is not None:
             row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
@@ -72,18 +83,15 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
         overlay.sheet(pictures, folder / "overlay.png")
     summary = pd.DataFrame(rows)
     summary["stands_apart"] = stands_apart(summary, thresholds.stands_apart)
-    write_atomically(folder / "qc.csv", summary.to_csv(index=False, float_format="%.6g"))
-    part = folder / ".spots.csv.gz.part"
-    pd.concat(spots).to_csv(part, index=False, float_format="%.6g", compression="gzip")
-    os.replace(part, folder / "spots.csv.gz")
+    write_csv(summary, folder / "qc.csv")
+    write_csv(pd.concat(spots), folder / "spots.csv.gz")
     return summary
 
 
 def check_features(cfg: DictConfig) -> None:
     """Raise InputError, before any work, where the features asked for cannot be prepared."""
     size = cfg.surroundings
-    if size is not None and not (isinstance(size, int) and size > 0 and size % 2):
-        raise InputError(f"surroundings={size}: an odd whole number of tiles a side would fit, 5 for triplex")
+    check("surroundings", size, Odd | None)
     if size is not None and cfg.features is None:
         raise InputError(f"surroundings={size}: of which encoder? Give features=NAME, too")
     if cfg.features is not None and cfg.data.stain is not None:
@@ -100,7 +108,7 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
 
     from stexp import hardware
     from stexp.data.slides.tiles import TileSpec, open_tiles
-    from stexp.models.encoders.features import UNTUNED, FrozenEncoder
+    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
 
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
     precision = hardware.choose_precision(cfg.hardware.precision, device.type)
@@ -169,6 +177,8 @@ def lines(summary: pd.DataFrame, cfg: DictConfig) -> list[str]:
         f"look at overlay/{name}.png"
         for name, n, spots in off[["section", "off_tissue", "spots"]].itertuples(index=False)
     ]
+    turned = summary.loc[summary["orientation"] != "", ["section", "orientation"]]
+    out += [f"WARNING: {name}: {text}; look at overlay/{name}.png" for name, text in turned.itertuples(index=False)]
     flagged = {flag: int(summary[flag].sum()) for flag in FLAGS if summary[flag].any()}
     if flagged:
         counts = ", ".join(f"{n} {flag}" for flag, n in flagged.items())

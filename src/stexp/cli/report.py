@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from stexp.errors import InputError
+from stexp import __version__
+from stexp.errors import InputError, in_one_line
 from stexp.reporting.report import write_report
 
 HELP = """\
@@ -26,6 +27,9 @@ examples: stexp-report run=runs/x
 def main(argv: list[str] | None = None) -> int:
     """``stexp-report run=<folder>``: 0, or 2 after one line on what would fit."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv:
+        print(f"stexp {__version__}")
+        return 0
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0
@@ -35,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         if not argv[0].startswith("run="):
             raise InputError(f"{argv[0]!r} is not understood; give run=<folder>, as in: stexp-report run=runs/x")
         report = write_report(argv[0].removeprefix("run="))
-    except (InputError, OSError) as error:
-        print(f"stexp-report: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as error:
+        print(f"stexp-report: {in_one_line(error)}", file=sys.stderr)
         return 2
     print(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.config import command, load_run, to_plain
+from stexp.config import command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
 from stexp.evaluation.score import summary
+from stexp.files import alone_in
 from stexp.reporting.report import write_report
+from stexp.runs.folder import RunFolder
 from stexp.runs.scoring import score_run
 
 
@@ -20,19 +22,24 @@ def main(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, "run"):
             raise InputError("which run? give its folder, as in: stexp-score run=runs/x")
         run = Path(cfg.run)
-        load_run(run)
+        RunFolder(run).require()
         changes = {key: value for key, value in to_plain(cfg.model).items() if value is not None}
         if not changes and cfg.genes == "panel" and cfg.output_dir is not None:
             raise InputError(
                 "output_dir is for new predictions; change something, as in model.k=50 or genes=all, or leave it out"
             )
-        if changes or cfg.genes != "panel":
-            from stexp.runs.rescore import predict_again  # imports torch, which scoring alone does not need
+        folder, again = run, bool(changes) or cfg.genes != "panel"
+        if again:
+            from stexp.runs.rescore import predict_again, rescored_folder  # imports torch, which scoring does without
 
-            run = predict_again(run, changes, to_plain(cfg).get("genes"), cfg.output_dir)
-        metrics = score_run(run)
-        print(summary(metrics))
-        print(f"wrote {run / 'metrics.json'}, {run / 'per_gene.csv'} and {write_report(run)}")
+            new = (run, changes, to_plain(cfg).get("genes"), cfg.output_dir)
+            folder = rescored_folder(*new)
+        with alone_in(folder, wait=True):  # a second command like this one waits, and finds it done
+            if again:
+                predict_again(*new)
+            metrics, report = score_run(folder), write_report(folder)
+        print(f"wrote {folder / 'metrics.json'}, {folder / 'per_gene.csv'} and {report}")
+        print(summary(metrics, bool(cfg.verbose)))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.config import CONF, command, to_plain
+from stexp.config import command, to_plain
 from stexp.config.compose import entry
-from stexp.errors import InputError
+from stexp.errors import InputError, did_you_mean
+from stexp.files import CONF
+from stexp.reporting.agreement import FINISH
 from stexp.reporting.tables import FILES, METRICS, markdown, tabulate_all, write
-from stexp.runs.collection import (
-    FINISH,
-    find_runs,
-    read_run,
-)
+from stexp.runs.scored import find_runs, read_scored_run
 
 
 def main() -> None:
@@ -44,7 +42,9 @@ def of_runs(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, "runs"):
             raise InputError("which runs? name folders, as in: stexp-table runs=runs")
         if cfg.metric not in METRICS:
-            raise InputError(f"metric={cfg.metric}: choose {', '.join(METRICS)}")
+            raise InputError(
+                f"metric={cfg.metric}: choose {', '.join(METRICS)}{did_you_mean(str(cfg.metric), METRICS)}"
+            )
         patterns = to_plain(cfg.runs) if OmegaConf.is_list(cfg.runs) else [cfg.runs]
         folders, unfinished = find_runs([str(pattern) for pattern in patterns])
         if unfinished and not cfg.allow_missing:
@@ -54,7 +54,7 @@ def of_runs(cfg: DictConfig) -> None:
         if not folders:
             raise InputError(f"none of these runs is finished: {', '.join(map(str, unfinished))}")
         scored_as = OmegaConf.select(cfg, "protocol.name")
-        runs = [read_run(folder, scored_as) for folder in folders]
+        runs = [read_scored_run(folder, scored_as) for folder in folders]
         tables = tabulate_all(runs, cfg.metric, cfg.baseline, cfg.allow_missing)
         text = "\n\n".join(markdown(table) for table in tables)
         if unfinished:

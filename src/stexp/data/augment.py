@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 
@@ -12,7 +13,8 @@ from stexp.errors import InputError
 GRAY = torch.tensor([0.299, 0.587, 0.114])
 HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Optical density in R, G, B of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001)."""
-AUGMENTATIONS = ("none", "dihedral", "paper", "hed")
+Augmentation = Literal["none", "dihedral", "paper", "hed"]
+AUGMENTATIONS = get_args(Augmentation)
 
 
 def augment(tiles: torch.Tensor, kind: str, seed: int, hed_sigma: float = 0.05) -> torch.Tensor:
@@ -130,9 +132,9 @@ def _to_unit(tiles: torch.Tensor) -> torch.Tensor:
 def _dihedral(tiles: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(tiles)
     for symmetry in which.unique().tolist():
-        here = (which == symmetry).to(tiles.device)
-        turned = torch.rot90(tiles[here], symmetry % 4, (1, 2))
-        out[here] = turned.flip(2) if symmetry >= 4 else turned
+        in_group = (which == symmetry).to(tiles.device)
+        turned = torch.rot90(tiles[in_group], symmetry % 4, (1, 2))
+        out[in_group] = turned.flip(2) if symmetry >= 4 else turned
     return out
 
 

@@ -1,15 +1,20 @@
-"""Batches of spots: what a loader hands out, in which order, and what a method receives."""
+"""Batches of spots: their order, their indices as loaders carry them, and their tensors as methods receive them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.spatial import cKDTree
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+Batching = Literal["spots", "section"]
+"""What a batch is: spots drawn from all sections, or one whole section."""
 
 
 @dataclass
@@ -17,7 +22,8 @@ class SpotBatch:
     """B spots; G panel genes; L tokens of a spot's context (itself first, then its nearest neighbours).
 
     `expression` is what the spot encoder reads, `target` the observed expression on the truth scale of the
-    protocol; they differ only under ``protocol.truth="gene"``. `image` is None where no tile was asked for.
+    protocol; they differ only under ``protocol.truth="gene"``. `image` is None where no tile was asked for, or
+    `features` take its place.
     """
 
     image: torch.Tensor | None  # (B, 3, px, px) in 0..1
@@ -31,21 +37,70 @@ class SpotBatch:
     context_expression: torch.Tensor  # (B, L, G)
     context_array_xy: torch.Tensor  # (B, L, 2)
     context_mask: torch.Tensor  # (B, L), False where a section has too few spots
-    features: torch.Tensor | None = None  # (B, F) of the tile, from the frozen image encoder, unaugmented
-    whole: int | None = None  # spots of the whole batch, of which several devices hold a part each
+    whole: int  # spots of the whole batch, of which several devices hold a part each
+    features: torch.Tensor | None = None  # (B, F) of the tile by the frozen image encoder; of a view with data.views
 
     def __len__(self) -> int:
         return len(self.spot)
 
+    @property
+    def tiles(self) -> torch.Tensor:
+        """`image` of a batch that was asked for with its tiles."""
+        if self.image is None:
+            raise ValueError("the batch was taken without its tiles")
+        return self.image
+
+    @property
+    def tile_features(self) -> torch.Tensor:
+        """`features` of a batch of data with a frozen image encoder."""
+        if self.features is None:
+            raise ValueError("features of tiles need a data module with an encoder")
+        return self.features
+
 
 @dataclass
 class SpotIndex:
-    """What a loader hands out: rows to gather, and the seed of their augmentation."""
+    """A batch before it is gathered: rows of spots, and the seed of their augmentation."""
 
     rows: torch.Tensor
     seed: int | None = None
     image: bool = True
     whole: int | None = None
+
+
+class SpotTables:
+    """Arrays of all spots, copied once to each device that asks, from which batches are taken.
+
+    Parameters
+    ----------
+    arrays
+        Fields of a :class:`SpotBatch` for all N spots, (N, ...).
+    neighbours : (N, n)
+        Rows of the spots in the context of each, -1 where there are fewer.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], neighbours: np.ndarray) -> None:
+        self._arrays = {**arrays, "neighbours": neighbours}
+        self._on_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+
+    def take(self, index: SpotIndex, image: torch.Tensor | None, device: torch.device) -> SpotBatch:
+        """The spots of `index` on a device, with their tiles `image`."""
+        if device not in self._on_device:
+            # pandas hands out read-only arrays, which torch does not take
+            writable = {name: np.require(array, requirements="W") for name, array in self._arrays.items()}
+            self._on_device[device] = {name: torch.from_numpy(array).to(device) for name, array in writable.items()}
+        table, rows = self._on_device[device], index.rows.to(device)
+        around = table["neighbours"][rows]
+        context = torch.cat([rows[:, None], around.clamp(min=0)], dim=1)
+        return SpotBatch(
+            image=image,
+            spot=rows,
+            context_expression=table["expression"][context],
+            context_array_xy=table["array_xy"][context],
+            context_mask=torch.cat([torch.ones_like(rows[:, None], dtype=torch.bool), around >= 0], dim=1),
+            whole=index.whole or len(rows),
+            **{name: values[rows] for name, values in table.items() if name != "neighbours"},
+        )
 
 
 class ShuffledBatches(Sampler):
@@ -97,8 +152,8 @@ class SectionBatches(Sampler):
             yield SpotIndex(self.sections[i], seed=int(torch.randint(2**62, (), generator=draws)))
 
 
-class _AsGiven(Dataset):
-    """The sampler already yields whole batches; a loader must still look them up somewhere."""
+class _Batches(Dataset):
+    """The batches that a sampler yields, each under itself: a loader must look them up somewhere."""
 
     def __getitem__(self, batch: SpotIndex) -> SpotIndex:
         return batch
@@ -109,10 +164,10 @@ def part_of(n: int, rank: int, world: int) -> slice:
     return slice(*(i * (n // world) + min(i, n % world) for i in (rank, rank + 1)))
 
 
-def index_loader(batches, shuffled: Sampler | None = None) -> DataLoader:
+def index_loader(batches: Sequence[SpotIndex] | Sampler) -> DataLoader:
+    """Loader of batches in the order of a sequence or a sampler."""
     # a generator of its own: an iterator draws a number when it starts, and of a resumed run it starts elsewhere
-    order, own = batches if shuffled is None else shuffled, torch.Generator()
-    return DataLoader(_AsGiven(), batch_size=None, sampler=order, num_workers=0, generator=own)
+    return DataLoader(_Batches(), batch_size=None, sampler=batches, num_workers=0, generator=torch.Generator())
 
 
 def nearest(xy: np.ndarray, n: int) -> np.ndarray:
@@ -133,3 +188,22 @@ def nearest(xy: np.ndarray, n: int) -> np.ndarray:
     distance[index == np.arange(len(xy))[:, None]] = np.inf
     order = np.lexsort((index, xy[index, 1], xy[index, 0], distance), axis=1)[:, :n]
     return np.take_along_axis(index, order, axis=1)
+
+
+def neighbours_within(spots: pd.DataFrame, xy: np.ndarray, n: int) -> np.ndarray:
+    """Rows of the nearest spots of the same section and role, (N, n) or as many as any spot has; -1 where fewer.
+
+    Parameters
+    ----------
+    spots
+        N rows with columns section and role.
+    xy : (N, 2)
+        Where they lie, in any unit of their section.
+    """
+    groups = spots.reset_index(drop=True).groupby(["section", "role"], sort=False)
+    n = min(n, int(groups.size().max()) - 1)  # no spot has more
+    out = np.full((len(spots), n), -1, dtype=np.int64)
+    for _, group in groups:
+        rows = group.index.to_numpy()
+        out[rows, : min(n, len(rows) - 1)] = rows[nearest(xy[rows], n)]
+    return out

@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from pydantic import Field
 from torch.utils.data import DataLoader
 
 from stexp import __version__
-from stexp.data.augment import AUGMENTATIONS, augment
-from stexp.data.batches import SectionBatches, ShuffledBatches, SpotBatch, SpotIndex, index_loader, nearest, part_of
-from stexp.data.genes import choose_panel, drop_unmeasured, normalise
+from stexp.arguments import Count, OpenShare, Pixels, Positive, Seed, Whole, checked
+from stexp.data.augment import Augmentation, augment
+from stexp.data.batches import (
+    Batching,
+    SectionBatches,
+    ShuffledBatches,
+    SpotBatch,
+    SpotIndex,
+    SpotTables,
+    index_loader,
+    neighbours_within,
+    part_of,
+)
+from stexp.data.features import (
+    Surroundings,
+    TiledSection,
+    TileEncoder,
+    draw_views,
+    encode_surroundings,
+    encode_tiles,
+    encode_views,
+    tiled_sections,
+)
+from stexp.data.genes import choose_panel, drop_unmeasured, expression_of
+from stexp.data.identity import check_checkpoint, check_stain, data_digest
 from stexp.data.section import Section
-from stexp.data.slides.stain import METHODS, StainNormaliser
-from stexp.data.slides.store import SUFFIXES
-from stexp.data.slides.tiles import TileBank, TileSpec, file_digest, open_tiles
-from stexp.data.splits import ROLES, assign_roles, spot_table
+from stexp.data.slides.stain import StainNormaliser, check_method
+from stexp.data.slides.tiles import TileBank, TileSpec, open_tiles, warn_of_scales
+from stexp.data.splits import assign_roles, role_lines, spot_table, with_roles
 from stexp.errors import InputError
 from stexp.protocol import Protocol
-from stexp.training.checkpoints import check_checkpoint
 
-if TYPE_CHECKING:
-    from stexp.models.encoders.features import Surroundings
-
-log = logging.getLogger(__name__)
+_BatchSize = Annotated[
+    int, Field(ge=2, le=2**20, description="a whole number of at least 2 (a contrastive batch compares spots)")
+]
 
 
 class SpotDataModule(pl.LightningDataModule):
     """Sections, joined with their tiles, split by a protocol, served as batches.
 
-    The loaders carry indices only; tiles are gathered, augmented and scaled on the device, after the
-    transfer of the batch.
+    The loaders carry indices only; tiles are gathered, augmented and scaled on the device, after the transfer of the
+    batch.
 
     Parameters
     ----------
@@ -53,8 +73,11 @@ class SpotDataModule(pl.LightningDataModule):
         ``none``, ``dihedral``, ``paper`` or ``hed``; see :func:`~stexp.data.augment.augment`.
     hed_sigma
         Strength of ``hed``.
+    views
+        Augmented views of each training tile whose frozen features are kept, one of which is drawn in each epoch;
+        None: tiles are augmented anew. For methods that read such features in place of tiles (`without_tiles`).
     stain
-        None, ``reinhard`` or ``macenko``; see :class:`~stexp.data.slides.stain.StainNormaliser`.
+        None or ``macenko``; see :class:`~stexp.data.slides.stain.StainNormaliser`.
     panel
         A published gene list; None: chosen from the sections the protocol names.
     panel_saw_test
@@ -67,6 +90,8 @@ class SpotDataModule(pl.LightningDataModule):
         ``raw`` or ``jpeg``; see :func:`~stexp.data.slides.tiles.open_tiles`.
     placement
         See :class:`~stexp.data.slides.tiles.TileBank`.
+    encoder
+        Frozen image encoder that computes `features` and `surroundings`.
     seed
         Order of spots and augmentation.
 
@@ -78,61 +103,48 @@ class SpotDataModule(pl.LightningDataModule):
         Predicted genes.
     array_size : int
         Largest array coordinate + 1: the rows a learned position table needs.
-    batching : str
-        What a batch is: ``"spots"``, drawn from all sections, or one whole ``"section"``, as the method says.
-    features : (n_spots, F) float32 or None
-        Of the tiles, from the frozen image encoder; set by what trains, handed out in batches.
-    surroundings : Surroundings or None
-        The same of the tiles around each spot, for a method that has an attribute `surroundings`, tiles a side.
-    share : (int, int)
-        Rank and number of devices that train together: training batches and validation spots are split among them.
+    without_tiles : bool
+        The method reads of a tile what `encoder` makes of it: batches come with `features` and, unless they are to be
+        augmented anew, without `image`.
+
+    Notes
+    -----
+    What a batch is, and which part of the spots this device has, the loaders ask the attached trainer: its method's
+    ``batching``, its rank and its number of devices. Prediction is of all test spots, by one device.
     """
 
+    @checked("data")
     def __init__(
         self,
         sections: list[Section],
         protocol: Protocol,
         fold: str,
         *,
-        tile_px: int = 224,
-        tile_um: float | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 256,
-        augmentation: str = "paper",
-        hed_sigma: float = 0.05,
+        tile_px: Pixels = 224,
+        tile_um: Positive | None = None,
+        batch_size: _BatchSize = 128,
+        eval_batch_size: Count = 256,
+        augmentation: Augmentation = "paper",
+        hed_sigma: OpenShare = 0.05,
+        views: Count | None = None,
         stain: str | None = None,
-        panel: list[str] | None = None,
+        panel: Sequence[str] | None = None,
         panel_saw_test: bool = True,
-        n_neighbours: int = 6,
-        cache_dir: str = "cache",
-        tile_store: str = "raw",
-        placement: str = "auto",
-        seed: int = 0,
+        n_neighbours: Whole = 6,
+        cache_dir: str | Path = "cache",
+        tile_store: Literal["raw", "jpeg"] = "raw",
+        placement: Literal["auto", "device", "pinned", "disk"] = "auto",
+        encoder: TileEncoder | None = None,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("tile_px", tile_px, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("n_neighbours", n_neighbours, 0),
-            ("seed", seed, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name}={value}: a whole number of at least {least} would fit")
-        if batch_size < 2:
-            raise InputError(f"data.batch_size={batch_size}: a contrastive batch needs at least 2 spots")
-        if augmentation not in AUGMENTATIONS:
-            raise InputError(f"data.augmentation={augmentation}: choose {', '.join(AUGMENTATIONS)}")
-        if not isinstance(hed_sigma, int | float) or not 0 <= hed_sigma < 1:
-            raise InputError(f"data.hed_sigma={hed_sigma}: a number from 0 to below 1 would fit")
-        if tile_store not in SUFFIXES:
-            raise InputError(f"data.tile_store={tile_store}: choose {' or '.join(SUFFIXES)}")
-        if stain not in (None, *METHODS):
-            raise InputError(f"data.stain={stain}: choose null, {', '.join(METHODS)}")
+        if stain is not None:
+            check_method(stain)
         self.protocol, self.fold, self.seed = protocol, fold, seed
         self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um), cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
+        self.views, self.without_tiles = views, False
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
         self.spots = spot_table(self.sections, roles)
@@ -141,16 +153,18 @@ class SpotDataModule(pl.LightningDataModule):
             self.sections, self.panel, self.names("test"), self.names("train", "validation")
         )
         self.section_names = [section.name for section in self.sections]
+        self._with_image = [section for section in self.sections if section.slide is not None]
         self.spots = spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
-        self._load_expression()
-        self.neighbours = self._neighbours(n_neighbours)
-        self.batching, self.share = "spots", (0, 1)
-        self.features: np.ndarray | None = None
-        self.surroundings: Surroundings | None = None
+        self.counts, self.expression, self.target = expression_of(self.sections, self.panel, protocol)
+        self.xy_px = np.concatenate([section.xy_px for section in self.sections])
+        self.xy_um = np.concatenate([section.xy_um for section in self.sections])
+        self.neighbours = neighbours_within(self.spots, self.xy_px, n_neighbours)
+        self.encoder = encoder
+        self._features: np.ndarray | None = None
+        self._surroundings: dict[int, Surroundings] = {}
         self.bank: TileBank | None = None
         self._bank_row = np.full(len(self.spots), -1, dtype=np.int64)
-        self._on: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     # what the fold consists of
 
@@ -163,58 +177,28 @@ class SpotDataModule(pl.LightningDataModule):
         return list(self.spots["section"].iloc[self.rows(*roles)].unique())
 
     def summary(self) -> list[str]:
-        """What trains, validates, is predicted and is only retrieved from, a line each."""
-        lines = []
-        for role in ROLES:
-            names, n = self.names(role), len(self.rows(role))
-            if n:
-                lines.append(f"{role}: {n} spots of {len(names)} section(s): {', '.join(names)}")
-        without = [section.name for section in self.sections if section.slide is None]
-        if without:
+        """Lines for the log: spots and sections of each role, the panel, the size of the array."""
+        lines = role_lines(self.spots)
+        n_without = len(self.sections) - len(self._with_image)
+        if n_without:
             lines.append(
-                f"{len(without)} section(s) have counts but no image; they can be retrieved from (model.reference=all)"
+                f"{n_without} section(s) have counts but no image; they can be retrieved from (model.reference=all)"
             )
         lines.append(f"panel: {len(self.panel)} genes; array: {self.array_size} x {self.array_size}")
         return lines
 
-    def _panel(self, panel: list[str] | None, saw_test: bool) -> tuple[list[str], list[str]]:
+    def _panel(self, panel: Sequence[str] | None, saw_test: bool) -> tuple[list[str], list[str]]:
         """The panel and the test sections that chose it. Validation spots belong to the training side here."""
         if panel is not None:
-            return panel, self.names("test") if saw_test else []
-        saw_test, choosing = self.protocol.panel == "all", []
-        for section in self.sections:
-            role = self.spots["role"].to_numpy()[self.spots["section"] == section.name]
-            chooses = np.ones(len(role), bool) if saw_test else np.isin(role, ("train", "validation"))
-            if chooses.any():
-                choosing.append(section.take(chooses))
+            return list(panel), self.names("test") if saw_test else []
+        saw_test = self.protocol.panel == "all"
+        choosing = self.sections if saw_test else with_roles(self.sections, self.spots, "train", "validation")
         referenced = [section for section in self.sections if section.name in self.names("reference")]
         panel = choose_panel(choosing, self.protocol, measured_in=referenced)
         return panel, self.names("test") if saw_test else []
 
-    def _load_expression(self) -> None:
-        counts, expression, target, xy_um = [], [], [], []
-        for section in self.sections:
-            c = section.counts(self.panel)
-            counts.append(c)
-            expression.append(normalise(c, section.total_counts, self.protocol, "spot"))
-            target.append(normalise(c, section.total_counts, self.protocol))
-            xy_um.append(section.xy_px * (np.nan if section.um_per_px is None else section.um_per_px))
-        self.counts, self.expression, self.target = (np.concatenate(x) for x in (counts, expression, target))
-        self.xy_um = np.concatenate(xy_um).astype(np.float32)
-        self.xy_px = np.concatenate([section.xy_px for section in self.sections])
-
-    def _neighbours(self, n: int) -> np.ndarray:
-        """(N, n) rows of the nearest spots on the array, same section and role; -1 where there are none."""
-        groups = self.spots.reset_index(drop=True).groupby(["section", "role"], sort=False)
-        n = min(n, int(groups.size().max()) - 1)  # no spot has more
-        out = np.full((len(self.spots), n), -1, dtype=np.int64)
-        for _, group in groups:
-            rows = group.index.to_numpy()
-            out[rows, : min(n, len(rows) - 1)] = rows[nearest(self.xy_px[rows], n)]
-        return out
-
     def state_dict(self) -> dict:
-        """What a checkpoint must know about the data it was trained on; plain values."""
+        """Facts about the data, for checkpoints of a model that is trained on it; plain values."""
         return {
             "stexp": __version__,
             "panel": self.panel,
@@ -230,91 +214,139 @@ class SpotDataModule(pl.LightningDataModule):
     def load_state_dict(self, state: dict) -> None:
         """Refuse a checkpoint that was trained on other data than this module serves."""
         check_checkpoint(state, self.panel, self.tile, self.array_size)
-        stain = (state.get("stain") or {}).get("method")
-        if stain != self.stain:
-            raise InputError(
-                f"the checkpoint was trained with data.stain={stain or 'null'}, not {self.stain or 'null'}"
-            )
+        check_stain(state, self.stain)
         if state["data"] != self.digest:
             raise InputError("the data changed since this run began; give overwrite=true to start anew")
 
     @cached_property
     def digest(self) -> str:
-        """Hash of what the run learns from: counts, positions, roles, images and how their stain is normalised."""
-        digest = hashlib.blake2b((self.stain or "").encode(), digest_size=16)
-        array_xy = self.spots[["array_x", "array_y"]].to_numpy()
-        sides = np.array([0 if s.slide is None else self.tile.side_px(s) for s in self.sections])
-        for array in (self.target, self.counts, self.xy_px, array_xy, sides, self.spots["role"].to_numpy(str)):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        for section in self.sections:
-            digest.update(b"-" if section.slide is None else file_digest(section.slide.path).encode())
-        if self.tile_store != "raw":
-            digest.update(self.tile_store.encode())
-        return digest.hexdigest()
+        """Hash of what a run learns from; see :func:`~stexp.data.identity.data_digest`."""
+        arrays = (self.target, self.counts, self.xy_px)
+        return data_digest(self.sections, self.spots, arrays, self.tile, self.stain, self.tile_store)
 
     # tiles and loaders
 
     def setup(self, stage: str | None = None) -> None:
+        """Cut or open the tiles of all sections with an image, and compute or read their features."""
+        self.open_tiles()
+        if self.encoder is not None and self._features is None:
+            self._features = encode_tiles(self.encoder, self._tiled_sections(), len(self.spots))
+
+    def open_tiles(self) -> TileBank:
         """Cut or open the tiles of all sections with an image."""
         if self.bank is not None:
-            return
-        scales = [section.um_per_px for section in self.sections if section.slide is not None and section.um_per_px]
-        if self.tile.um is None and scales and max(scales) > 1.1 * min(scales):
-            log.warning(
-                "tiles of %d raw pixels show between %.0f and %.0f um of tissue; data.tile_um gives them one size",
-                self.tile.px,
-                self.tile.px * min(scales),
-                self.tile.px * max(scales),
-            )
-        stores, start = [], 0
-        for section in self.sections:
-            if section.slide is None:
-                continue
-            store = open_tiles(section, self.tile, self.cache_dir, self.tile_store)
-            rows = np.flatnonzero(self.spots["section"] == section.name)
-            self._bank_row[rows] = start + np.arange(len(rows))
-            start += len(rows)
-            stores.append(store)
+            return self.bank
+        warn_of_scales(self._with_image, self.tile)
+        stores = [open_tiles(section, self.tile, self.cache_dir, self.tile_store) for section in self._with_image]
+        has_tile = self.spots["section"].isin([section.name for section in self._with_image]).to_numpy()
+        self._bank_row[has_tile] = np.arange(has_tile.sum())
         self.bank = TileBank(stores, self.placement)
+        return self.bank
 
     def tiles(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tiles of the spots `rows`, (B, px, px, 3) uint8, their stain normalised if `stain` says so."""
-        self.setup()
-        where = self._bank_row[rows]
-        if (where < 0).any():
-            names = self.spots["section"].iloc[np.asarray(rows)[where < 0]].unique()
+        bank = self.open_tiles()
+        bank_rows = self._bank_row[rows]
+        if (bank_rows < 0).any():
+            names = self.spots["section"].iloc[np.asarray(rows)[bank_rows < 0]].unique()
             raise InputError(f"spots of {', '.join(names)} have no image to cut tiles from")
-        tiles = self.bank.gather(torch.from_numpy(where), torch.device(device))
+        tiles = bank.gather(torch.from_numpy(bank_rows), torch.device(device))
         if self.normaliser is None:
             return tiles
-        return self.normaliser(tiles, torch.from_numpy(np.searchsorted(self.bank.starts, where, side="right") - 1))
+        return self.normaliser(tiles, torch.from_numpy(np.searchsorted(bank.starts, bank_rows, side="right") - 1))
 
     @cached_property
     def normaliser(self) -> StainNormaliser | None:
-        """What `stain` asks for, of the sections with an image, in their order."""
+        """Stain normalisation of the sections with an image, in their order; None without `stain`."""
         if self.stain is None:
             return None
-        self.setup()
-        names = [section.name for section in self.sections if section.slide is not None]
+        bank = self.open_tiles()
+        names = [section.name for section in self._with_image]
         trained_on = (self.spots["role"] == "train").to_numpy()[self._bank_row >= 0]
-        return StainNormaliser.fit(self.stain, names, self.bank.stores, np.split(trained_on, self.bank.starts[1:-1]))
+        return StainNormaliser.fit(self.stain, names, bank.stores, np.split(trained_on, bank.starts[1:-1]))
+
+    @property
+    def features(self) -> np.ndarray | None:
+        """Frozen features of every spot's tile, (n_spots, F) float32, NaN without an image; None without encoder."""
+        if self.encoder is not None:
+            self.setup()
+        return self._features
+
+    @property
+    def tile_features(self) -> np.ndarray:
+        """`features` of a data module with an encoder."""
+        features = self.features
+        if features is None:
+            raise ValueError("features of tiles need a data module with an encoder")
+        return features
+
+    @property
+    def n_features(self) -> int | None:
+        """F of `features`."""
+        return None if self.encoder is None else self.encoder.num_features
+
+    def surroundings(self, k: int) -> Surroundings:
+        """Frozen features of the k x k tiles around every spot (k odd), computed or opened at the first call."""
+        if k not in self._surroundings:
+            encoder, sections = self._required_encoder, self._tiled_sections()
+            self._surroundings[k] = encode_surroundings(encoder, sections, len(self.spots), self.tile, k)
+        return self._surroundings[k]
+
+    @property
+    def _required_encoder(self) -> TileEncoder:
+        if self.encoder is None:
+            raise ValueError("features of tiles need a data module with an encoder")
+        return self.encoder
+
+    def _tiled_sections(self) -> Iterator[TiledSection]:
+        stores, section_of_spot = self.open_tiles().stores, self.spots["section"].to_numpy(str)
+        return tiled_sections(self._with_image, stores, section_of_spot, self.normaliser)
+
+    # loaders
 
     def train_dataloader(self) -> DataLoader:
-        if self.batching == "section":
+        """Training spots in a random order: this device's part of each batch, or whole sections."""
+        order: SectionBatches | ShuffledBatches
+        if self._batching == "section":
             order = SectionBatches(self._by_section("train"), self.seed)
         else:
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self.share)
-        return index_loader(order, shuffled=order)
+            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share)
+        return index_loader(order)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self.loader("validation", share=self.share) if len(self.rows("validation")) else []
+        """This device's part of the validation spots; no loader where there are none."""
+        if not len(self.rows("validation")):
+            return []
+        return self.loader("validation", batching=self._batching, share=self._share)
 
     def predict_dataloader(self) -> DataLoader:
-        return self.loader("test")
+        """All test spots."""
+        return self.loader("test", batching=self._batching)
 
-    def loader(self, *roles: str, image=True, batch_size: int | None = None, share=(0, 1)) -> DataLoader:
-        """Every spot of the roles once, in order, unaugmented; in batches of `batch_size`, or as `batching` says."""
-        if self.batching == "section" and batch_size is None:
+    @property
+    def _batching(self) -> Batching:
+        if self.trainer is None:
+            return "spots"
+        return self.trainer.lightning_module.batching  # type: ignore[return-value]  # of a Method, a layer above
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def loader(
+        self,
+        *roles: str,
+        image: bool = True,
+        batch_size: int | None = None,
+        batching: Batching = "spots",
+        share: tuple[int, int] = (0, 1),
+    ) -> DataLoader:
+        """Every spot of some roles once, in order and unaugmented, with or without its tile.
+
+        A batch is `batch_size` spots (None: `eval_batch_size`) of the part that `share`, rank and number of devices,
+        gives this device; or, with ``batching="section"``, one whole section.
+        """
+        if batching == "section":
             parts = [torch.from_numpy(rows) for rows in self._by_section(*roles)]
         else:
             rows = torch.from_numpy(self.rows(*roles))
@@ -336,45 +368,32 @@ class SpotDataModule(pl.LightningDataModule):
     def batch(self, index: SpotIndex, device: torch.device | str = "cpu") -> SpotBatch:
         """Gather the spots of `index` on `device`."""
         device = torch.device(device)
-        table = self._tables(device)
-        rows = index.rows.to(device)
-        image = None
-        if index.image:
-            tiles = self.tiles(index.rows.numpy(), device)
-            kind = "none" if index.seed is None else self.augmentation
-            image = augment(tiles, kind, index.seed or 0, self.hed_sigma)
-        around = table["neighbours"][rows]
-        context = torch.cat([rows[:, None], around.clamp(min=0)], dim=1)
-        mask = torch.cat([torch.ones_like(rows[:, None], dtype=torch.bool), around >= 0], dim=1)
-        taken = {name: table[name][rows] for name in ("expression", "target", "counts", "xy_um", "array_xy", "section")}
-        if "features" in table:
-            taken["features"] = table["features"][rows]
-        return SpotBatch(
-            image=image,
-            spot=rows,
-            context_expression=table["expression"][context],
-            context_array_xy=table["array_xy"][context],
-            context_mask=mask,
-            whole=index.whole or len(rows),
-            **taken,
-        )
+        kind = "none" if index.seed is None else self.augmentation
+        if index.image and not (self.without_tiles and (kind == "none" or self.views)):
+            image = augment(self.tiles(index.rows.numpy(), device), kind, index.seed or 0, self.hed_sigma)
+            return self._tables.take(index, image, device)
+        batch = self._tables.take(index, None, device)
+        if index.image and index.seed is not None and kind != "none":
+            batch.features = draw_views(self._view_features, index.rows, index.seed).to(device)
+        return batch
 
-    def _tables(self, device: torch.device) -> dict[str, torch.Tensor]:
-        if device not in self._on:
-            codes = pd.Categorical(self.spots["section"], categories=self.section_names).codes
-            arrays = {
-                "expression": self.expression,
-                "target": self.target,
-                "counts": self.counts,
-                "xy_um": self.xy_um,
-                "array_xy": self.spots[["array_x", "array_y"]].to_numpy(np.int64),
-                "section": codes.astype(np.int64),
-                "neighbours": self.neighbours,
-            }
-            if self.features is not None:
-                arrays["features"] = self.features
-            # pandas hands out read-only arrays, which torch does not take
-            self._on[device] = {
-                name: torch.from_numpy(np.require(array, requirements="W")).to(device) for name, array in arrays.items()
-            }
-        return self._on[device]
+    @cached_property
+    def _view_features(self) -> np.ndarray:
+        """Frozen features of the augmented views of training tiles, (views, n_spots, F)."""
+        sections = [tiled for tiled in self._tiled_sections() if tiled.section.name in self.names("train")]
+        kind = (self.augmentation, self.hed_sigma)
+        return encode_views(self._required_encoder, sections, len(self.spots), *kind, self.views or 0)
+
+    @cached_property
+    def _tables(self) -> SpotTables:
+        arrays = {
+            "expression": self.expression,
+            "target": self.target,
+            "counts": self.counts,
+            "xy_um": self.xy_um,
+            "array_xy": self.spots[["array_x", "array_y"]].to_numpy(np.int64),
+            "section": pd.Categorical(self.spots["section"], categories=self.section_names).codes.astype(np.int64),
+        }
+        if self.features is not None:
+            arrays["features"] = self.features
+        return SpotTables(arrays, self.neighbours)

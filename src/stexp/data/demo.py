@@ -22,6 +22,7 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -48,7 +49,7 @@ from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise when the same arguments give other files
+VERSION = 2  # raise when the same arguments give other files
 # how many genes answer to what, in the family "full"; the others are counted in `_genes`
 PROGRAMS = {"tumour": 18, "stroma": 18, "immune": 16, "fat": 8, "nuclei": 12}
 N_PART, N_NONE = 68, 60
@@ -91,8 +92,8 @@ def write_demo(
     Returns
     -------
     Path
-        The sample sheet. Beside it: ``images/``, ``counts/``, ``spots/``, ``genes.csv`` (gene, family, program)
-        and ``demo.json`` (the arguments).
+        The sample sheet. Beside it: ``images/``, ``counts/``, ``spots/``, ``genes.csv`` (gene, family, program),
+        ``slides.csv`` (images and their scales, for ``stexp-predict slide=``) and ``demo.json`` (the arguments).
     """
     folder = Path(folder).resolve()
     if not 1 <= patients <= len(ascii_uppercase) or sections_per_patient < 1 or seed < 0 or image_px < 400:
@@ -156,20 +157,19 @@ def _write(folder: Path, made_from: dict) -> None:
         for s in range(made_from["sections_per_patient"]):
             name = f"{patient}{s + 1}"
             image, spots, counts = _section(made_from, p, s, genes)
-            row = {
-                "section": name,
-                "patient": patient,
+            files = {
                 "image": f"images/{name}.jpg",
                 "counts": f"counts/{name}.tsv.gz",
                 "spots": f"spots/{name}.csv",
-                "um_per_px": array.um_per_px,
             }
-            Image.fromarray(image).save(folder / row["image"], quality=92, subsampling=0)
-            counts.to_csv(folder / row["counts"], sep="\t", compression={"method": "gzip", "mtime": 0})
-            spots.to_csv(folder / row["spots"], float_format="%.2f")
-            rows.append(row)
+            Image.fromarray(image).save(folder / files["image"], quality=92, subsampling=0)
+            counts.to_csv(folder / files["counts"], sep="\t", compression={"method": "gzip", "mtime": 0})
+            spots.to_csv(folder / files["spots"], float_format="%.2f")
+            rows.append({"section": name, "patient": patient, **files, "um_per_px": array.um_per_px})
     genes[["family", "program"]].to_csv(folder / "genes.csv")
-    pd.DataFrame(rows).to_csv(folder / "sheet.csv", index=False)
+    sheet = pd.DataFrame(rows)
+    sheet.to_csv(folder / "sheet.csv", index=False)
+    sheet[["image", "um_per_px"]].rename(columns={"image": "slide"}).to_csv(folder / "slides.csv", index=False)
     (folder / "demo.json").write_text(json.dumps(made_from, indent=2) + "\n")
 
 
@@ -207,7 +207,8 @@ def _spots(rng: Rng, tissue: Tissue, size_um: Size, array: Array) -> pd.DataFram
     ring = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     rim = xy[:, None] + array.diameter / 2 * np.stack([np.cos(ring), np.sin(ring)], axis=1)
     fits = ((rim >= 0) & (rim < size_um)).all(axis=(1, 2))
-    covered = values_at(sum(tissue[name] for name in COMPARTMENTS), rim.reshape(-1, 2)).reshape(len(xy), -1)
+    on_tissue = reduce(np.add, (tissue[name] for name in COMPARTMENTS))
+    covered = values_at(on_tissue, rim.reshape(-1, 2)).reshape(len(xy), -1)
     return spots[fits & (covered.mean(axis=1) > 0.75)].copy()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from scipy.spatial import cKDTree
 
 Rng = np.random.Generator
 Size = tuple[float, float]
+Shape = tuple[int, int]
 Tissue = dict[str, np.ndarray]  # fields on the grid: the compartments, "packed" and "angle"
 
 GRID_UM = 8.0  # pitch of the grid on which tissue is laid out
@@ -41,7 +43,7 @@ CELLS = {
 COMPARTMENTS = tuple(CELLS)
 
 
-def random_field(rng: Rng, shape: Size, length: float) -> np.ndarray:
+def random_field(rng: Rng, shape: tuple[int, ...], length: float) -> np.ndarray:
     """Smooth random field, mean about 0, variance about 1; `length` in cells of the grid."""
     nodes = [int(np.ceil(n / length)) + 3 for n in shape]
     noise = Image.fromarray(rng.standard_normal(nodes, dtype=np.float32))
@@ -61,7 +63,8 @@ def lay_out_tissue(block: Rng, cut: Rng, size_um: Size) -> Tissue:
 
     def field(length: float) -> np.ndarray:
         octaves = ((0.86 * 0.5**i, length / 2**i) for i in range(4))  # ragged, as the borders of tissue are
-        return sum(a * (0.96 * random_field(block, shape, n) + 0.28 * random_field(cut, shape, n)) for a, n in octaves)
+        parts = (a * (0.96 * random_field(block, shape, n) + 0.28 * random_field(cut, shape, n)) for a, n in octaves)
+        return reduce(np.add, parts)
 
     v, u = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij")
     radius = (np.abs(u) ** 3 + np.abs(v) ** 3) ** (1 / 3)
@@ -121,7 +124,7 @@ def place_nuclei(rng: Rng, tissue: Tissue, size_um: Size) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def paint(block: Rng, cut: Rng, tissue: Tissue, nuclei: pd.DataFrame, size_px: Size, um_per_px: float) -> np.ndarray:
+def paint(block: Rng, cut: Rng, tissue: Tissue, nuclei: pd.DataFrame, size_px: Shape, um_per_px: float) -> np.ndarray:
     """Light through the stains (Beer-Lambert), (height, width, 3) uint8."""
     full = {name: _enlarge(tissue[name], size_px) for name in COMPARTMENTS}
     shape = (size_px[1], size_px[0])
@@ -147,14 +150,14 @@ def paint(block: Rng, cut: Rng, tissue: Tissue, nuclei: pd.DataFrame, size_px: S
     return np.clip(light, 0, 255).astype(np.uint8)
 
 
-def _enlarge(field: np.ndarray, size_px: Size) -> np.ndarray:
+def _enlarge(field: np.ndarray, size_px: Shape) -> np.ndarray:
     return np.asarray(Image.fromarray(field.astype(np.float32)).resize(size_px, Image.Resampling.BILINEAR))
 
 
 def _fibres(rng: Rng, angle: np.ndarray, step_um: float = 4.0) -> np.ndarray:
     """White noise averaged along the fibre angle (line integral convolution), unit variance."""
-    shape = tuple(int(n * GRID_UM / step_um) for n in angle.shape)
-    angle = _enlarge(angle, shape[::-1])
+    height, width = shape = tuple(int(n * GRID_UM / step_um) for n in angle.shape)
+    angle = _enlarge(angle, (width, height))
     dx, dy = np.cos(angle), np.sin(angle)
     noise = rng.standard_normal(shape, dtype=np.float32)
     total = np.zeros(shape, dtype=np.float32)
@@ -178,7 +181,7 @@ def _fat_membranes(rng: Rng, fat: np.ndarray, um_per_px: float, cell_um: float =
     return walls
 
 
-def _draw(nuclei: pd.DataFrame, shape: Size, um_per_px: float) -> np.ndarray:
+def _draw(nuclei: pd.DataFrame, shape: Shape, um_per_px: float) -> np.ndarray:
     """Haematoxylin of all nuclei, (height, width) float32."""
     canvas = np.zeros(shape[0] * shape[1], dtype=np.float32)
     for _, group in nuclei.groupby("kind"):

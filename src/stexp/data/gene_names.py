@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from stexp.data.readers.formats import TEXT, read_table
+from stexp.data.readers.formats import TEXT
+from stexp.data.readers.paths import user_path
+from stexp.data.readers.text import read_table
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -58,14 +60,14 @@ def harmonise(counts: ad.AnnData, table: str | Path | None = None, where: str = 
     """
     where = f"{where}: " if where else ""
     names = pd.Series(counts.var_names.astype(str), dtype=object)
-    given = names
+    original = names
     if "gene_ids" in counts.var:
         behind = pd.Series(counts.var["gene_ids"].astype(object).to_numpy(), dtype=object)
-        given = _either(behind.mask(behind == ""), names).astype(str).astype(object)
-    own, behind = names.str.extract(ENSEMBL), given.str.extract(ENSEMBL)
+        original = _either(behind.mask(behind == ""), names).astype(str).astype(object)
+    own, behind = names.str.extract(ENSEMBL), original.str.extract(ENSEMBL)
     ids, species = (_either(behind[i], own[i]) for i in (0, 1))
     symbols = read_gene_table(table) if table is not None else {}
-    key = _either(ids, given)
+    key = _either(ids, original)
     matched = key.isin(symbols.keys())
     ids = _either(ids, key.where(matched))  # what a table calls an id is one
     new = _either(key.map(symbols), _either(own[0], names))
@@ -76,7 +78,7 @@ def harmonise(counts: ad.AnnData, table: str | Path | None = None, where: str = 
             f"(first: {next(iter(symbols))}); is it of another species?"
         )
     keep = _of_one_species(species, matched, where)
-    codes, first = _groups(new[keep], given[keep], names[keep])
+    codes, first = _groups(new[keep], original[keep], names[keep])
     report = {
         "given": len(names),
         "ids": int(ids.notna().sum()),
@@ -87,18 +89,25 @@ def harmonise(counts: ad.AnnData, table: str | Path | None = None, where: str = 
     }
     _say(report, table, where)
 
-    kept = np.flatnonzero(keep)
-    var = counts.var.iloc[kept[first]].set_axis(pd.Index(new.to_numpy()[kept[first]]), axis=0)
+    summed = _sum_equal(counts, np.flatnonzero(keep), codes, first, new.to_numpy())
     if ids.notna().any():
-        var["gene_ids"] = _joined(ids[keep], codes, len(first))
+        summed.var["gene_ids"] = _joined(ids[keep], codes, len(first))
+    summed.uns["gene_names"] = report
+    return summed
+
+
+def _sum_equal(
+    counts: ad.AnnData, columns: np.ndarray, codes: np.ndarray, first: np.ndarray, names: np.ndarray
+) -> ad.AnnData:
+    """Counts with the `columns` of one code added up, named by the first of them; a new AnnData."""
+    var = counts.var.iloc[columns[first]].set_axis(pd.Index(names[columns[first]]), axis=0)
     X = sp.csr_matrix(counts.X)
-    if len(first) < len(names):
-        to = sp.csr_matrix((np.ones(len(kept), X.dtype), (kept, codes)), shape=(len(names), len(first)))
+    if len(first) < counts.n_vars:
+        to = sp.csr_matrix((np.ones(len(columns), X.dtype), (columns, codes)), shape=(counts.n_vars, len(first)))
         X = X @ to
-    uns = {**counts.uns, "gene_names": report}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # names that still occur twice are for `Section` to refuse
-        return ad.AnnData(X, obs=counts.obs.copy(), var=var, obsm=dict(counts.obsm), uns=uns)
+        return ad.AnnData(X, obs=counts.obs.copy(), var=var, obsm=dict(counts.obsm), uns=dict(counts.uns))
 
 
 def _either(first: pd.Series, second: pd.Series) -> pd.Series:
@@ -109,10 +118,10 @@ def _either(first: pd.Series, second: pd.Series) -> pd.Series:
 def _joined(ids: pd.Series, codes: np.ndarray, n: int) -> list[str]:
     """The ids behind each output gene."""
     behind: list[dict[str, None]] = [{} for _ in range(n)]
-    for code, known, found in zip(codes, ids.notna(), ids, strict=True):
-        if known:
-            behind[code][found] = None
-    return [";".join(found) for found in behind]
+    for code, has_id, gene in zip(codes, ids.notna(), ids, strict=True):
+        if has_id:
+            behind[code][gene] = None
+    return [";".join(genes) for genes in behind]
 
 
 def _of_one_species(species: pd.Series, matched: pd.Series, where: str) -> pd.Series:
@@ -130,10 +139,10 @@ def _of_one_species(species: pd.Series, matched: pd.Series, where: str) -> pd.Se
     )
 
 
-def _groups(new: pd.Series, given: pd.Series, names: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def _groups(new: pd.Series, original: pd.Series, names: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Code of the output gene of each input gene, and the first input gene of each output gene."""
     # genes that nothing tells apart get codes of their own
-    again = pd.DataFrame({"given": given, "names": names}).groupby(["given", "names"]).cumcount()
+    again = pd.DataFrame({"original": original, "names": names}).groupby(["original", "names"]).cumcount()
     keys = pd.MultiIndex.from_arrays([new, again])
     codes, _ = pd.factorize(keys)
     return codes, np.unique(codes, return_index=True)[1]
@@ -142,14 +151,14 @@ def _groups(new: pd.Series, given: pd.Series, names: pd.Series) -> tuple[np.ndar
 def _say(report: dict[str, int], table: str | Path | None, where: str) -> None:
     if table is None and not report["ids"] and not report["summed"]:
         return
-    found = "" if table is None else f", {report['matched']} in {Path(table).name} and {report['unmatched']} not"
+    in_table = "" if table is None else f", {report['matched']} in {Path(table).name} and {report['unmatched']} not"
     left_out = f"; left out, of another species: {report['left_out']}" if report["left_out"] else ""
     log.info(
         "%s%d gene names, %d with an id%s; %d summed into one of the same name%s",
         where,
         report["given"],
         report["ids"],
-        found,
+        in_table,
         report["summed"],
         left_out,
     )
@@ -157,7 +166,7 @@ def _say(report: dict[str, int], table: str | Path | None, where: str) -> None:
 
 def read_gene_table(path: str | Path) -> dict[str, str]:
     """Symbols by id without version; ids with an empty symbol are left out. See `harmonise` for the layout."""
-    table = read_table(Path(path), "gene table", header=None, **TEXT)
+    table = read_table(user_path(path), "gene table", header=None, **TEXT)
     table = table.fillna("").apply(lambda column: column.str.strip())
     header = list(table.iloc[0].str.lower())
     if {"id", "symbol"} <= set(header):

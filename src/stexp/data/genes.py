@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stexp.data.readers.excel_dates import date_of
+from stexp.data.readers.paths import user_path
+from stexp.data.readers.text import read_text
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.protocol import Protocol
@@ -56,18 +60,26 @@ def normalise(
 
 
 def read_panel(path: str | Path) -> list[str]:
-    """Gene symbols of a panel file, one per line, in its order."""
-    path = Path(path)
+    """Gene symbols of a panel file, in its order.
+
+    One per line, or divided by blanks, commas, semicolons or tabs; quotes around them and a byte-order mark before the
+    first do not belong to them.
+    """
+    path = user_path(path)
     if not path.is_file():
         raise InputError(
             f"panel file {path} does not exist; give another (data.panel_file=) or none (data.panel_file=null)"
         )
-    try:
-        genes = path.read_text().split()
-    except UnicodeDecodeError:
-        raise InputError(f"panel file {path} is no text; one gene symbol a line would fit") from None
+    words = re.split(r"[\s,;]+", read_text(path, "panel file").decode())
+    genes = [word.strip("\"'") for word in words if word.strip("\"'")]
     if not genes:
         raise InputError(f"panel file {path} names no gene")
+    strange = [gene for gene in genes if not gene.isprintable()]
+    if strange:
+        raise InputError(f"panel file {path} is no text ({strange[0][:40]!r}); one gene symbol a line would fit")
+    dates = [gene for gene in genes if date_of(gene)]
+    if dates:
+        raise InputError(f"panel file {path} has dates that a spreadsheet made of genes: {', '.join(dates[:5])}")
     if len(set(genes)) != len(genes):
         raise InputError(f"panel file {path} names a gene twice")
     return genes
@@ -172,3 +184,17 @@ def variable_genes(section: Section, n: int) -> pd.Series:
         sc.pp.highly_variable_genes(spots)
     dispersion = spots.var["dispersions_norm"].dropna()  # genes alone in their bin of mean expression have none
     return dispersion[dispersion >= dispersion.nlargest(n).min()]
+
+
+def expression_of(
+    sections: Sequence[Section], panel: Sequence[str], protocol: Protocol
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts of a panel, what a spot encoder reads of them, and the truth, each (N, G) float32, spots in order.
+
+    The two scales differ only under ``protocol.truth="gene"``; genes not measured in a section are NaN.
+    """
+    counts = [section.counts(panel) for section in sections]
+    pairs = list(zip(counts, sections, strict=True))
+    read = [normalise(count, section.total_counts, protocol, "spot") for count, section in pairs]
+    truth = [normalise(count, section.total_counts, protocol) for count, section in pairs]
+    return np.concatenate(counts), np.concatenate(read), np.concatenate(truth)

@@ -1,22 +1,20 @@
-"""Quality of spots, tiles and sections: measured and flagged, never dropped unless asked for."""
+"""Quality of spots and sections: measured and flagged, never dropped unless asked for."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
-from rich.console import Console
-from rich.progress import track
-from torch.nn import functional as F
 
+from stexp.arguments import NotNegative, Share, checked
 from stexp.data.cache import kept_array
 from stexp.data.section import Section
+from stexp.data.slides.store import TileStore, file_of
 from stexp.data.slides.tiles import TileSpec
+from stexp.data.tile_measures import OF_TILES, VERSION, measure
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -32,17 +30,6 @@ FLAGS = {
 """Flag -> what is measured, and the threshold it is held against."""
 
 OF_COUNTS = ("n_counts", "n_genes")
-OF_TILES = ("tissue", "blur", "pen", "fold", "od_red", "od_green", "od_blue", "red", "green", "blue")
-
-VERSION = 1  # of what is measured on a tile; raise when the same tile gives other numbers
-BLUR_UM = 1.0  # um/px at which blur is measured
-CELL_UM = (
-    16.0  # side of the squares whose mean colour is judged: wider than a nucleus, narrower than a stroke or a fold
-)
-GREENEST, DENSE = 0.05, 0.15  # optical densities from which on a square is tissue, see `measure`
-INK_OD, INK_RED, INK_GREY = 0.3, 0.2, 0.2  # see `measure`
-FOLD = 0.2  # saturation minus intensity, see `measure`
-TILES_AT_ONCE_PX = 1 << 21
 
 APART = {
     "median_counts": 0.1,
@@ -58,6 +45,7 @@ their natural logarithm). Few sections can agree by chance; differences are meas
 MIN_SECTIONS = 4  # of which one can stand apart from the others
 
 
+@checked("data.quality")
 @dataclass(frozen=True)
 class Thresholds:
     """What counts as poor; None: not judged.
@@ -74,24 +62,16 @@ class Thresholds:
         Robust z-score beyond which a section stands apart from the others.
     """
 
-    min_counts: float | None
-    min_genes: float | None
-    min_tissue: float | None
-    max_blur: float | None
-    max_pen: float | None
-    max_fold: float | None
-    stands_apart: float | None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            most = 1 if name in ("min_tissue", "max_blur", "max_pen", "max_fold") else np.inf
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= most):
-                fits = "from 0 to 1" if most == 1 else "of at least 0"
-                raise InputError(f"data.quality.{name}={value}: a number {fits}, or null, would fit")
+    min_counts: NotNegative | None
+    min_genes: NotNegative | None
+    min_tissue: Share | None
+    max_blur: Share | None
+    max_pen: Share | None
+    max_fold: Share | None
+    stands_apart: NotNegative | None
 
 
-def inspect(section: Section, tiles: np.ndarray | None, spec: TileSpec, thresholds: Thresholds) -> pd.DataFrame:
+def inspect(section: Section, tiles: TileStore | None, spec: TileSpec, thresholds: Thresholds) -> pd.DataFrame:
     """Measure and flag every spot of a section.
 
     Parameters
@@ -122,8 +102,8 @@ def inspect(section: Section, tiles: np.ndarray | None, spec: TileSpec, threshol
 
 def _flags(table: pd.DataFrame, thresholds: Thresholds) -> list[str]:
     raised = {}
-    for flag, (measure, name) in FLAGS.items():
-        limit, value = getattr(thresholds, name), table[measure].to_numpy(float)
+    for flag, (column, name) in FLAGS.items():
+        limit, value = getattr(thresholds, name), table[column].to_numpy(float)
         if limit is None:
             continue
         # a comparison with NaN is false: what was not measured is not flagged
@@ -133,9 +113,9 @@ def _flags(table: pd.DataFrame, thresholds: Thresholds) -> list[str]:
     return [";".join(flag for flag, where in raised.items() if where[i]) for i in range(len(table))]
 
 
-def _kept_measures(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
+def _kept_measures(tiles: TileStore, um_per_px: float | None) -> np.ndarray:
     """`measure` of a tile store, kept in ``quality`` beside the folder of the store."""
-    store = Path(tiles.filename)
+    store = file_of(tiles)
     folder = store.parents[1] / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     scale = "" if um_per_px is None else f"-{um_per_px:.4f}"
@@ -146,100 +126,6 @@ def _kept_measures(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
         return measure(tiles, um_per_px)
 
     return kept_array(path, (len(tiles), len(OF_TILES)), compute)
-
-
-def measure(tiles: np.ndarray, um_per_px: float | None) -> np.ndarray:
-    """What tiles show besides tissue of good quality.
-
-    Parameters
-    ----------
-    tiles : (N, px, px, 3) uint8
-        Array, memory map or tile store; some are read at a time.
-    um_per_px
-        Micrometres per pixel of the tiles; None: taken for `BLUR_UM`.
-
-    Returns
-    -------
-    (N, 10) float64, the columns of `OF_TILES`
-        ``tissue`` : share of the area that absorbs green more than red and blue, as haematoxylin and eosin do
-        (Ruifrok & Johnston 2001), by `GREENEST` in optical density, or all three by `DENSE`, and is no ink. Glass is
-        nearly grey and pale: in HER2+ 0.00 to 0.04, and 0.02 to 0.08.
-
-        ``blur`` : blur metric of Crete et al. 2007 (doi 10.1117/12.702790) at `BLUR_UM`: how little of the
-        differences between neighbouring pixels a further blur takes away; 0 sharp, 1 blurred. Tiles that are coarser
-        are taken as they are. NaN for tiles without any difference, or too small. Tiles of HER2+ have 0.29..0.53, of
-        a Visium section after two JPEG compressions 0.40..0.60, both after a Gaussian of 3 um 0.69 and more.
-
-        ``pen`` : share of ink. Blue and green ink absorb red more than green (by `INK_RED`), which no mixture of
-        the stains does; black ink absorbs all colours strongly (2 `INK_OD`) and alike (within `INK_GREY`). Red ink
-        looks like eosin and blood and is not told apart.
-
-        ``fold`` : share of tissue whose saturation exceeds its intensity by `FOLD`: thicker tissue is darker and more
-        saturated (Bautista & Yagi 2010, doi 10.4103/2153-3539.73320; Kothari et al. 2013, doi
-        10.4103/2153-3539.117448). A hint only: dense nuclei come near to it (the lymphoid follicle of a mouse colon
-        is flagged), and where the stain is pale a fold stays below it.
-
-        ``od_red``, ..., ``red``, ... : optical density, -log10 of the light that passes (0..1), and colour (0..255),
-        means over tissue; NaN without tissue.
-
-    Notes
-    -----
-    Colours are judged as means over squares of `CELL_UM`. Thresholds of a pixel are constants here, shares of a tile
-    that are too much are `Thresholds`.
-    """
-    if len(tiles.shape) != 4 or tiles.shape[3] != 3 or tiles.dtype != np.uint8:
-        raise InputError(f"tiles must be (N, H, W, 3) uint8, got {tiles.shape} {tiles.dtype}")
-    out = np.empty((len(tiles), len(OF_TILES)))
-    at_once = max(1, TILES_AT_ONCE_PX // (tiles.shape[1] * tiles.shape[2]))
-    console = Console(stderr=True)
-    quiet = not console.is_terminal or len(tiles) < 2000
-    starts = range(0, len(tiles), at_once)
-    for start in track(starts, "measuring tiles", console=console, transient=True, disable=quiet):
-        chunk = torch.from_numpy(np.array(tiles[start : start + at_once])).permute(0, 3, 1, 2).float()
-        out[start : start + at_once] = _measure(chunk, um_per_px or BLUR_UM).double().numpy()
-    return out
-
-
-def _measure(tiles: torch.Tensor, um_per_px: float) -> torch.Tensor:
-    """`measure` of (B, 3, h, w) colours 0..255, (B, 10)."""
-    if um_per_px < BLUR_UM:
-        size = [max(1, round(n * um_per_px / BLUR_UM)) for n in tiles.shape[2:]]
-        tiles, um_per_px = F.interpolate(tiles, size, mode="bilinear", antialias=True), BLUR_UM
-    side = min(max(1, round(CELL_UM / um_per_px)), *tiles.shape[2:])
-    colour = F.avg_pool2d(tiles, side).flatten(2)  # (B, 3, cells)
-    density = -torch.log10((colour.clamp(max=254) + 1) / 255)
-    red, green, blue = density.unbind(1)
-    tissue = (green - (red + blue) / 2 > GREENEST) | (density.mean(1) > DENSE)
-    darkest, palest = density.amax(1), density.amin(1)
-    ink = (darkest > INK_OD) & (red - green > INK_RED)
-    ink |= (palest > 2 * INK_OD) & (darkest - palest < INK_GREY)
-    tissue &= ~ink
-    saturation = 1 - colour.amin(1) / colour.amax(1).clamp(min=1)
-    fold = tissue & (saturation - colour.mean(1) / 255 > FOLD)
-    shares = [mask.float().mean(1) for mask in (tissue, ink, fold)]
-    weight = tissue.float() / tissue.sum(1, keepdim=True)  # 0 / 0 is NaN without tissue
-    means = [(weight[:, None] * values).sum(2) for values in (density, colour)]
-    luminance = (tiles * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
-    return torch.cat([torch.stack([shares[0], blur(luminance), *shares[1:]], dim=1), *means], dim=1)
-
-
-def blur(image: torch.Tensor, width: int = 9) -> torch.Tensor:
-    """Blur metric of Crete et al. 2007 of images (B, h, w): 0 sharp, 1 blurred; (B,).
-
-    Notes
-    -----
-    Where the window of `width` pixels (theirs) would reach beyond the image, differences are not counted.
-    """
-    if min(image.shape[1:]) < width + 1:
-        return torch.full((len(image),), torch.nan)
-    worst = []
-    for axis, window in ((1, (width, 1)), (2, (1, width))):
-        blurred = F.avg_pool2d(image[:, None], window, stride=1)[:, 0].diff(dim=axis).abs()
-        sharp = image.diff(dim=axis).abs().narrow(axis, width // 2, blurred.shape[axis])
-        lost = (sharp - blurred).clamp(min=0).sum((1, 2))
-        whole = sharp.sum((1, 2))
-        worst.append((whole - lost) / whole)  # 0 / 0 is NaN
-    return torch.maximum(*worst)
 
 
 def summarise(section: Section, table: pd.DataFrame) -> dict:
@@ -291,20 +177,20 @@ def stands_apart(summaries: pd.DataFrame, z: float | None) -> list[str]:
     list of str
         By section: ``""``, or such as ``"median_counts 648 (median 9549, z -9.1)"``, joined by ``"; "``.
     """
-    found: list[list[str]] = [[] for _ in range(len(summaries))]
+    differences: list[list[str]] = [[] for _ in range(len(summaries))]
     for name, least in APART.items():
         values = summaries[name].to_numpy(float)
         scale = np.log1p(values) if name.startswith("median") else values
-        there = np.isfinite(scale)
-        if z is None or there.sum() < MIN_SECTIONS:
+        measured = np.isfinite(scale)
+        if z is None or measured.sum() < MIN_SECTIONS:
             continue
-        middle = np.median(scale[there])
-        spread = max(np.median(np.abs(scale[there] - middle)) / 0.6745, least)
-        for i in np.flatnonzero(there & (np.abs(scale - middle) > z * spread)):
+        middle = np.median(scale[measured])
+        spread = max(np.median(np.abs(scale[measured] - middle)) / 0.6745, least)
+        for i in np.flatnonzero(measured & (np.abs(scale - middle) > z * spread)):
             digits = 0 if name.startswith("median") else 2
-            shown = (f"{x:.{digits}f}" for x in (values[i], np.median(values[there])))
-            found[i].append("{} {} (median {}, z {:+.1f})".format(name, *shown, (scale[i] - middle) / spread))
-    return ["; ".join(names) for names in found]
+            shown = (f"{x:.{digits}f}" for x in (values[i], np.median(values[measured])))
+            differences[i].append("{} {} (median {}, z {:+.1f})".format(name, *shown, (scale[i] - middle) / spread))
+    return ["; ".join(names) for names in differences]
 
 
 def leave_out(
@@ -312,7 +198,7 @@ def leave_out(
     flags: list[str],
     thresholds: Thresholds,
     spec: TileSpec,
-    tiles_of: Callable[[Section], np.ndarray],
+    tiles_of: Callable[[Section], TileStore],
 ) -> list[Section]:
     """Sections without the spots that have one of `flags`; how many is logged, and kept in ``spots.uns["left_out"]``.
 

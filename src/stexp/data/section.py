@@ -53,28 +53,25 @@ class Section:
     files: tuple[Path, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        spots, name = self.spots, self.name
-        for what, label in (("section name", name), ("patient", self.patient)):
-            if (
-                not 0 < len(label) <= 100
-                or set(label) & set("/\\:")
-                or label.startswith(".")
-                or not label.isprintable()
-            ):
-                raise InputError(
-                    f"{what} {label[:100]!r} cannot name a folder; 1 to 100 printable characters without slashes, "
-                    f"colons and a leading dot would fit"
-                )
+        name = self.name
+        for subject, label in (("section name", name), ("patient", self.patient)):
+            check_name(label, subject)
+        spots = self.spots
         if spots.n_obs == 0 or spots.n_vars == 0:
             raise InputError(f"section {name}: {spots.n_obs} spots x {spots.n_vars} genes; need at least one of each")
-        for what, index in (("spots", spots.obs_names), ("genes", spots.var_names)):
+        for subject, index in (("spots", spots.obs_names), ("genes", spots.var_names)):
             if not index.is_unique:
                 twice = index[index.duplicated()].unique()
-                raise InputError(f"section {name}: {len(twice)} duplicate {what} ({_some(twice)})")
-        if not sp.issparse(spots.X) or spots.X.format != "csr":
-            spots.X = sp.csr_matrix(spots.X)
-        check_counts(spots.X.data, f"section {name}")
+                raise InputError(f"section {name}: {len(twice)} duplicate {subject} ({_some(twice)})")
+            if not "".join(map(str, index)).isprintable():
+                strange = [str(item) for item in index if not str(item).isprintable()]
+                raise InputError(
+                    f"section {name}: {len(strange)} {subject} have characters in their name that cannot be printed "
+                    f"(first: {strange[0][:60]!r})"
+                )
         self._check_positions()
+        object.__setattr__(self, "spots", _in_final_types(spots))
+        check_counts(self.spots.X.data, f"section {name}")
         self._check_scale()
         empty = int((self.total_counts == 0).sum())
         if empty:
@@ -95,7 +92,6 @@ class Section:
         array = spots.obs[["array_x", "array_y"]].to_numpy(float)
         if not (np.isfinite(array) & (array >= 0) & (array < 2**31) & (array == np.round(array))).all():
             raise InputError(f"section {name}: array coordinates must be whole numbers >= 0")
-        spots.obs[["array_x", "array_y"]] = array.astype(np.int64)
         if self.slide is not None:
             width, height = self.slide.size
             outside = n_outside(xy, width, height)
@@ -106,22 +102,29 @@ class Section:
                 )
 
     def _check_scale(self) -> None:
-        known = None if self.slide is None else self.slide.um_per_px
-        if known is None:
+        of_slide = None if self.slide is None else self.slide.um_per_px
+        if of_slide is None:
             return
         if self.um_per_px is None:
-            object.__setattr__(self, "um_per_px", known)
-        elif max(known, self.um_per_px) > 1.1 * min(known, self.um_per_px):
+            object.__setattr__(self, "um_per_px", of_slide)
+        elif max(of_slide, self.um_per_px) > 1.1 * min(of_slide, self.um_per_px):
             log.warning(
                 "section %s: um_per_px %.4g was given, the file %s says %.4g; the given one counts",
                 self.name,
                 self.um_per_px,
-                self.slide.path.name,
-                known,
+                self.image.path.name,
+                of_slide,
             )
 
     def __len__(self) -> int:
         return self.spots.n_obs
+
+    @property
+    def image(self) -> Slide:
+        """`slide` of a section that has one."""
+        if self.slide is None:
+            raise ValueError(f"section {self.name} has no image")
+        return self.slide
 
     @property
     def genes(self) -> pd.Index:
@@ -131,6 +134,11 @@ class Section:
     def xy_px(self) -> np.ndarray:
         """Spot centres, (n_spots, 2), level-0 pixels."""
         return np.asarray(self.spots.obsm["spatial"], dtype=np.float64)
+
+    @property
+    def xy_um(self) -> np.ndarray:
+        """Spot centres, (n_spots, 2) float32, micrometres; NaN where the scale is unknown."""
+        return (self.xy_px * (np.nan if self.um_per_px is None else self.um_per_px)).astype(np.float32)
 
     @property
     def array_xy(self) -> np.ndarray:
@@ -155,6 +163,41 @@ class Section:
         return out
 
 
+def check_name(label: str, subject: str) -> None:
+    """Raise InputError unless `label` can name a folder, and is no option of a command."""
+    if (
+        not 0 < len(label) <= 100
+        or set(label) & set("/\\:")
+        or label.startswith((".", "-"))
+        or label != label.strip()
+        or not label.isprintable()
+    ):
+        raise InputError(
+            f"{subject} {label[:100]!r} cannot name a folder; 1 to 100 printable characters without slashes, colons, "
+            f"blanks around them and a leading dot or minus would fit"
+        )
+
+
+def _in_final_types(spots: ad.AnnData) -> ad.AnnData:
+    """The same with CSR counts and whole array coordinates: itself where it has them, else a copy of what changes."""
+    if spots.is_view:
+        spots = spots.copy()
+    is_csr = sp.issparse(spots.X) and spots.X.format == "csr"
+    is_whole = all(spots.obs[column].dtype == np.int64 for column in ("array_x", "array_y"))
+    if is_csr and is_whole:
+        return spots
+    obs = spots.obs.copy()
+    obs[["array_x", "array_y"]] = obs[["array_x", "array_y"]].to_numpy(float).astype(np.int64)
+    return ad.AnnData(
+        spots.X if is_csr else sp.csr_matrix(spots.X),
+        obs=obs,
+        var=spots.var.copy(),
+        obsm=dict(spots.obsm),
+        layers=dict(spots.layers),
+        uns=dict(spots.uns),
+    )
+
+
 def check_counts(values: np.ndarray, where: str) -> None:
     """Raise InputError unless `values` are raw counts: finite, whole and not negative."""
     if values.size == 0:
@@ -168,51 +211,6 @@ def check_counts(values: np.ndarray, where: str) -> None:
     bad = int((values != np.round(values)).sum())
     if bad:
         raise InputError(f"{where}: {bad} counts are fractional (normalised?); raw counts are needed")
-
-
-def join(counts: ad.AnnData, positions: pd.DataFrame, where: str) -> ad.AnnData:
-    """Inner join of counts and positions on the spot id, in the order of the counts.
-
-    Parameters
-    ----------
-    counts : AnnData, rows named by spot id
-    positions
-        Index spot id; columns array_x, array_y, pixel_x, pixel_y.
-    where
-        What the join is about, for messages.
-
-    Raises
-    ------
-    InputError
-        No id in common, or an id twice on one side.
-    """
-    for side, index in (("counts", counts.obs_names), ("positions", positions.index)):
-        if not index.is_unique:
-            twice = index[index.duplicated()].unique()
-            raise InputError(f"{where}: {len(twice)} spot ids occur twice in the {side} ({_some(twice)})")
-    keep = counts.obs_names.intersection(positions.index, sort=False)
-    lost_counts, lost_positions = counts.n_obs - len(keep), len(positions) - len(keep)
-    if len(keep) == 0:
-        raise InputError(
-            f"{where}: counts and positions have no spot id in common: {lost_counts} ids like "
-            f"{_some(counts.obs_names[:1])} in the counts, {lost_positions} like {_some(positions.index[:1])} "
-            f"in the positions"
-        )
-    if lost_counts or lost_positions:
-        level = logging.WARNING if 2 * len(keep) < max(counts.n_obs, len(positions)) else logging.INFO
-        log.log(
-            level,
-            "%s: %d spots joined; left over: %d counts without a position, %d positions without counts",
-            where,
-            len(keep),
-            lost_counts,
-            lost_positions,
-        )
-    spots = counts[keep].copy()
-    rows = positions.loc[keep]
-    spots.obs["array_x"], spots.obs["array_y"] = rows["array_x"].to_numpy(), rows["array_y"].to_numpy()
-    spots.obsm["spatial"] = rows[["pixel_x", "pixel_y"]].to_numpy(np.float64)
-    return spots
 
 
 def _some(names: Iterable, n: int = 3) -> str:

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from stexp.config import misread
 from stexp.data.section import Section
-from stexp.errors import InputError
+from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
 
 ROLES = ("train", "validation", "test", "reference", "gap")
@@ -21,7 +20,7 @@ def folds(sections: list[Section], protocol: Protocol) -> list[str]:
     """Names that ``fold=`` takes: patients or sections, of those with an image; or ``block1``, ``block2``, ..."""
     if protocol.hold_out == "block":
         return [f"block{i + 1}" for i in range(protocol.blocks)] if any(s.slide is not None for s in sections) else []
-    names = list(dict.fromkeys(_unit(s, protocol) for s in sections if s.slide is not None))
+    names = list(dict.fromkeys(_unit(section, protocol) for section in sections if section.slide is not None))
     for name in names:
         if name.lower() in ("all", "null", "none"):
             raise InputError(f"a {protocol.hold_out} is called {name}, which fold= takes for something else; rename it")
@@ -64,11 +63,11 @@ def assign_roles(
     for name, n in Counter(section.name for section in sections).items():
         if n > 1:
             raise InputError(f"{n} sections are called {name}; names must be unique")
-    known = folds(sections, protocol)
-    if fold not in known:
-        raise InputError(_unknown_fold(sections, protocol, fold, known))
+    names = folds(sections, protocol)
+    if fold not in names:
+        raise UnknownName(_unknown_fold(sections, protocol, fold, names), [fold], names, typed="fold={}")
     if protocol.hold_out == "block":
-        test = known.index(fold)
+        test = names.index(fold)
         return _check_training({s.name: _block_roles(s, protocol, test, side_px(s)) for s in sections}, fold)
     roles: dict[str, np.ndarray] = {}
     training: list[Section] = []
@@ -115,6 +114,40 @@ def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.Data
     return table
 
 
+def role_lines(spots: pd.DataFrame) -> list[str]:
+    """Lines that say how many spots of which sections have each role, and where validation is little apart."""
+    of_role = {role: part for role, part in spots.groupby("role", sort=False)}
+    lines = []
+    for role in ROLES:
+        if role in of_role:
+            names = of_role[role]["section"].unique()
+            lines.append(f"{role}: {len(of_role[role])} spots of {len(names)} section(s): {', '.join(names)}")
+    if "validation" in of_role and "train" in of_role:
+        training, validating = of_role["train"], of_role["validation"]
+        sections, patients = (sorted(set(training[key]) & set(validating[key])) for key in ("section", "patient"))
+        if sections:
+            lines.append(
+                f"validation spots are a block of {', '.join(sections)}, the rest of which trains: what they choose "
+                f"is chosen on the tissue and stain of the training"
+            )
+        elif patients:
+            lines.append(
+                f"the validation section is of {', '.join(patients)}, of whom others train: there are fewer than three "
+                f"patients to train on"
+            )
+    return lines
+
+
+def with_roles(sections: list[Section], spots: pd.DataFrame, *roles: str) -> list[Section]:
+    """The sections that have spots of some roles, with those spots alone; `spots` as of :func:`spot_table`."""
+    parts = []
+    for section in sections:
+        role = spots["role"].to_numpy(str)[spots["section"] == section.name]
+        if np.isin(role, roles).any():
+            parts.append(section.take(np.isin(role, roles)))
+    return parts
+
+
 def spatial_blocks(xy: np.ndarray, n: int) -> np.ndarray:
     """Number of the block, 0..n-1, that each of the N points falls into.
 
@@ -151,9 +184,9 @@ def _block_roles(section: Section, protocol: Protocol, test: int, side: int) -> 
         roles[block == (test + 1) % protocol.blocks] = "validation"
     # tiles share pixels where their centres are nearer than their side, both in x and in y
     for role, others in (("test", ("train", "validation")), ("validation", ("train",))):
-        held = xy[roles == role]
-        if side and len(held):
-            near = cKDTree(held).query(xy, p=np.inf)[0] < side
+        centres = xy[roles == role]
+        if side and len(centres):
+            near = cKDTree(centres).query(xy, p=np.inf)[0] < side
             roles[near & np.isin(roles, others)] = "gap"
     return roles
 
@@ -191,9 +224,9 @@ def _unit(section: Section, protocol: Protocol) -> str:
     return section.patient if protocol.hold_out == "patient" else section.name
 
 
-def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, known: list[str]) -> str:
+def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, names: list[str]) -> str:
     what = protocol.hold_out
-    message = f"fold={fold} is no {what} with an image; choose one of {', '.join(known) or '(none)'}, or all"
+    message = f"fold={fold} is no {what} with an image; choose one of {', '.join(names) or '(none)'}, or all"
     for section in sections:
         if section.name == fold and what == "patient":
             owner = f"{fold} is a section of patient {section.patient}"
@@ -202,4 +235,4 @@ def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, known:
             return f"{message} ({fold} is a patient; protocol {protocol.name} holds out sections)"
         if fold in (section.name, section.patient) and section.slide is None:
             return f"{message} ({fold} has counts but no image)"
-    return message + misread(fold, known, "fold={}")
+    return message

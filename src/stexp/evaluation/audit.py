@@ -41,32 +41,32 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     items = [
         item(
             "same_section_in_training",
-            shared,
+            bool(shared),
             f"other parts of the test section train, validate or are retrieved from: {', '.join(shared)}; scores say "
             "how well a section is filled in, not how well another one is predicted",
             "the test section is in no other role",
         ),
         item(
             "same_patient_in_training",
-            training,
+            bool(training),
             f"training contains sections of the test patient: {', '.join(training)}",
             "no section of a test patient is in training",
         ),
         item(
             "same_patient_in_reference",
-            reference,
+            bool(reference),
             f"expression is retrieved from sections of the test patient: {', '.join(reference)}",
             "no section of a test patient is retrieved from",
         ),
         item(
             "same_patient_in_validation",
-            validation,
+            bool(validation),
             f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
             "no section of a test patient is in validation",
         ),
         item(
             "panel_saw_test",
-            saw,
+            bool(saw),
             f"the predicted genes were chosen with the test section: {', '.join(saw)}",
             "the predicted genes were chosen on training sections",
         ),
@@ -90,7 +90,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         ),
         item(
             "checkpoint_chosen_on_test",
-            facts["checkpoint"] == "best" and watched,
+            facts["checkpoint"] == "best" and bool(watched),
             f"the checkpoint was chosen on the test section: {', '.join(watched)}",
             "the checkpoint was chosen on validation spots"
             if facts["checkpoint"] == "best"

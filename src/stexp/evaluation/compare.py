@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import permutation_test
 
 N_DRAWS = 10_000
 PATIENTS_TO_RESAMPLE = 3
@@ -112,20 +113,20 @@ def compare(differences: Sequence[float], patients: Sequence[str], seed: int = 0
     patients : (S,)
         Whom each section belongs to.
     """
-    differences, patients = np.asarray(differences, dtype=np.float64), np.asarray(patients, dtype=str)
-    n_patients = len(np.unique(patients))
-    low, high = bootstrap_interval(differences, patients, seed=seed)
+    values, names = np.asarray(differences, dtype=np.float64), np.asarray(patients, dtype=str)
+    n_patients = len(np.unique(names))
+    low, high = bootstrap_interval(values, names, seed=seed)
     by_patient = n_patients >= PATIENTS_TO_FLIP
-    units = [differences[patients == name].sum() for name in np.unique(patients)] if by_patient else differences
+    units = [values[names == name].sum() for name in np.unique(names)] if by_patient else values
     return Comparison(
-        difference=float(differences.mean()),
+        difference=float(values.mean()),
         low=low,
         high=high,
         over_patients=n_patients >= PATIENTS_TO_RESAMPLE,
         p=sign_flip_p(units, seed=seed),
         unit="patients" if by_patient else "sections",
         n_units=len(units),
-        n_sections=len(differences),
+        n_sections=len(values),
         n_patients=n_patients,
     )
 
@@ -173,7 +174,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def sign_flip_p(units: Sequence[float], n_draws: int = N_DRAWS, seed: int = 0) -> float:
+def sign_flip_p(units: Sequence[float] | np.ndarray, n_draws: int = N_DRAWS, seed: int = 0) -> float:
     """Two-sided p of the sum of differences when each could as well have had the other sign.
 
     Parameters
@@ -182,13 +183,18 @@ def sign_flip_p(units: Sequence[float], n_draws: int = N_DRAWS, seed: int = 0) -
         Differences, or sums of those that flip together. Up to 15 are tried in all 2^n patterns, which is exact;
         for more, `n_draws` random patterns and the observed one.
     """
-    units = np.asarray(units, dtype=np.float64)
-    n, tolerance = len(units), 1e-12 * np.abs(units).sum()
-    if n <= LARGEST_EXACT:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ units) >= abs(units.sum()) - tolerance).mean())
-    signs = 1 - 2 * np.random.default_rng(seed).integers(2, size=(n_draws, n))
-    return float((1 + (np.abs(signs @ units) >= abs(units.sum()) - tolerance).sum()) / (1 + n_draws))
+    if len(units) == 1:
+        return 1.0  # either sign is as far from 0
+    outcome = permutation_test(
+        (np.asarray(units, dtype=np.float64),),
+        lambda flipped, axis: np.abs(flipped.sum(axis=axis)),
+        permutation_type="samples",
+        n_resamples=np.inf if len(units) <= LARGEST_EXACT else n_draws,
+        alternative="greater",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(outcome.pvalue)
 
 
 def smallest_p(n: int) -> float:
@@ -198,10 +204,10 @@ def smallest_p(n: int) -> float:
 
 def holm(p: Sequence[float]) -> list[float]:
     """p values that keep the chance of any false finding below the level for all together (Holm 1979), (m,)."""
-    p = np.asarray(p, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    corrected = np.empty(len(p))
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty(len(values))
+    corrected[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)).clip(max=1)
     return corrected.tolist()
 
 
@@ -219,12 +225,12 @@ def compare_each(values: pd.DataFrame, names: list[str], baseline: str, seed: in
     DataFrame
         ``method``, ``baseline``, the fields of `Comparison`, and ``p_holm``, p corrected for all rows.
     """
-    found = []
+    rows = []
     for name in names:
         differences = (values[name] - values[baseline]).dropna()
         if len(differences):
             outcome = compare(differences, differences.index.get_level_values("patient"), seed)
-            found.append({"method": name, "baseline": baseline, **asdict(outcome)})
-    table = pd.DataFrame(found, columns=["method", "baseline", *Comparison.__dataclass_fields__])
+            rows.append({"method": name, "baseline": baseline, **asdict(outcome)})
+    table = pd.DataFrame(rows, columns=["method", "baseline", *Comparison.__dataclass_fields__])
     table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
     return table

@@ -48,8 +48,8 @@ def spearman_per_gene(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray
     """Spearman correlation of every gene, ties with their average rank; otherwise as `pearson_per_gene`."""
     observed, predicted, measured = _checked(observed, predicted)
     varies, flat = measured & ~_constant(observed), _constant(predicted)
-    ranks = [rankdata(values, axis=0) for values in (np.where(measured, observed, 0), np.where(measured, predicted, 0))]
-    return _correlation(*ranks, varies, flat)
+    of_observed, of_predicted = (rankdata(np.where(measured, x, 0), axis=0) for x in (observed, predicted))
+    return _correlation(of_observed, of_predicted, varies, flat)
 
 
 def pearson_given_depth(observed: np.ndarray, predicted: np.ndarray, total_counts: np.ndarray) -> np.ndarray:
@@ -165,9 +165,9 @@ def top_genes(mean_expression: np.ndarray, n: int = 50) -> np.ndarray:
 
 def mean_or_none(values: np.ndarray | Sequence[float]) -> float | None:
     """Mean of the values that are not NaN; None if there are none."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else None
+    x = np.asarray(values, dtype=np.float64)
+    x = x[~np.isnan(x)]
+    return float(x.mean()) if x.size else None
 
 
 def _checked(observed: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import hashlib
 import json
-import os
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 
+from stexp.data.hdf5 import new_hdf5
 from stexp.data.section import Section
+from stexp.data.slides.slide import Slide
+from stexp.data.slides.spacing import spacing as spacing
 from stexp.errors import InputError
 from stexp.evaluation.metrics import top_genes
+from stexp.files import restore
 from stexp.protocol import Protocol
 
 AGAIN = "give the command that made the run again"
 """What makes a missing file of a run folder: the command goes on from what is there."""
+DIGEST = "predictions_digest"
+"""Key of ``provenance.json``: :func:`digest` of the predictions as the method wrote them."""
+CHANGED = "Predictions changed since the run: these are the scores of what the file holds now"
 
 
 def make_predictions(
@@ -68,23 +81,36 @@ def make_predictions(
     return adata
 
 
-def add_images(adata: ad.AnnData, sections: list[Section], spot_um: float = 100.0, max_px: int = 1600) -> None:
-    """Put thumbnails where scanpy's and squidpy's spatial plots look for them.
+def add_images(adata: ad.AnnData, sections: list[Section], max_px: int = 1600) -> None:
+    """Put the thumbnail of every section that has a slide where scanpy's and squidpy's spatial plots look for it."""
+    adata.uns["spatial"] = {
+        section.name: plotted_slide(section.slide, section.xy_px, section.um_per_px, max_px=max_px)
+        for section in sections
+        if section.slide is not None
+    }
+
+
+def plotted_slide(
+    slide: Slide, xy_px: np.ndarray, um_per_px: float | None, spot_um: float = 100.0, max_px: int = 1600
+) -> dict:
+    """A slide as scanpy's ``uns["spatial"]`` has it: thumbnail, its scale, and the diameter of a spot.
 
     A spot is drawn with `spot_um` where the scale is known, else with half the distance of its neighbours.
+
+    Parameters
+    ----------
+    xy_px : (N, 2)
+        Spots in level-0 pixels.
+    max_px
+        Longer side of the thumbnail.
     """
-    images = {}
-    for section in sections:
-        if section.slide is None:
-            continue
-        thumbnail, scale = section.slide.thumbnail(max_px)
-        pitch = spacing(section.xy_px)
-        diameter = min(spot_um / section.um_per_px, pitch) if section.um_per_px else pitch / 2
-        factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": diameter}
-        if section.um_per_px:
-            factors["microns_per_pixel"] = section.um_per_px  # as SpaceRanger calls it
-        images[section.name] = {"images": {"hires": thumbnail}, "scalefactors": factors}
-    adata.uns["spatial"] = images
+    thumbnail, scale = slide.thumbnail(max_px)
+    pitch = spacing(xy_px)
+    factors = {"tissue_hires_scalef": scale, "spot_diameter_fullres": pitch / 2}
+    if um_per_px:
+        factors["spot_diameter_fullres"] = min(spot_um / um_per_px, pitch)
+        factors["microns_per_pixel"] = um_per_px  # as SpaceRanger calls it
+    return {"images": {"hires": thumbnail}, "scalefactors": factors}
 
 
 def add_neighbours(adata: ad.AnnData, spots: pd.DataFrame, rows: np.ndarray, weights: np.ndarray) -> None:
@@ -115,10 +141,10 @@ def heaviest_references(adata: ad.AnnData) -> list[str]:
 
 
 def write(adata: ad.AnnData, path: Path) -> None:
-    """Write an h5ad so that half a file is never taken for a whole one."""
-    part = path.with_name(f".{path.name}.part")
-    adata.write_h5ad(part, compression="gzip")
-    os.replace(part, path)
+    """Write an h5ad so that half a file is never taken for a whole one; its columns of text become categorical."""
+    adata.strings_to_categoricals()
+    with new_hdf5(path) as file:
+        ad.io.write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
 
 
 def read(path: Path, *needs: str) -> ad.AnnData:
@@ -134,10 +160,24 @@ def read(path: Path, *needs: str) -> ad.AnnData:
     InputError
         The file is missing or damaged, or lacks something.
     """
+    return _read(path, ad.read_h5ad, needs)
+
+
+def read_annotations(path: Path, *needs: str) -> ad.AnnData:
+    """Read an h5ad without its matrices: ``obs``, ``var`` and ``uns``; otherwise as :func:`read`."""
+
+    def load(path: Path) -> ad.AnnData:
+        with h5py.File(path) as file:
+            return ad.AnnData(**{key: ad.io.read_elem(file[key]) for key in ("obs", "var", "uns")})
+
+    return _read(path, load, needs)
+
+
+def _read(path: Path, load: Callable[[Path], ad.AnnData], needs: tuple[str, ...]) -> ad.AnnData:
     if not path.is_file():
         raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
-        adata = ad.read_h5ad(path)
+        adata = load(path)
     except Exception as error:  # h5py and anndata raise errors of every kind at damaged bytes
         raise _damaged(path, error) from error
     absent = [need for need in needs if not _holds(adata, need)]
@@ -147,7 +187,18 @@ def read(path: Path, *needs: str) -> ad.AnnData:
 
 
 def read_json(path: Path, *needs: str) -> dict:
-    """Read a JSON object of a run folder; InputError where it is missing or damaged, or lacks a key of `needs`."""
+    """Read a JSON object of a run folder.
+
+    Parameters
+    ----------
+    needs
+        Keys that it must hold, as ``fold``, ``chosen/k``, or ``sections/*/scores`` of everything in ``sections``.
+
+    Raises
+    ------
+    InputError
+        The file is missing or damaged, or lacks a key.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
@@ -157,18 +208,94 @@ def read_json(path: Path, *needs: str) -> dict:
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object; delete it and {AGAIN}")
-    absent = [key for key in needs if key not in content]
+    absent = [need for need in needs if not _is_in(content, need)]
     if absent:
         raise InputError(f"{path} has no {', '.join(absent)}; delete it and {AGAIN}")
     return content
 
 
+def read_genes(path: Path, *needs: str) -> list[dict[str, Any]]:
+    """Read ``per_gene.csv`` of a run folder: a row a gene, its name and numbers; None where there is no value.
+
+    Parameters
+    ----------
+    needs
+        Columns that it must have besides ``gene``.
+
+    Raises
+    ------
+    InputError
+        The file is missing, cut or not a table of numbers, or lacks a column.
+    """
+    again = f"score the run again (stexp-score run={path.parent})"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {again}")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            rows, columns = list(table), table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
+    absent = [key for key in ("gene", *needs) if key not in columns]
+    if absent and columns:
+        raise InputError(f"{path} has no column {', '.join(absent)}; {again}")
+    if not rows:
+        raise InputError(f"{path} names no gene; {again}")
+    if any(None in row or None in row.values() for row in rows):
+        raise InputError(f"{path} is not a table of numbers (a row has fewer or more cells than columns); {again}")
+    try:
+        return [{key: restore(cell) if key == "gene" else _number(cell) for key, cell in row.items()} for row in rows]
+    except ValueError as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
+
+
+def digest(adata: ad.AnnData) -> str:
+    """SHA-256 of the predicted values, as float32, and of the names of their spots and genes."""
+    names = [[str(name) for name in index] for index in (adata.obs_names, adata.var_names)]
+    hashed = hashlib.sha256(json.dumps(names).encode())
+    hashed.update(np.ascontiguousarray(adata.layers["predicted"], dtype="<f4").data)
+    return hashed.hexdigest()
+
+
+def changed_since_run(folder: Path) -> bool:
+    """Whether ``predictions.h5ad`` of a run holds something else than its method wrote; False where no record says."""
+    recorded = read_json(folder / "provenance.json").get(DIGEST) if (folder / "provenance.json").is_file() else None
+    path = folder / "predictions.h5ad"
+    if recorded is None or not path.is_file():
+        return False
+
+    def load(path: Path) -> ad.AnnData:
+        with h5py.File(path) as file:
+            obs, var = (ad.io.read_elem(file[key]) for key in ("obs", "var"))
+            return ad.AnnData(obs=obs, var=var, layers={"predicted": ad.io.read_elem(file["layers/predicted"])})
+
+    return digest(_read(path, load, ())) != recorded
+
+
+def is_of_a_slide(path: Path) -> bool:
+    """Whether an h5ad holds the prediction of a slide without a truth, not of a run."""
+    try:
+        with h5py.File(path) as file:
+            kind = file.get("uns/stexp/kind")
+            return isinstance(kind, h5py.Dataset) and kind.asstr()[()] == "prediction"
+    except OSError:
+        return False  # missing or damaged: what reads it next says so
+
+
 def protocol_of(adata: ad.AnnData) -> Protocol:
     """The protocol that predictions were made under, from its fields."""
+    facts = adata.uns.get("stexp", {})
     try:
-        return Protocol(**json.loads(adata.uns["stexp"]["protocol"]))
-    except (KeyError, TypeError, ValueError) as error:
+        fields = json.loads(facts["protocol"]) if "protocol" in facts else {}
+    except ValueError as error:
         raise InputError(f"these predictions do not say their protocol ({error}); they are not whole") from None
+    if not isinstance(fields, dict):
+        raise InputError("these predictions do not say their protocol (no JSON object); they are not whole")
+    unknown = set(fields) - {field.name for field in dataclasses.fields(Protocol)}
+    if "name" not in fields or unknown:
+        reason = f"unknown fields {', '.join(sorted(unknown))}" if unknown else "no name"
+        raise InputError(f"these predictions do not say their protocol ({reason}); they are not whole")
+    return Protocol(**fields)
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
@@ -186,14 +313,21 @@ def _holds(adata: ad.AnnData, need: str) -> bool:
     return True
 
 
+def _is_in(content: Any, need: str) -> bool:
+    key, _, rest = need.partition("/")
+    if key == "*":
+        values = content.values() if isinstance(content, dict) else content
+        return isinstance(content, dict | list) and all(_is_in(value, rest) for value in values)
+    return isinstance(content, dict) and key in content and (not rest or _is_in(content[key], rest))
+
+
+def _number(cell: str) -> float | None:
+    value = {"true": 1.0, "false": 0.0, "": math.nan}.get(cell.lower())
+    value = float(cell) if value is None else value
+    return value if math.isfinite(value) else None
+
+
 def _mean_measured(values: np.ndarray) -> np.ndarray:
     """Mean over the spots where a gene was measured; NaN where it never was."""
     measured = ~np.isnan(values)
     return np.where(measured.any(0), np.nansum(values, axis=0) / np.maximum(measured.sum(0), 1), np.nan)
-
-
-def spacing(xy: np.ndarray) -> float:
-    """Median distance of spots (N, 2) to their nearest neighbour; 100 for a single spot."""
-    from scipy.spatial import cKDTree
-
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])) if len(xy) > 1 else 100.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -56,7 +57,11 @@ class RidgeProbe:
 
     @classmethod
     def fit(
-        cls, features: np.ndarray, expression: np.ndarray, n_components: int = 256, penalty: float | str = "gcv"
+        cls,
+        features: np.ndarray,
+        expression: np.ndarray,
+        n_components: int = 256,
+        penalty: float | Literal["gcv", "hest"] = "gcv",
     ) -> RidgeProbe:
         """Fit on N spots.
 
@@ -73,9 +78,8 @@ class RidgeProbe:
         x = np.asarray(features, dtype=np.float64)
         scaler = StandardScaler().fit(x)
         pca = PCA(min(n_components, *x.shape), svd_solver="covariance_eigh").fit(scaler.transform(x))
-        if penalty == "hest":
-            penalty = 100 / (pca.n_components_ * expression.shape[1])
-        slope = ridge_slope(pca.transform(scaler.transform(x)), expression, None if penalty == "gcv" else penalty)
+        chosen = 100 / (pca.n_components_ * expression.shape[1]) if penalty == "hest" else penalty
+        slope = ridge_slope(pca.transform(scaler.transform(x)), expression, None if chosen == "gcv" else chosen)
         return cls(scaler.mean_, pca.components_.T @ slope / scaler.scale_[:, None], expression.mean(axis=0))
 
     def predict(self, features: np.ndarray) -> np.ndarray:

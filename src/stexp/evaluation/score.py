@@ -16,20 +16,37 @@ from stexp.evaluation.metrics import (
     spearman_per_gene,
     top_genes,
 )
-from stexp.evaluation.verdict import best_floor
+from stexp.evaluation.predictions import CHANGED
+from stexp.evaluation.verdict import best_floor, count, label, verdict
 from stexp.protocol import Protocol
 
 
 def truth(adata: ad.AnnData, protocol: Protocol) -> np.ndarray:
     """Observed expression of the predicted spots under a protocol, (Q, G), from their counts."""
-    out = np.empty(adata.shape, dtype=np.float32)
+    expression = np.empty(adata.shape, dtype=np.float32)
     for name in adata.obs["section"].unique():
-        here = (adata.obs["section"] == name).to_numpy()
-        out[here] = normalise(adata.layers["counts"][here], adata.obs["total_counts"].to_numpy()[here], protocol)
-    return out
+        rows = (adata.obs["section"] == name).to_numpy()
+        expression[rows] = normalise(adata.layers["counts"][rows], adata.obs["total_counts"].to_numpy()[rows], protocol)
+    return expression
 
 
 def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData) -> tuple[dict, pd.DataFrame]:
+    """Score predictions, and their floors, against the truth of a protocol.
+
+    Parameters
+    ----------
+    own
+        The protocol that the predictions were made under; errors count where both have one scale.
+    floors
+        ``floors.h5ad``: layers ``<protocol>:<floor>``, and ``uns["ceiling"]``.
+
+    Returns
+    -------
+    means : dict
+        ``scores``, ``floors`` and ``ceiling``, means over sections; and ``sections``, the same of each.
+    genes : DataFrame
+        A row a gene: correlations, error, mean, ceiling and floors, means over sections.
+    """
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
     same_scale = protocol.scale == own.scale
@@ -40,28 +57,26 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     }
     sections, columns = {}, {}
     for name in adata.obs["section"].unique():
-        here = (adata.obs["section"] == name).to_numpy()
-        y = observed[here]
+        rows = (adata.obs["section"] == name).to_numpy()
+        y, depth = observed[rows], adata.obs["total_counts"].to_numpy()[rows]
         heg = top_genes(np.nan_to_num(y).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0])
-        depth = adata.obs["total_counts"].to_numpy()[here]
-        scores = score_section(y, predicted[here], heg, same_scale, depth)
+        scores = score_section(y, predicted[rows], heg, same_scale, depth)
+        floor_scores = {
+            floor: score_section(y, values[rows], heg, floor not in NO_SCALE, depth)
+            for floor, values in floor_of.items()
+        }
         ceiling = np.asarray(floors.uns["ceiling"][protocol.name][name])
         sections[name] = {
-            "scores": {key: value for key, value in scores.items() if not key.startswith("n_")},
-            "floors": {
-                floor: {
-                    key: value
-                    for key, value in score_section(y, values[here], heg, floor not in NO_SCALE, depth).items()
-                    if not key.startswith("n_")
-                }
-                for floor, values in floor_of.items()
-            },
+            "scores": _without_counts(scores),
+            "floors": {floor: _without_counts(values) for floor, values in floor_scores.items()},
             "ceiling": {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])},
-            "n_spots": int(here.sum()),
+            "n_spots": int(rows.sum()),
             "n_constant_genes": scores["n_constant_genes"],
         }
+        if "patient" in adata.obs:
+            sections[name]["patient"] = str(adata.obs["patient"].to_numpy()[rows][0])
         columns[name] = _per_gene(
-            y, predicted[here], ceiling, heg, {floor: values[here] for floor, values in floor_of.items()}
+            y, predicted[rows], ceiling, heg, {floor: values[rows] for floor, values in floor_of.items()}
         )
     means = {
         "scores": mean_over_sections([section["scores"] for section in sections.values()]),
@@ -72,6 +87,10 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
         "sections": sections,
     }
     return means, _mean_genes(list(adata.var_names), list(columns.values()))
+
+
+def _without_counts(scores: dict) -> dict:
+    return {key: value for key, value in scores.items() if not key.startswith("n_")}
 
 
 def _per_gene(observed, predicted, ceiling, heg, floors: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -92,33 +111,54 @@ def _per_gene(observed, predicted, ceiling, heg, floors: dict[str, np.ndarray]) 
 
 def _mean_genes(panel: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
     stacked = np.stack([table.to_numpy(dtype=np.float64) for table in tables])
-    there = ~np.isnan(stacked)
-    mean = np.where(there.any(0), np.nansum(stacked, axis=0) / np.maximum(there.sum(0), 1), np.nan)
+    scored = ~np.isnan(stacked)
+    mean = np.where(scored.any(0), np.nansum(stacked, axis=0) / np.maximum(scored.sum(0), 1), np.nan)
     table = pd.DataFrame(mean, columns=tables[0].columns)
     table.insert(0, "gene", panel)
     table["heg50"] = table["heg50"] > 0
-    table.insert(6, "n_sections", there[:, :, 0].sum(axis=0))
+    table.insert(6, "n_sections", scored[:, :, 0].sum(axis=0))
     return table
 
 
-def summary(metrics: dict) -> str:
-    """Scores beside floors and ceiling, for the terminal."""
+def summary(metrics: dict, verbose: bool = False) -> str:
+    """Scores beside floors and ceiling, what they mean, and the verdict, for the terminal.
 
-    def row(name: str, scores: dict) -> str:
-        return f"  {name:<34}" + _cells(scores, ("pearson_acg", "pearson_heg50", "pearson_given_depth", "mse", "mae"))
-
-    head = (
+    Parameters
+    ----------
+    metrics
+        ``metrics.json``.
+    verbose
+        Also the scores under the other protocols.
+    """
+    lines = [
         f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
-        f"{metrics['n_spots']} spots, {metrics['n_genes']} genes, {len(metrics['sections'])} section(s)"
-    )
-    blocks = [head, f"  {'':<34}     ACG   HEG50 | depth     MSE     MAE"]
-    for title, part in (("", metrics), *((f"  scored as {name}", part) for name, part in metrics["scored_as"].items())):
-        blocks += [title] if title else []
-        blocks.append(row(metrics["model"], part["scores"]))
-        for name, scores in part["floors"].items():
-            blocks.append(row(f"floor: {name}" + (" (oracle)" if name in ORACLES else ""), scores))
-        blocks.append(row("ceiling: counting noise", part["ceiling"]))
-    return "\n".join(blocks)
+        f"{count(metrics['n_spots'], 'spot')}, {count(metrics['n_genes'], 'gene')}, "
+        f"{count(len(metrics['sections']), 'section')}",
+        f"  {'':<34}     ACG   HEG50   depth     MSE     MAE",
+        *_ranked(metrics["model"], metrics),
+    ]
+    for name, part in metrics["scored_as"].items() if verbose else ():
+        lines += [f"  scored as {name}", *_ranked(metrics["model"], part)]
+    lines += [
+        "  ACG: Pearson correlation of a gene over the spots of a section, mean over all genes, then over sections;",
+        "  HEG50: over the 50 highest genes; depth: ACG without what a spot's total counts explain.",
+    ]
+    chosen = metrics["chosen"]
+    if "k_validation_pearson" in chosen:
+        lines.append(f"  k = {chosen['k']} neighbours, chosen on validation spots.")
+    judged = verdict(metrics)
+    lines += [f"{CHANGED}."] if metrics.get("predictions_changed") else []
+    return "\n".join([*lines, judged.numbers, judged.statement])
+
+
+def _ranked(model: str, part: dict) -> list[str]:
+    """A line for the ceiling, then for method and floors by falling ACG."""
+    rows = [(f"> {model}", part["scores"])]
+    for name, own in part["floors"].items():
+        rows.append((f"{'oracle' if name in ORACLES else 'floor'}: {label(name)}", own))
+    rows.sort(key=lambda row: -np.inf if row[1].get("pearson_acg") is None else row[1]["pearson_acg"], reverse=True)
+    shown = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "mse", "mae")
+    return [f"  {name:<34}" + _cells(own, shown) for name, own in [("ceiling: counting noise", part["ceiling"]), *rows]]
 
 
 def folds_table(runs: list[dict]) -> str:

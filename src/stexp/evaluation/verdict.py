@@ -1,8 +1,36 @@
-"""What the numbers of a run say, in words."""
+"""What the numbers of a run say, in words, and how sure they are."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stexp.evaluation.compare import Comparison, compare, smallest_p
+
+SIGNIFICANT = 0.05
+"""Units that could not reach this p if all of them agreed are too few to say anything."""
+SCORES = {"pearson_acg": "all genes", "pearson_heg50": "the 50 highest"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The scores of a run beside its floors, in words.
+
+    Parameters
+    ----------
+    numbers
+        The method's Pearson beside best floor, oracles and ceiling.
+    statement
+        Which floors it does not beat, on all genes and on the 50 highest, and how sure that is.
+    outcome
+        ``win``: above every floor on both, by more than what differs between sections explains; ``unclear``: above,
+        but no more than that; ``loss``: not above, or without a score or floor. Oracles do not count.
+    """
+
+    numbers: str
+    statement: str
+    outcome: Literal["win", "unclear", "loss"]
 
 
 def label(name: str) -> str:
@@ -15,73 +43,127 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def count(n: int, noun: str) -> str:
+    """A number with its noun: 1 section, 2 sections."""
+    return f"{n} {noun}" + ("s" if n != 1 else "")
+
+
 def is_oracle(floor: str) -> bool:
     """Whether a floor reads the counts of the test spots; those that do say it in their name."""
     return floor.endswith("_oracle")
 
 
-def verdict(metrics: dict[str, Any]) -> tuple[str, str, bool]:
-    """What the numbers say, in words.
+def verdict(metrics: Mapping[str, Any]) -> Verdict:
+    """Judge the scores of a run.
 
-    Returns
-    -------
-    numbers
-        The method's Pearson beside best floor, oracles and ceiling.
-    statement
-        Which floors it does not beat, on all genes and on the 50 highest.
-    beats
-        Whether it beats every floor on both; oracles do not count.
+    Parameters
+    ----------
+    metrics
+        ``metrics.json``. Sections without a ``patient`` are taken for those of one patient.
     """
-    scores, floors, ceiling = metrics["scores"], metrics["floors"], metrics["ceiling"]
-    acg, best = scores.get("pearson_acg"), best_floor(metrics)
+    scores, floors, best = metrics["scores"], metrics["floors"], best_floor(metrics)
+    acg = scores.get("pearson_acg")
     parts = [f"Pearson {number(acg)} over {metrics['n_genes']} genes"]
     parts += [f"best floor: {label(best)} {number(floors[best]['pearson_acg'])}"] if best else ["no floor"]
     parts += [f"{label(name)} {number(own.get('pearson_acg'))}" for name, own in floors.items() if is_oracle(name)]
-    parts.append(f"counting-noise ceiling {number(ceiling.get('pearson_acg'))}")
+    parts.append(f"counting-noise ceiling {number(metrics['ceiling'].get('pearson_acg'))}")
     numbers = "; ".join(parts) + "."
     if best is None or acg is None:
-        return numbers, "Without a score and a floor nothing can be said about skill.", False
+        return Verdict(numbers, "Without a score and a floor nothing can be said about skill.", "loss")
 
-    lost, asked = {}, [("pearson_acg", "all genes"), ("pearson_heg50", "the 50 highest")]
-    for score, where in asked if has_more_than_highest(metrics) else asked[:1]:
-        own = scores.get(score)
-        there = {
-            name: values[score]
-            for name, values in floors.items()
-            if not is_oracle(name) and values.get(score) is not None
-        }
-        if not there:
-            continue
-        above = [name for name in sorted(there, key=lambda name: -there[name]) if own is None or there[name] >= own]
-        lost[where] = ", ".join(f"{label(name)} ({number(there[name])})" for name in above)
-    if not any(lost.values()):
-        statement = f"It beats every floor (oracles aside), on {' and on '.join(lost)}."
-    else:
-        statement = " ".join(
-            f"On {where} it does not beat {names}." if names else f"On {where} it beats every floor (oracles aside)."
-            for where, names in lost.items()
-        )
-    pairs = [
-        (section["scores"].get("pearson_acg"), section["floors"].get(best, {}).get("pearson_acg"))
-        for section in metrics["sections"].values()
-    ]
-    pairs = [pair for pair in pairs if None not in pair]
-    if len(pairs) > 1:
-        wins = sum(own > floor for own, floor in pairs)
-        statement += f" It is above {label(best)} in {wins} of {len(pairs)} sections."
-    return numbers, statement, not any(lost.values())
+    higher = {score: _floors_not_beaten(metrics, score) for score in _judged_scores(metrics)}
+    if any(higher.values()):
+        sentences = [
+            f"On {SCORES[score]} it does not beat {names}."
+            if names
+            else f"On {SCORES[score]} it is above every floor (oracles aside)."
+            for score, names in higher.items()
+        ]
+        return Verdict(numbers, " ".join([*sentences, *_wins(metrics, best)]), "loss")
+
+    where = " and on ".join(SCORES[score] for score in higher)
+    doubts = [_doubt(metrics, name, score) for score in higher for name in _floors_by_score(metrics, score)]
+    difference = compare_with_floor(metrics, best, "pearson_acg")
+    if difference is None or any(doubts):
+        doubt = next(filter(None, doubts))
+        statement = f"It is above every floor (oracles aside), on {where}, but {doubt}."
+        return Verdict(numbers, " ".join([statement, *_wins(metrics, best)]), "unclear")
+    statement = f"It beats every floor (oracles aside), on {where}: {label(best)} by {_interval(difference)}."
+    return Verdict(numbers, " ".join([statement, *_wins(metrics, best)]), "win")
 
 
-def best_floor(metrics: dict[str, Any]) -> str | None:
+def compare_with_floor(metrics: Mapping[str, Any], floor: str, score: str) -> Comparison | None:
+    """The method less a floor over the sections that both have a score in; None where there is none."""
+    pairs = _pairs(metrics, floor, score)
+    return compare([own - other for own, other, _ in pairs], [patient for *_, patient in pairs]) if pairs else None
+
+
+def best_floor(metrics: Mapping[str, Any]) -> str | None:
     """Name of the floor with the highest Pearson over all genes, oracles left out."""
-    there = {
-        name: scores["pearson_acg"]
-        for name, scores in metrics["floors"].items()
-        if not is_oracle(name) and scores.get("pearson_acg") is not None
-    }
-    return max(there, key=there.__getitem__, default=None)
+    return next(iter(_floors_by_score(metrics, "pearson_acg")), None)
 
 
-def has_more_than_highest(metrics: dict[str, Any]) -> bool:
+def has_more_than_highest(metrics: Mapping[str, Any]) -> bool:
     """Whether the 50 highest genes are others than all genes."""
     return metrics["n_genes"] > 50
+
+
+def _judged_scores(metrics: Mapping[str, Any]) -> list[str]:
+    """Scores that some floor has, the 50 highest genes only where there are others."""
+    scores = list(SCORES) if has_more_than_highest(metrics) else ["pearson_acg"]
+    return [score for score in scores if _floors_by_score(metrics, score)]
+
+
+def _floors_by_score(metrics: Mapping[str, Any], score: str) -> dict[str, float]:
+    """Floors that have a score, the best first; oracles left out."""
+    values = {name: own.get(score) for name, own in metrics["floors"].items() if not is_oracle(name)}
+    return dict(sorted(((k, v) for k, v in values.items() if v is not None), key=lambda item: -item[1]))
+
+
+def _floors_not_beaten(metrics: Mapping[str, Any], score: str) -> str:
+    """Floors that are as high as the method or higher, with their scores; empty where it is above all of them."""
+    own, floors = metrics["scores"].get(score), _floors_by_score(metrics, score)
+    as_high = {name: value for name, value in floors.items() if own is None or value >= own}
+    return ", ".join(f"{label(name)} ({number(value)})" for name, value in as_high.items())
+
+
+def _doubt(metrics: Mapping[str, Any], floor: str, score: str) -> str:
+    """Why being above a floor may be chance; empty where it is not."""
+    difference, on = compare_with_floor(metrics, floor, score), SCORES[score]
+    if difference is None:
+        return f"no section has both scores on {on}"
+    if smallest_p(difference.n_units) >= SIGNIFICANT:
+        few = f"{_sections(difference)} {'is' if difference.n_sections == 1 else 'are'} too few to call that a win"
+        return f"{few} (on {on}, {label(floor)}: {difference.difference:+.3f})"
+    if difference.low is None or difference.low <= 0:
+        return f"not surely: on {on}, {label(floor)} by {_interval(difference)}"
+    return ""
+
+
+def _interval(difference: Comparison) -> str:
+    covers = "" if difference.over_patients else "; it covers other sections, not other patients"
+    return (
+        f"{difference.difference:.3f} (95 % interval {number(difference.low)} to {number(difference.high)} over "
+        f"{_sections(difference)}{covers})"
+    )
+
+
+def _sections(difference: Comparison) -> str:
+    return f"{count(difference.n_sections, 'section')} of {count(difference.n_patients, 'patient')}"
+
+
+def _wins(metrics: Mapping[str, Any], floor: str) -> list[str]:
+    """A sentence on how many sections are above a floor; none where there is one section."""
+    pairs = _pairs(metrics, floor, "pearson_acg")
+    wins = sum(own > other for own, other, _ in pairs)
+    return [f"It is above {label(floor)} in {wins} of {len(pairs)} sections."] if len(pairs) > 1 else []
+
+
+def _pairs(metrics: Mapping[str, Any], floor: str, score: str) -> list[tuple[float, float, str]]:
+    """The method's score, a floor's score and the patient, of the sections that have both scores."""
+    sections = metrics["sections"].values()
+    pairs = [
+        (part["scores"].get(score), part["floors"].get(floor, {}).get(score), str(part.get("patient")))
+        for part in sections
+    ]
+    return [pair for pair in pairs if None not in pair[:2]]

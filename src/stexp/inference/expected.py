@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,90 +12,164 @@ import pandas as pd
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import pearson_per_gene
+from stexp.inference.intervals import PATIENTS
+from stexp.runs.finished import FinishedRun
 from stexp.runs.results import floors_under
-
-if TYPE_CHECKING:
-    from stexp.runs.finished import Run
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 2048  # genes outside the panel
 
 
-def expected_accuracy(runs: list[Run], genes: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Mean accuracy of every gene over the held-out sections of some runs.
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one held-out section.
+
+    Parameters
+    ----------
+    section
+        Its name, of a run whose blocks are held out with the block.
+    patient
+    pearson
+        Index gene; ``pearson`` of the method, then a column a floor. NaN where a gene does not vary.
+    """
+
+    section: str
+    patient: str
+    pearson: pd.DataFrame
+
+
+def measure_accuracy(runs: Sequence[FinishedRun], genes: list[str]) -> list[Accuracy]:
+    """Accuracy of the method and of the floors, oracles aside, in every held-out section of some runs.
 
     Genes outside a run's panel are retrieved from its embeddings.
+    """
+    accuracies = []
+    for run in runs:
+        tables = _of_panel(run)
+        outside = _outside(run, genes)
+        for start in range(0, len(outside), AT_ONCE):
+            part = outside[start : start + AT_ONCE]
+            log.info("accuracy of genes outside the panel: %d of %d", start + len(part), len(outside))
+            tables = {name: pd.concat([tables[name], table]) for name, table in _retrieved(run, part).items()}
+        suffix = f" ({run.fold})" if run.protocol.hold_out == "block" else ""
+        patient_of = dict(zip(run.predictions.obs["section"], run.predictions.obs["patient"], strict=True))
+        accuracies += [Accuracy(name + suffix, str(patient_of[name]), table) for name, table in tables.items()]
+    return accuracies
+
+
+def expect(accuracies: Sequence[Accuracy], genes: list[str]) -> pd.DataFrame:
+    """What to expect of every gene: its mean over held-out sections.
 
     Returns
     -------
     DataFrame
-        Index `genes`. ``expected_pearson``; ``expected_floor``, that of the floor which is best for the gene (oracles
-        aside), and ``expected_floor_name``; ``beats_floor``; ``n_held_out_sections`` in which the gene varied. NaN,
-        an empty name and False where nothing is known.
-    list of str
-        The held-out sections, of a run whose blocks are held out with the block.
+        Index `genes`. ``expected_pearson``; ``expected_floor``, that of the floor which is best for the gene, and
+        ``expected_floor_name``; ``beats_floor``, NA where fewer than `PATIENTS` patients were held out that say so;
+        ``n_held_out_sections`` in which the gene varied. NaN and an empty name where nothing is known.
 
     Notes
     -----
     The best floor is chosen per gene on the same spots, which favours the floor. Ridge floors of genes outside the
     panel share their penalty with up to 2,047 others.
     """
-    tables: dict[str, pd.DataFrame] = {}
-    for run in runs:
-        of_run = _of_panel(run)
-        outside = _outside(run, genes)
-        for start in range(0, len(outside), AT_ONCE):
-            part = outside[start : start + AT_ONCE]
-            log.info("accuracy of genes outside the panel: %d of %d", start + len(part), len(outside))
-            of_run = {name: pd.concat([of_run[name], table]) for name, table in _retrieved(run, part).items()}
-        suffix = f" ({run.before.uns['stexp']['fold']})" if run.protocol.hold_out == "block" else ""
-        tables |= {name + suffix: table for name, table in of_run.items()}
-    stacked = pd.concat([table.reindex(genes) for table in tables.values()], keys=range(len(tables)))
-    mean = stacked.groupby(level=1, sort=False).mean()  # leaves out NaN
+    mean = _mean(accuracies, genes)
     floors = mean.drop(columns="pearson")
-    known = floors.notna().any(axis=1)
+    measured = floors.notna().any(axis=1)
     out = pd.DataFrame({"expected_pearson": mean["pearson"], "expected_floor": floors.max(axis=1)}, index=mean.index)
     out["expected_floor_name"] = ""
-    out.loc[known, "expected_floor_name"] = floors[known].idxmax(axis=1)
-    out["beats_floor"] = (out["expected_pearson"] > out["expected_floor"]).to_numpy(bool)
-    out["n_held_out_sections"] = stacked["pearson"].notna().groupby(level=1, sort=False).sum().astype(int)
-    return out, list(tables)
+    out.loc[measured, "expected_floor_name"] = floors[measured].idxmax(axis=1)
+    beats = (out["expected_pearson"] > out["expected_floor"]).astype("boolean")
+    out["beats_floor"] = beats.mask(_n_patients(accuracies, genes) < PATIENTS)
+    varied = [accuracy.pearson["pearson"].reindex(genes).notna() for accuracy in accuracies]
+    out["n_held_out_sections"] = np.sum(varied, axis=0).astype(int)
+    return out
 
 
-def _of_panel(run: Run) -> dict[str, pd.DataFrame]:
+def reliability_of_flags(accuracies: Sequence[Accuracy], genes: list[str]) -> dict | None:
+    """How often it held on a patient what the other patients said of a gene: that it beats its best floor.
+
+    Returns
+    -------
+    dict or None
+        ``patients``; ``flags``, that others raised for a patient, and ``held``, the share of these (0..1) where the
+        gene was above the floor that the others chose; ``missed``, the same share of the genes they did not flag.
+        None for fewer than `PATIENTS` patients.
+    """
+    patients = sorted({accuracy.patient for accuracy in accuracies})
+    if len(patients) < PATIENTS:
+        return None
+    outcomes: dict[bool, list[bool]] = {True: [], False: []}
+    for patient in patients:
+        others = _mean([each for each in accuracies if each.patient != patient], genes)
+        own = _mean([each for each in accuracies if each.patient == patient], genes)
+        floors = others.drop(columns="pearson")
+        measured = others["pearson"].notna() & own["pearson"].notna() & floors.notna().any(axis=1)
+        best = floors[measured].idxmax(axis=1)
+        floor = np.array([own.at[gene, name] for gene, name in best.items()])
+        flagged = (others["pearson"] > floors.max(axis=1))[measured].to_numpy()
+        above = own["pearson"][measured].to_numpy() > floor
+        for flag in outcomes:
+            outcomes[flag] += above[flagged == flag].tolist()
+    shares = {flag: round(float(np.mean(values)), 4) if values else None for flag, values in outcomes.items()}
+    return {"patients": len(patients), "flags": len(outcomes[True]), "held": shares[True], "missed": shares[False]}
+
+
+def _mean(accuracies: Sequence[Accuracy], genes: list[str]) -> pd.DataFrame:
+    """Over sections, NaN left out; index `genes`."""
+    tables = [accuracy.pearson.reindex(genes) for accuracy in accuracies]
+    return pd.concat(tables, keys=range(len(tables))).groupby(level=1, sort=False).mean().reindex(genes)
+
+
+def _n_patients(accuracies: Sequence[Accuracy], genes: list[str]) -> np.ndarray:
+    """In how many patients each gene was measured, (len(genes),)."""
+    measured: dict[str, np.ndarray] = {}
+    for accuracy in accuracies:
+        varied = accuracy.pearson["pearson"].reindex(genes).notna().to_numpy()
+        measured[accuracy.patient] = varied | measured.get(accuracy.patient, False)
+    return np.sum(list(measured.values()), axis=0)
+
+
+def _of_panel(run: FinishedRun) -> dict[str, pd.DataFrame]:
     own = f"{run.protocol.name}:"
-    floors = predictions.read(run.folder / "floors.h5ad", f"layers/{own}mean")
+    floors = predictions.read(run.folder.path / "floors.h5ad", f"layers/{own}mean")
     layers = {key.removeprefix(own): floors.layers[key] for key in floors.layers if key.startswith(own)}
-    return _per_section(run, run.panel, run.before.layers["observed"], run.before.layers["predicted"], layers)
+    section, scored = run.predictions.obs["section"].to_numpy(str), run.predictions.layers
+    return _per_section(section, run.panel, scored["observed"], scored["predicted"], layers)
 
 
-def _outside(run: Run, genes: list[str]) -> list[str]:
+def _outside(run: FinishedRun, genes: list[str]) -> list[str]:
     """Genes outside the panel that can be retrieved and scored."""
-    if run.kept is None:
-        return []
-    if run.protocol.truth == "spot" and run.protocol.library == "panel":
+    if run.embeddings is not None and run.protocol.truth == "spot" and run.protocol.library == "panel":
         log.warning("libraries are those of the panel: the accuracy of genes outside it is not measured")
-        return []
-    return run.outside(genes)
+    return run.outside_panel(genes)
 
 
-def _retrieved(run: Run, genes: list[str]) -> dict[str, pd.DataFrame]:
-    data, predicted, _ = run.retrieve(genes)
-    floors, _ = floors_under(run.protocol, data, run.kept.obsm["features"], run.kept.obsm["colour"])
-    return _per_section(run, genes, data.target[data.rows("test")], predicted, floors)
+def _retrieved(run: FinishedRun, genes: list[str]) -> dict[str, pd.DataFrame]:
+    data = run.serve(genes)
+    embeddings, how = run.for_retrieval
+    prediction, _ = run.retrieve(data, how)
+    floors, _ = floors_under(run.protocol, data, embeddings.obsm["features"], embeddings.obsm["colour"])
+    section = run.predictions.obs["section"].to_numpy(str)
+    return _per_section(section, genes, data.target[data.rows("test")], prediction.predicted.numpy(), floors)
 
 
 def _per_section(
-    run: Run, genes: list[str], observed: np.ndarray, predicted: np.ndarray, floors: dict[str, np.ndarray]
+    section: np.ndarray,
+    genes: list[str],
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    floors: Mapping[str, np.ndarray],
 ) -> dict[str, pd.DataFrame]:
     """Pearson of the method and of the floors, a table of genes for each held-out section."""
-    section, tables = run.before.obs["section"].to_numpy(str), {}
     columns = {"pearson": predicted, **{name: values for name, values in floors.items() if name not in ORACLES}}
-    for name in pd.unique(section):
-        here = section == name
-        tables[name] = pd.DataFrame(
-            {key: pearson_per_gene(observed[here], np.asarray(values)[here]) for key, values in columns.items()},
+    return {
+        name: pd.DataFrame(
+            {
+                key: pearson_per_gene(observed[section == name], np.asarray(values)[section == name])
+                for key, values in columns.items()
+            },
             index=pd.Index(genes, name="gene"),
         )
-    return tables
+        for name in pd.unique(section)
+    }

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from stexp.arguments import Between, check
 from stexp.data.splits import spatial_blocks
-from stexp.errors import InputError
-
-if TYPE_CHECKING:
-    from stexp.runs.finished import Run
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("interval_quantile", "interval_offset", "coverage_measured")
-PATIENTS = 3  # from which on coverage is measured between patients
+PATIENTS = 3  # held out, from which on coverage is measured between them, and a gene is said to beat its floor
 AT_ONCE = 2048  # genes
 
 
-def calibrate(runs: list[Run], genes: list[str], alpha: float = 0.1) -> tuple[pd.DataFrame, dict]:
-    """Split-conformal intervals from the held-out spots of finished runs.
+HeldOut = Callable[[list[str]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Observed, predicted and spread, each (n, genes), of n held-out spots: NaN where a gene was not measured, and in the
+spread of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Held-out spots that are new to each other.
 
     Parameters
     ----------
-    runs
-        Folds of one method, whose held-out spots together calibrate.
+    labels : (n,) str
+        The group of each spot.
+    kind
+        ``patients``, ``sections`` or ``halves``.
+    note
+        What coverage that is measured between them is worth.
+    """
+
+    labels: np.ndarray
+    kind: str
+    note: str
+
+
+def calibrate(
+    held_out: HeldOut, genes: list[str], panel: list[str], groups: Groups, alpha: float, with_spread: bool
+) -> tuple[pd.DataFrame, dict]:
+    """Split-conformal intervals from held-out spots.
+
+    Parameters
+    ----------
+    held_out
+        Of all folds of a method.
     genes
-        Those outside a run's panel are retrieved from its embeddings.
+        Which get an interval.
+    panel
+        Those of them that the coverage as a whole is measured on.
+    groups
+        Of the held-out spots, see `group_spots`.
     alpha
         Share of spots that may lie outside, 0..1.
+    with_spread
+        Whether the method says how much it is in doubt.
 
     Returns
     -------
@@ -41,8 +71,8 @@ def calibrate(runs: list[Run], genes: list[str], alpha: float = 0.1) -> tuple[pd
         too few spots calibrate, or none.
     dict
         Plain values: ``alpha``; ``spread``, whether the method has one; ``groups``, their kind; ``n_spots``;
-        ``coverage`` of the panel of the first run, mean over genes and groups, and ``coverage_by_group``; ``note``
-        on what the coverage is worth.
+        ``coverage`` of the panel, mean over genes and groups, and ``coverage_by_group``; ``note`` on what the
+        coverage is worth.
 
     Notes
     -----
@@ -54,40 +84,33 @@ def calibrate(runs: list[Run], genes: list[str], alpha: float = 0.1) -> tuple[pd
     with s0 and q from the other groups, and averaged over groups. Groups are patients where there are three, else
     sections, else the two halves of the one section.
     """
-    if not (isinstance(alpha, int | float) and 0 < alpha < 1):
-        raise InputError(f"alpha={alpha}: a number between 0 and 1 would fit; 0.1 makes intervals of 90 %")
-    spread = all(np.isfinite(run.before.layers["uncertainty"]).all() for run in runs)
-    labels, kind, note = _groups(runs)
-    parts, by_group = [], []
-    panel = set(runs[0].panel)
+    check("alpha", alpha, Between)
+    parts, by_group, in_panel = [], [], set(panel)
     for start in range(0, len(genes), AT_ONCE):
         part = genes[start : start + AT_ONCE]
         if start:
             log.info("intervals: %d of %d genes", start, len(genes))
-        arrays = [run.held_out(part) for run in runs]
-        observed, predicted, deviation = (np.concatenate(each) for each in zip(*arrays, strict=True))
+        observed, predicted, spread = held_out(part)
         residual = np.abs(observed - predicted)
-        deviation = np.where(np.isfinite(residual), deviation if spread else 0.0, np.nan)
-        quantile, offset = fit(residual, deviation, alpha)
-        coverage = measure_coverage(residual, deviation, labels, alpha)
+        spread = np.where(np.isfinite(residual), spread if with_spread else 0.0, np.nan)
+        quantile, offset = fit(residual, spread, alpha)
+        coverage = measure_coverage(residual, spread, groups.labels, alpha)
         table = pd.DataFrame({"interval_quantile": quantile, "interval_offset": offset}, index=part)
         table["coverage_measured"] = _mean(coverage)
         parts.append(table)
-        by_group.append(coverage[:, [gene in panel for gene in part]])
-    table = pd.concat(parts)
+        by_group.append(coverage[:, [gene in in_panel for gene in part]])
     per_group = _mean(np.concatenate(by_group, axis=1).T)
+    names = [str(name) for name in np.unique(groups.labels)]
     facts = {
         "alpha": float(alpha),
-        "spread": spread,
-        "groups": kind,
-        "n_spots": len(labels),
+        "spread": with_spread,
+        "groups": groups.kind,
+        "n_spots": len(groups.labels),
         "coverage": _plain(np.nanmean(per_group) if np.isfinite(per_group).any() else np.nan),
-        "coverage_by_group": {
-            str(name): _plain(value) for name, value in zip(np.unique(labels), per_group, strict=True)
-        },
-        "note": note,
+        "coverage_by_group": dict(zip(names, map(_plain, per_group), strict=True)),
+        "note": groups.note,
     }
-    return table, facts
+    return pd.concat(parts), facts
 
 
 def fit(residual: np.ndarray, spread: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +136,12 @@ def measure_coverage(residual: np.ndarray, spread: np.ndarray, groups: np.ndarra
     names = np.unique(groups)
     out = np.full((len(names), residual.shape[1]), np.nan)
     for i, name in enumerate(names):
-        here = groups == name
-        quantile, offset = fit(residual[~here], spread[~here], alpha)
-        known = np.isfinite(residual[here]) & np.isfinite(quantile)
-        inside = known & (residual[here] <= quantile * (spread[here] + offset))
+        of_group = groups == name
+        quantile, offset = fit(residual[~of_group], spread[~of_group], alpha)
+        measured = np.isfinite(residual[of_group]) & np.isfinite(quantile)
+        inside = measured & (residual[of_group] <= quantile * (spread[of_group] + offset))
         with np.errstate(invalid="ignore"):
-            out[i] = inside.sum(axis=0) / known.sum(axis=0)  # 0 / 0 is NaN
+            out[i] = inside.sum(axis=0) / measured.sum(axis=0)  # 0 / 0 is NaN
     return out
 
 
@@ -143,26 +166,30 @@ def interval(
     return np.maximum(predicted - half, 0, dtype=np.float32), np.maximum(predicted + half, 0, dtype=np.float32)
 
 
-def _groups(runs: list[Run]) -> tuple[np.ndarray, str, str]:
-    """The group of every held-out spot, the kind of the groups, and what coverage between them is worth."""
-    patients, sections = [], []
-    for run in runs:
-        # blocks of a section are held out by several runs
-        suffix = f" ({run.before.uns['stexp']['fold']})" if run.protocol.hold_out == "block" else ""
-        patients.append(run.before.obs["patient"].to_numpy(str))
-        sections.append(np.char.add(run.before.obs["section"].to_numpy(str), suffix))
-    patient, section = np.concatenate(patients), np.concatenate(sections)
-    seen = "" if runs[0].protocol.hold_out == "patient" else ", whose other spots or sections were trained on"
+def group_spots(patient: np.ndarray, section: np.ndarray, xy_px: np.ndarray, hold_out: str) -> Groups:
+    """Patients where there are `PATIENTS`, else sections, else the two halves of the one section.
+
+    Parameters
+    ----------
+    patient, section : (n,) str
+        Of the held-out spots; a section that several folds hold out a block of has a name for each.
+    xy_px : (n, 2)
+        Used where all are of one section.
+    hold_out
+        What a fold held out, see :class:`stexp.protocol.Protocol`.
+    """
+    seen = "" if hold_out == "patient" else ", whose other spots or sections were trained on"
     n = len(np.unique(patient))
     if n >= PATIENTS:
-        return patient, "patients", f"measured between {n} patients{seen}" + ("; optimistic for a new one" * bool(seen))
+        note = f"measured between {n} patients{seen}" + ("; optimistic for a new one" if seen else "")
+        return Groups(patient, "patients", note)
     if len(np.unique(section)) > 1:
         of = "one patient" if n == 1 else f"{n} patients"
         note = f"measured between held-out sections of {of}{seen}; a new patient may be covered less"
-        return section, "sections", note
-    half = spatial_blocks(runs[0].before.obsm["spatial"], 2)
+        return Groups(section, "sections", note)
+    half = spatial_blocks(xy_px, 2)
     labels = np.char.add(section, np.where(half == half.min(), " (one half)", " (other half)"))
-    return labels, "halves", "measured between the halves of one section: optimistic for any other"
+    return Groups(labels, "halves", "measured between the halves of one section: optimistic for any other")
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -13,115 +13,48 @@
     Of a method that embeds tiles: embeddings of the training's; see :mod:`stexp.inference.out_of_distribution`.
 ``genes.csv``
     Every gene that can be predicted, with the accuracy to expect and the width of its interval.
+
+A folder may come from anyone: nothing of it is executed, and its values are judged before they are used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
-import safetensors.torch
-import scipy.sparse as sp
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from PIL import Image, UnidentifiedImageError
 
-from stexp.data.genes import normalise
-from stexp.data.slides.pictures import Sheet
+from stexp.data.slides.pictures import BANK_TILES, SHEET_COLUMNS, SHEET_PX, Sheet
 from stexp.errors import InputError
+from stexp.files import naming, restore, write_atomically, write_csv
+from stexp.inference.bank import Bank, read_bank, write_bank
 from stexp.inference.intervals import COLUMNS
+from stexp.inference.model_facts import read_json
 from stexp.inference.out_of_distribution import KnownTiles
-from stexp.protocol import Protocol
+from stexp.inference.tensors import (
+    AGAIN,
+    FLOATS,
+    INTEGERS,
+    check_size,
+    damaged,
+    read_arrays,
+    read_weights,
+    write_arrays,
+)
 
 FORMAT = "stexp-model 2"
 ACCURACY = ("expected_pearson", "expected_floor")
-AGAIN = "export it again, or copy it again"
-
-
-@dataclass(frozen=True)
-class Bank:
-    """The reference spots of a method that retrieves: N spots, G genes of the whole transcriptome.
-
-    Parameters
-    ----------
-    embedding : (N, D) float32
-    section, patient, spot : (N,) str
-        Where they are from, and their ids there.
-    counts : (N, G) CSR
-        Raw.
-    total_counts : (N,)
-        Over all genes of the spot's section, those outside `genes` too.
-    genes
-        Measured in every section.
-    rest : (S, G) CSR or None
-        Per section, in the order they appear, the counts of its spots that are not references: what a truth that
-        scales every gene by its total over the section needs.
-    """
-
-    embedding: np.ndarray
-    section: np.ndarray
-    patient: np.ndarray
-    spot: np.ndarray
-    counts: sp.csr_matrix
-    total_counts: np.ndarray
-    genes: list[str]
-    rest: sp.csr_matrix | None = None
-
-    def __len__(self) -> int:
-        return len(self.embedding)
-
-    def spots(self) -> pd.DataFrame:
-        """Section, patient and spot of every reference, named by section and spot."""
-        table = pd.DataFrame({"section": self.section, "patient": self.patient, "spot": self.spot})
-        return table.set_index(table["section"] + ":" + table["spot"])
-
-    def expression(self, genes: list[str], protocol: Protocol, panel: list[str]) -> np.ndarray:
-        """Normalised as in training, (N, len(genes)) float32; where libraries are those of a panel, of `panel`."""
-        columns = pd.Index(self.genes)
-        where, total = columns.get_indexer(genes), self.total_counts
-        if protocol.truth == "spot" and protocol.library == "panel":
-            total = np.asarray(self.counts[:, columns.get_indexer(panel)].sum(axis=1), dtype=np.float64).ravel()
-            protocol = replace(protocol, library="transcriptome")
-        counts = self.counts[:, where].toarray()
-        if self.rest is None:
-            return normalise(counts, total, protocol)
-        out = np.empty(counts.shape, dtype=np.float32)
-        rest = self.rest[:, where].toarray()
-        for i, name in enumerate(pd.unique(self.section)):
-            here = self.section == name
-            # one more row stands for all other spots of the section
-            whole = np.concatenate([counts[here], rest[i : i + 1]])
-            out[here] = normalise(whole, np.zeros(len(whole)), protocol)[:-1]
-        return out
-
-    def take(self, rows: np.ndarray) -> Bank:
-        """The references `rows`, ascending; the others join the rest of their section."""
-        rest = self.rest
-        if rest is not None:
-            names = pd.unique(self.section)
-            if set(names) != set(self.section[rows]):
-                raise InputError("a section would lose all its references; keep more of them")
-            left = np.setdiff1d(np.arange(len(self)), rows)
-            code = pd.Categorical(self.section[left], categories=names).codes
-            gather = sp.csr_matrix((np.ones(len(left)), (code, np.arange(len(left)))), (len(names), len(left)))
-            rest = sp.csr_matrix(rest + gather @ self.counts[left])
-        return Bank(
-            self.embedding[rows],
-            self.section[rows],
-            self.patient[rows],
-            self.spot[rows],
-            self.counts[rows],
-            self.total_counts[rows],
-            self.genes,
-            rest,
-        )
+FILES = ("model.safetensors", "bank.safetensors", "references.jpg", "known.safetensors", "genes.csv")
+"""What a folder may hold beside ``model.json``."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +67,8 @@ class ExportedModel:
         ``model.json``, with ``digest``, by which everything made with the model names it.
     genes
         Index gene; ``in_panel``, ``expected_pearson``, ``expected_floor``, ``expected_floor_name``,
-        ``beats_floor``, ``n_held_out_sections``; with intervals ``interval_quantile``, ``interval_offset``,
-        ``coverage_measured``.
+        ``beats_floor`` (NA where too few patients say so), ``n_held_out_sections``; with intervals
+        ``interval_quantile``, ``interval_offset``, ``coverage_measured``.
     known
         Tiles of the training, of a method that embeds tiles.
     """
@@ -171,8 +104,6 @@ def write(
             return _write(folder, facts, weights, bank, genes, embedding_dtype, tiles, known)
     except Timeout:
         raise InputError(f"another process writes {folder}; wait for it, or choose another output") from None
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{folder}: {error}") from None
 
 
 def _write(
@@ -188,33 +119,60 @@ def _write(
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    safetensors.torch.save_file(
-        {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}, part / "model.safetensors"
-    )
+    try:
+        with naming(folder, part):
+            facts = _fill(part, facts, weights, bank, genes, embedding_dtype, tiles, known)
+            _put_in_place(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return facts["digest"]
+
+
+def _fill(
+    part: Path,
+    facts: dict,
+    weights: dict[str, torch.Tensor],
+    bank: Bank | None,
+    genes: pd.DataFrame,
+    embedding_dtype: str,
+    tiles: Sheet | None,
+    known: KnownTiles | None,
+) -> dict:
+    """Write all files into the folder `part`; ``model.json`` as it stands there."""
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+    write_arrays(part / "model.safetensors", weights)
     if bank is not None:
-        arrays, names = _pack(bank, embedding_dtype)
-        safetensors.numpy.save_file(arrays, part / "bank.safetensors", metadata=names)
+        write_bank(part / "bank.safetensors", bank, embedding_dtype)
     if tiles is not None:
-        (part / "references.jpg").write_bytes(tiles.jpeg)
+        with naming(part / "references.jpg"):
+            (part / "references.jpg").write_bytes(tiles.jpeg)
         facts = {**facts, "reference_tiles": tiles.names}
     if known is not None:
         arrays = {"embedding": known.embedding, "distance": known.distance, "k": np.array(known.k)}
-        safetensors.numpy.save_file(arrays, part / "known.safetensors")
+        write_arrays(part / "known.safetensors", arrays)
     for path in part.iterdir():
         path.chmod(0o644)  # safetensors lets no one else read
-    genes.to_csv(part / "genes.csv", index_label="gene", float_format="%.6g", lineterminator="\n")
+    write_csv(genes, part / "genes.csv", index="gene")
     facts = {"format": FORMAT, **facts, "files": {path.name: _sha256(path) for path in sorted(part.iterdir())}}
     facts["digest"] = _digest(facts)
-    (part / "model.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_atomically(part / "model.json", json.dumps(facts, indent=1))
+    return facts
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of one that was killed
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(part, folder)
-    return facts["digest"]
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed `write` left beside a folder that is whole."""
+    for suffix in ("part", "old"):
+        shutil.rmtree(folder.with_name(f".{folder.name}.{suffix}"), ignore_errors=True)
 
 
 def read(folder: str | Path) -> ExportedModel:
@@ -229,44 +187,83 @@ def read(folder: str | Path) -> ExportedModel:
     path = folder / "model.json"
     if not path.is_file():
         raise InputError(f"{folder} is no exported model: it has no model.json")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        known = facts["format"]
-        intact = facts["digest"] == _digest(facts)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}); {AGAIN}") from None
-    if known != FORMAT:
-        raise InputError(f"{path} is of format {known!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
-    if not intact:
+    facts = read_json(path)
+    if facts.get("format") != FORMAT:
+        kind = str(facts.get("format"))[:40]
+        raise InputError(f"{path} is of format {kind!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
+    if facts.get("digest") != _digest(facts):
         raise InputError(f"{path} was changed or damaged: its checksum is another; {AGAIN}")
-    if not {"model.safetensors", "genes.csv"} <= {*facts["files"]}:
-        raise InputError(f"{path} does not name all its files; {AGAIN}")
-    for name, checksum in facts["files"].items():
+    _check_files(folder, facts.get("files"))
+    files = facts["files"]
+    tiles = _read_sheet(folder / "references.jpg", facts.get("reference_tiles")) if "references.jpg" in files else None
+    return ExportedModel(
+        facts,
+        weights=read_weights(folder / "model.safetensors"),
+        bank=read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None,
+        genes=_read_genes(folder / "genes.csv", facts),
+        tiles=tiles,
+        known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
+    )
+
+
+def _check_files(folder: Path, files: object) -> None:
+    """Refuse a folder that lacks a file of its list, or holds another than was written."""
+    if not isinstance(files, dict) or not {"model.safetensors", "genes.csv"} <= set(files) <= set(FILES):
+        raise InputError(f"{folder / 'model.json'} does not name its files, which are of {', '.join(FILES)}; {AGAIN}")
+    for name, checksum in files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")
         if _sha256(folder / name) != checksum:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
+
+
+def _read_genes(path: Path, facts: dict) -> pd.DataFrame:
+    check_size(path, bytes_per_byte=4)
+    numbers = [*ACCURACY, *COLUMNS, "n_held_out_sections"]
     try:
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        bank = _unpack(folder / "bank.safetensors") if "bank.safetensors" in facts["files"] else None
-        known = _known(folder / "known.safetensors") if "known.safetensors" in facts["files"] else None
         genes = pd.read_csv(
-            folder / "genes.csv",
-            dtype={"gene": str, "expected_floor_name": str},
+            path,
+            dtype={"gene": str, "expected_floor_name": str, "in_panel": bool, "beats_floor": "boolean"},
             keep_default_na=False,  # NA may be a gene
-            na_values={key: [""] for key in (*ACCURACY, *COLUMNS)},
+            na_values={key: [""] for key in (*numbers, "beats_floor")},
         ).set_index("gene")
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]}); {AGAIN}") from error
-    tiles = None
-    if "references.jpg" in facts["files"]:
-        tiles = Sheet(facts["reference_tiles"], (folder / "references.jpg").read_bytes())
-    return ExportedModel(facts, weights, bank, genes, tiles, known)
+        genes.index = genes.index.map(restore)
+    except (ValueError, KeyError, OverflowError) as error:
+        raise damaged(path, error) from error
+    if not len(genes) or not genes.index.is_unique or "in_panel" not in genes:
+        raise damaged(path, "it names no gene, or one twice")
+    for column in (column for column in numbers if column in genes):
+        if genes[column].dtype.kind not in "iuf" or np.isinf(genes[column].to_numpy(float)).any():
+            raise damaged(path, f"{column} holds more than numbers")
+    if "beats_floor" in genes and "flags" not in (facts.get("expected") or {}):
+        genes["beats_floor"] = pd.array([pd.NA] * len(genes), dtype="boolean")  # of before flags were calibrated
+    return genes
 
 
-def _known(path: Path) -> KnownTiles:
-    arrays = safetensors.numpy.load_file(path)
-    return KnownTiles(arrays["embedding"], arrays["distance"], int(arrays["k"]))
+def _read_known(path: Path) -> KnownTiles:
+    arrays, _ = read_arrays(path, {"embedding": (FLOATS, 2), "distance": (FLOATS, 1), "k": (INTEGERS, 0)}, {})
+    embedding, distance, k = arrays["embedding"], arrays["distance"], int(arrays["k"])
+    if not (1 <= k <= len(embedding) == len(distance) and embedding.shape[1]):
+        raise damaged(path, f"{len(embedding)} tiles, {len(distance)} distances to the {k} nearest")
+    if (np.diff(distance) < 0).any():
+        raise damaged(path, "its distances do not ascend")
+    return KnownTiles(embedding, distance, k)
+
+
+def _read_sheet(path: Path, names: object) -> Sheet:
+    """Tiles of references: their image has the size that their number asks for, and is decoded when one is shown."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > BANK_TILES:
+        raise damaged(path, f"model.json names no tiles for it, or more than {BANK_TILES}")
+    data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:  # reads the header
+            size = image.size
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise damaged(path, error) from None
+    expected = (SHEET_COLUMNS * SHEET_PX, -(-len(names) // SHEET_COLUMNS) * SHEET_PX)
+    if size != expected:
+        raise damaged(path, f"it has {size[0]} x {size[1]} px, {len(names)} tiles need {expected[0]} x {expected[1]}")
+    return Sheet(names, data)
 
 
 def _digest(facts: dict) -> str:
@@ -277,46 +274,3 @@ def _digest(facts: dict) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pack(bank: Bank, embedding_dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the smallest type that holds them, and the names they need."""
-    with np.errstate(over="ignore"):
-        embedding = bank.embedding.astype(embedding_dtype)
-    if not np.isfinite(embedding).all():
-        raise InputError(f"embeddings go beyond what {embedding_dtype} holds; take bank=float32")
-    arrays = {"embedding": embedding, "total_counts": bank.total_counts.astype(np.float64)}
-    names = {"genes": bank.genes, "spot": bank.spot.tolist()}
-    for key, values in (("section", bank.section), ("patient", bank.patient)):
-        codes, names[key] = pd.factorize(values)
-        arrays[key], names[key] = codes.astype(np.int32), [str(name) for name in names[key]]
-    for key, matrix in (("counts", bank.counts), ("rest", bank.rest)):
-        if matrix is not None:
-            matrix = sp.csr_matrix(matrix)
-            for part in ("data", "indices", "indptr"):
-                values = getattr(matrix, part)
-                arrays[f"{key}.{part}"] = values.astype(np.min_scalar_type(int(values.max(initial=0))))
-    return arrays, {key: json.dumps(value) for key, value in names.items()}
-
-
-def _unpack(path: Path) -> Bank:
-    arrays = safetensors.numpy.load_file(path)
-    with safe_open(path, "np") as file:
-        names = {key: json.loads(value) for key, value in file.metadata().items()}
-    n_genes = len(names["genes"])
-
-    def matrix(key: str) -> sp.csr_matrix:
-        data, indices, indptr = (arrays[f"{key}.{part}"] for part in ("data", "indices", "indptr"))
-        indptr = indptr.astype(np.int64)
-        return sp.csr_matrix((data.astype(np.float32), indices.astype(np.int64), indptr), (len(indptr) - 1, n_genes))
-
-    return Bank(
-        embedding=arrays["embedding"].astype(np.float32),
-        section=np.array(names["section"])[arrays["section"]],
-        patient=np.array(names["patient"])[arrays["patient"]],
-        spot=np.array(names["spot"]),
-        counts=matrix("counts"),
-        total_counts=arrays["total_counts"],
-        genes=names["genes"],
-        rest=matrix("rest") if "rest.data" in arrays else None,
-    )

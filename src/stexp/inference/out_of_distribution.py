@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from stexp.data.batches import SpotIndex
 from stexp.data.splits import spatial_blocks
-
-if TYPE_CHECKING:
-    from stexp.inference.trained import TrainedMethod
-    from stexp.runs.finished import Run
 
 NEIGHBOURS = 10  # whose mean distance counts
 LIMIT = 0.99  # percentile of the training's own distances beyond which a tile is strange: one in a hundred of them is
 MOST = 20_000  # training tiles that are kept
+SAME = 0.005  # distance below which two tiles are the same: float16 tells apart what is 0.001 from each other
 HELD_OUT = 512  # held-out tiles on which false alarms are counted
 AT_ONCE = 1024  # queries
 
@@ -62,6 +59,13 @@ class KnownTiles:
         distance = _distance(query, torch.from_numpy(self.embedding), self.k)
         return distance, np.searchsorted(self.distance, distance, side="right") / len(self.distance)
 
+    def share_of_same(self, embedding: np.ndarray) -> float:
+        """Share of tiles (Q, D) that are training tiles themselves, as far as their embeddings show."""
+        query = F.normalize(torch.from_numpy(embedding).float(), dim=1).half()
+        # of length 1 to all digits again: the distance is small beside what float16 leaves of it
+        query, known = (F.normalize(each.float(), dim=1) for each in (query, torch.from_numpy(self.embedding)))
+        return float((_distance(query, known, 1) < SAME).mean())
+
 
 @torch.inference_mode()
 def _distance(query: torch.Tensor, known: torch.Tensor, k: int, groups: np.ndarray | None = None) -> np.ndarray:
@@ -77,8 +81,25 @@ def _distance(query: torch.Tensor, known: torch.Tensor, k: int, groups: np.ndarr
     return torch.cat(out).numpy()
 
 
-def learn(source: Run, model: TrainedMethod, device: torch.device) -> tuple[KnownTiles, dict] | tuple[None, None]:
-    """What a run's training and validation tiles look like to its method; None of methods without an embedding.
+def learn(
+    embed: Callable[[np.ndarray], np.ndarray | None],
+    spots: pd.DataFrame,
+    xy_px: np.ndarray,
+    training: np.ndarray,
+    held_out: np.ndarray,
+) -> tuple[KnownTiles, dict] | tuple[None, None]:
+    """What training tiles look like to a method; None of methods without an embedding.
+
+    Parameters
+    ----------
+    embed
+        Rows of `spots` -> embeddings of their tiles (n, D), or None.
+    spots
+        Columns patient and section.
+    xy_px : (N, 2)
+        Of the spots.
+    training, held_out
+        Rows of spots that trained (or validated), and that did not.
 
     Returns
     -------
@@ -87,27 +108,15 @@ def learn(source: Run, model: TrainedMethod, device: torch.device) -> tuple[Know
         ``spots`` that are kept; ``apart``: what a tile is not compared within (its patient, section or block);
         ``limit``; ``held_out_share``, of held-out tiles beyond it.
     """
-    spots = source.data.spots
-    rows = source.data.rows("train", "validation")
-    rows = rows[:: max(1, math.ceil(len(rows) / MOST))]
-    embedding = _embed(source, model, rows, device)
+    rows = training[:: max(1, math.ceil(len(training) / MOST))]
+    embedding = embed(rows)
     if embedding is None:
         return None, None
     apart = next((name for name in ("patient", "section") if spots[name].iloc[rows].nunique() > 1), "block")
-    groups = spatial_blocks(source.data.xy_px[rows], 4) if apart == "block" else spots[apart].iloc[rows].to_numpy(str)
+    groups = spatial_blocks(xy_px[rows], 4) if apart == "block" else spots[apart].iloc[rows].to_numpy(str)
     known = KnownTiles.of(embedding, groups)
-    test = source.data.rows("test")
-    _, percentile = known.score(_embed(source, model, test[:: max(1, math.ceil(len(test) / HELD_OUT))], device))
+    unseen = embed(held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT))])
+    assert unseen is not None  # a method embeds all tiles or none
+    _, percentile = known.score(unseen)
     share = round(float((percentile > LIMIT).mean()), 4)
     return known, {"spots": len(rows), "apart": apart, "limit": LIMIT, "held_out_share": share}
-
-
-def _embed(source: Run, model: TrainedMethod, rows: np.ndarray, device: torch.device) -> np.ndarray | None:
-    made = []
-    for part in np.array_split(rows, math.ceil(len(rows) / 64)):
-        batch = source.data.batch(SpotIndex(torch.from_numpy(part), image=False))
-        out = model.encode(source.data.tiles(part, device), batch.xy_um, batch.array_xy)
-        if "image_embedding" not in out:
-            return None
-        made.append(out["image_embedding"].cpu().numpy())
-    return np.concatenate(made)

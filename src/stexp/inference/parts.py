@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
+
+from stexp.files import replacing
+from stexp.inference.tensors import write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ class Parts:
     """
 
     def __init__(self, n: int, folder: Path | None) -> None:
-        self.n, self.folder, self.done, self.arrays = n, folder, 0, {}
+        self.n, self.folder, self.done = n, folder, 0
+        self.arrays: dict[str, np.ndarray] = {}
         self._unsaved: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         self._saved_at = time.monotonic()
         if folder is None:
@@ -58,17 +61,13 @@ class Parts:
             self.save()
 
     def save(self) -> None:
-        if not self._unsaved:
+        if self.folder is None or not self._unsaved:
             return
         rows = np.concatenate([rows for rows, _ in self._unsaved])
         together = {key: np.concatenate([values[key] for _, values in self._unsaved]) for key in self._unsaved[0][1]}
         path = self.folder / f"{self.done - len(rows):012d}.safetensors"
-        part = path.with_suffix(".part")
-        try:
-            safetensors.numpy.save_file({"rows": rows, **together}, part)
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(f"{path}: {error}") from None
-        os.replace(part, path)
+        with replacing(path) as part:
+            write_arrays(part, {"rows": rows, **together})
         self._unsaved, self._saved_at = [], time.monotonic()
 
     def _fill(self, rows: np.ndarray, values: dict[str, np.ndarray]) -> None:

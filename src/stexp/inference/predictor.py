@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
-from stexp.data.slides.formats import free_memory
-from stexp.data.slides.grid import Grid, make_grid, read_coordinates
+from stexp import hardware
+from stexp.arguments import Count, check
+from stexp.data.digests import file_digest
+from stexp.data.progress import progress as show_progress
+from stexp.data.slides.formats import free_memory, qupath_origin, slide_name
 from stexp.data.slides.slide import Slide
-from stexp.data.slides.stain import StainNormaliser, measured_tiles
+from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
-from stexp.data.slides.tiles import file_digest
-from stexp.data.slides.tissue import tissue_mask
-from stexp.errors import InputError
+from stexp.errors import InputError, did_you_mean
 from stexp.evaluation import predictions
-from stexp.inference import confidence, model_folder
+from stexp.inference import confidence, model_facts, model_folder, slide_checks, training_slides
+from stexp.inference.bank import Bank
+from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
+from stexp.inference.places import Places, lay_out
+from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod
-from stexp.reporting.exports import qupath_origin
 
 log = logging.getLogger(__name__)
-
-NEEDED = ("method", "model", "sizes", "features_by", "k", "panel", "protocol", "data", "fold", "tile", "stain")
-"""Keys of ``model.json`` without which nothing is predicted."""
 
 
 def load_model(path: str | Path) -> Model:
@@ -53,11 +50,11 @@ def load_model(path: str | Path) -> Model:
     InputError
         Neither of them, or a file of it is missing, damaged or was changed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give a run, or a model that stexp-export wrote")
     if (path / "config.yaml").is_file():
-        from stexp.inference.export import exported_run  # needs Hydra, which exported models do not
+        from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
         path = exported_run(path)
     return Model(model_folder.read(path))
@@ -83,16 +80,34 @@ class Model:
         What the tiles of training look like to a method that embeds tiles.
     method : TrainedMethod
         Tiles to embeddings, embeddings to expression.
+
+    Raises
+    ------
+    InputError
+        Parts that do not fit each other.
     """
 
     def __init__(self, exported: ExportedModel) -> None:
+        model_facts.check(exported.facts)
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
-        lacking = sorted({*NEEDED} - {*self.facts})
-        if lacking:
-            raise InputError(f"model.json does not say {', '.join(lacking)}; {model_folder.AGAIN}")
         self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
+        self._check_genes()
         self.method = TrainedMethod(self.facts, exported.weights, self.bank)
+        width = self.method.probe(self.facts["tile"]["px"])
+        if (self.known is None) != (self.facts["known_tiles"] is None):
+            raise InputError(f"model.json and known.safetensors do not fit; {AGAIN}")
+        if self.known is not None and self.known.embedding.shape[1] != width:
+            raise InputError(f"tiles are embedded in {width} numbers, known ones in {self.known.embedding.shape[1]}")
+
+    def _check_genes(self) -> None:
+        predicted = self.panel if self.bank is None else self.bank.genes
+        absent = sorted({*self.panel, *self.genes.index} - {*predicted}) or sorted({*self.panel} - {*self.genes.index})
+        if absent:
+            raise InputError(f"{len(absent)} genes are named and not predicted, {absent[0]} for one; {AGAIN}")
+        needed = set(CALIBRATED if self.facts["interval"] is not None else ())
+        if not needed <= set(self.genes):
+            raise InputError(f"genes.csv lacks {', '.join(sorted(needed - set(self.genes)))}; {AGAIN}")
 
     def __repr__(self) -> str:
         facts = self.facts
@@ -108,6 +123,7 @@ class Model:
         spacing_um: float = 100.0,
         coordinates: str | Path | np.ndarray | None = None,
         genes: str | Sequence[str] = "panel",
+        exclude_slide: bool = False,
         device: str = "auto",
         batch_size: int = 256,
         work_dir: str | Path | None = None,
@@ -129,8 +145,11 @@ class Model:
             in pixels.
         genes
             ``panel``; ``all`` that the references measure; or names.
+        exclude_slide
+            Of a slide that is among the references: retrieve from those of other slides alone. The encoders have been
+            trained on it all the same.
         device
-            ``auto`` takes a GPU where there is one; or as torch names it.
+            ``auto`` takes CUDA where there is a GPU; ``cpu``, ``gpu``, ``mps``, or as torch names it.
         batch_size
             Tiles encoded at once.
         work_dir
@@ -146,7 +165,7 @@ class Model:
             do not retrieve; ``layers["lower"]``, ``layers["upper"]``: its interval. ``obs``: position, of a method
             that retrieves where a prediction comes from, and of one that embeds tiles how unlike those of training a
             tile is. ``var``: accuracy to expect of each gene, and how often its interval held. ``uns["stexp"]``:
-            ``verdict`` on the slide and the ``checks`` behind it, see :func:`stexp.inference.confidence.add`.
+            ``verdict`` on the slide and the ``checks`` behind it, see :mod:`stexp.inference.slide_checks`.
             ``obsm["spatial"]`` in level-0 pixels, ``obsm["image_embedding"]``, ``obsm["neighbours"]``, see
             :func:`~stexp.evaluation.predictions.add_neighbours`, and the image in ``uns["spatial"]``, as scanpy
             and squidpy plot it.
@@ -157,52 +176,27 @@ class Model:
             A slide without scale, without tissue or that cannot be read, unknown genes, or too little memory.
         """
         slide = slide if isinstance(slide, Slide) else Slide(slide)
-        names, device = self._names(genes), _device(device)
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise InputError(f"batch_size={batch_size}: a whole number of at least 1 would fit")
-        um = self._scale(slide, um_per_px, coordinates is None)
-        side = self._side_px(slide, um)
-        where = _lay_out(slide, um, grid, spacing_um, coordinates)
-        self._check_memory(len(where.xy_px), len(names))
-        some = self._some_tiles(slide, where, side, batch_size)
-        normaliser = None
-        if self.facts["stain"] is not None:
-            normaliser = StainNormaliser.towards(self.facts["stain"], slide.path.name, some, len(where.xy_px))
+        names, on = self._names(genes), _device(device)
+        check("batch_size", batch_size, Count)
+        check("exclude_slide", exclude_slide, bool)
+        trained_on = self._training_sections(slide)
+        bank = self._bank_without(trained_on) if exclude_slide else self.bank
+        places = lay_out(slide, self.facts["tile"], um_per_px, grid, spacing_um, coordinates)
+        self._check_memory(len(places), len(names))
+
+        sample = places.sample(batch_size)
         # what is kept of tiles depends on all this, and on nothing else
-        what = (
-            self.facts["digest"],
-            file_digest(slide.path),
-            side,
-            batch_size,
-            device.type,
-            self.method.precision(device),
-        )
-        key = hashlib.sha256(json.dumps([*what, um]).encode() + where.xy_px.tobytes() + where.array_xy.tobytes())
-        parts = Parts(len(where.xy_px), None if work_dir is None else Path(work_dir) / key.hexdigest()[:24])
-        self._encode(slide, where, side, um, normaliser, device, batch_size, parts, progress)
-        made = self._finish(parts.arrays, names, device)
-        adata = _lay_out_result(slide, where, um, made, names, self.genes)
-        if self.bank is not None:
-            predictions.add_neighbours(adata, self.bank.spots(), made["neighbours"], made["neighbour_weights"])
-        held = {key: json.dumps(self.facts[key]) for key in ("protocol", "expected", "licences")}
-        adata.uns["stexp"] = held | {
-            "kind": "prediction",
-            "model": self.facts["method"],
-            "model_digest": self.facts["digest"],
-            "data": self.facts["data"],
-            "fold": self.facts["fold"],
-            "slide": slide.path.name,
-            "slide_digest": file_digest(slide.path),
-            "qupath_origin_px": qupath_origin(slide.path),
-            "um_per_px": np.nan if um is None else um,
-            "tile_px": self.facts["tile"]["px"],
-            "tile_side_px": side,
-            "grid": where.kind,
-            "spacing_px": where.spacing_px,
-            "stain": (self.facts["stain"] or {}).get("method", "none"),
-            "precision": self.method.precision(device),
-        }
-        confidence.add(adata, self.facts, self.genes, self.known, some, slide, um, side)
+        depends_on = self.facts["digest"], file_digest(slide.path), batch_size, on.type, self.method.precision(on)
+        parts = Parts(len(places), None if work_dir is None else Path(work_dir) / places.key(*depends_on))
+        self._encode(places, sample, on, batch_size, parts, progress)
+        arrays = self._finish(parts.arrays, names, on, bank)
+
+        adata = _as_anndata(places, arrays, self.genes.loc[names])
+        if bank is not None:
+            predictions.add_neighbours(adata, bank.spots(), arrays["neighbours"], arrays["neighbour_weights"])
+        adata.uns["stexp"] = self._record(places, on)
+        left_out = None if bank is None or self.bank is None else len(self.bank) - len(bank)
+        self._judge(adata, places, sample, trained_on, left_out)
         return adata
 
     # what was asked for, judged against what the model is
@@ -219,53 +213,27 @@ class Model:
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(names)} genes are not among the {len(self.genes)} that this model predicts: "
-                f"{', '.join(unknown[:5])}"
+                f"{', '.join(unknown[:5])}{did_you_mean(unknown[0], self.genes.index)}"
             )
         return names
 
-    def _scale(self, slide: Slide, um_per_px: float | None, needs_grid: bool) -> float | None:
-        if um_per_px is not None and not (isinstance(um_per_px, int | float) and 0 < um_per_px < np.inf):
-            raise InputError(f"um_per_px={um_per_px}: a number above 0 (0.5 for 20x, 0.25 for 40x) would fit")
-        stated = slide.um_per_px
-        um = um_per_px or stated
-        tile = self.facts["tile"]
-        if um is None and (needs_grid or tile["um"] is not None or tile["trained_um_per_px"] is not None):
-            raise InputError(
-                f"slide {slide.path.name} does not say how large its pixels are; give um_per_px= (about 0.5 for 20x, "
-                f"0.25 for 40x)"
-            )
-        if um_per_px and stated and max(um, stated) > 1.1 * min(um, stated):
-            log.warning(
-                "slide %s: um_per_px %.4g was given, the file says %.4g; the given one counts",
-                slide.path.name,
-                um,
-                stated,
-            )
-        return None if um is None else float(um)
+    def _training_sections(self, slide: Slide) -> dict[str, str]:
+        """Sections of training that a slide is, and by what: its file or its look."""
+        trained = self.facts["trained"]
+        by_digest = training_slides.by_digest(
+            file_digest(slide.path), trained.get("data_manifest") or {}, trained.get("sections") or {}
+        )
+        images = {name: look["thumbnail"] for name, look in self.facts["looks"].items() if "thumbnail" in look}
+        by_look = training_slides.by_look(training_slides.fingerprint(slide), images) if images else []
+        return {**dict.fromkeys(by_look, "by its look"), **dict.fromkeys(by_digest, "by its file")}
 
-    def _side_px(self, slide: Slide, um: float | None) -> int:
-        """Side of a tile in level-0 pixels of the slide, so that it shows as much tissue as in training."""
-        tile = self.facts["tile"]
-        if tile["um"] is not None:
-            side = round(tile["um"] / um)
-        elif tile["trained_um_per_px"] is not None:
-            side = round(tile["px"] * tile["trained_um_per_px"] / um)
-        else:
-            side = tile["px"]
-            log.warning("nobody said the scale of the training sections: tiles are %d pixels of this slide", side)
-        if side < 1 or side > max(slide.size):
-            raise InputError(
-                f"slide {slide.path.name}: a tile as in training is {side} px wide at {um:.4g} um/px, the image is "
-                f"{slide.size[0]} x {slide.size[1]} px; is um_per_px right?"
-            )
-        return side
-
-    def _some_tiles(self, slide: Slide, where: Grid, side: int, batch_size: int) -> dict[int, np.ndarray]:
-        """Those by which a slide is judged, as they are."""
-        rows = measured_tiles(len(where.xy_px))
-        batches = tile_batches(slide, where.xy_px[rows], side, self.facts["tile"]["px"], batch_size)
-        found = {int(rows[i]): tile for part, tiles in batches for i, tile in zip(part, tiles, strict=True)}
-        return {row: found[row] for row in sorted(found)}
+    def _bank_without(self, sections: dict[str, str]) -> Bank:
+        if self.bank is None:
+            raise InputError(f"exclude_slide=true: {self.facts['method']} retrieves nothing that could be left out")
+        if not set(sections) & set(self.bank.section):
+            log.info("the slide is not among the references: nothing is left out")
+            return self.bank
+        return self.bank.without(set(sections))
 
     def _check_memory(self, n: int, n_genes: int) -> None:
         per_gene = 4 * n * (3 if self.facts["interval"] is None else 5)  # X and two layers, or four
@@ -284,120 +252,148 @@ class Model:
 
     def _encode(
         self,
-        slide: Slide,
-        where: Grid,
-        side: int,
-        um: float | None,
-        normaliser: StainNormaliser | None,
+        places: Places,
+        sample: dict[int, np.ndarray],
         device: torch.device,
         batch_size: int,
         parts: Parts,
         progress: bool,
     ) -> None:
-        n, waiting, said = len(where.xy_px), None, time.monotonic()
+        """Encode the tiles that `parts` does not hold yet."""
+        n, waiting, slide, xy_px = len(places), None, places.slide, places.grid.xy_px
         if parts.done == n:
             return
+        normaliser = None
+        if self.facts["stain"] is not None:
+            normaliser = StainNormaliser.towards(self.facts["stain"], slide.path.name, sample, n)
         self.method.to(device)
-        um_xy = torch.from_numpy(where.xy_px * (np.nan if um is None else um)).float()
-        array_xy = torch.from_numpy(where.array_xy.astype(np.int64))
-        batches = tile_batches(
-            slide, where.xy_px, side, self.facts["tile"]["px"], batch_size=batch_size, start=parts.done
-        )
-        console = Console(stderr=True)
-        bar = Progress(
-            *Progress.get_default_columns(),
-            MofNCompleteColumn(),
-            console=console,
-            transient=True,
-            disable=not (progress and console.is_terminal),
-        )
-        with bar:
-            task = bar.add_task(f"{slide.path.name}: tiles", total=n, completed=parts.done)
-            for rows, tiles in batches:
-                tiles = torch.from_numpy(np.ascontiguousarray(tiles)).to(device, non_blocking=True)
+        um_xy = torch.from_numpy(xy_px * (np.nan if places.um_per_px is None else places.um_per_px)).float()
+        array_xy = torch.from_numpy(places.grid.array_xy.astype(np.int64))
+        batches = tile_batches(slide, xy_px, places.side_px, places.px, batch_size, start=parts.done)
+        with show_progress(n, f"{slide.path.name}: tiles") if progress else nullcontext(lambda n: None) as advance:
+            advance(parts.done)
+            for rows, pixels in batches:
+                tiles = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
                 if normaliser is not None:
                     tiles = normaliser(tiles, torch.zeros(len(rows), dtype=torch.int64))
-                made = self.method.encode(tiles, um_xy[rows], array_xy[rows])
+                arrays = self.method.encode(tiles, um_xy[rows], array_xy[rows])
                 if waiting is not None:  # the GPU is at the next batch while this one is fetched
                     parts.add(*waiting)
-                waiting = rows, made
-                bar.update(task, advance=len(rows))
-                if not console.is_terminal and progress and time.monotonic() - said > 15:
-                    log.info("%s: %d of %d tiles", slide.path.name, parts.done, n)
-                    said = time.monotonic()
+                waiting = rows, arrays
+                advance(len(rows))
             if waiting is not None:
                 parts.add(*waiting)
         parts.save()
 
-    def _finish(self, arrays: dict[str, np.ndarray], names: list[str], device: torch.device) -> dict[str, Any]:
-        if self.bank is not None:
-            return {**arrays, **self.method.retrieve(arrays["image_embedding"], names, device)}
-        columns = pd.Index(self.panel).get_indexer(names)
-        return {key: value if key == "image_embedding" else value[:, columns] for key, value in arrays.items()}
+    def _finish(
+        self, arrays: dict[str, np.ndarray], names: list[str], device: torch.device, bank: Bank | None
+    ) -> dict[str, Any]:
+        """From what was encoded to the expression of some genes."""
+        if bank is not None:
+            # retrieval on Apple's GPU would gain little, and differ in the last digits
+            where = torch.device("cpu") if device.type == "mps" else device
+            made = {**arrays, **self.method.retrieve(arrays["image_embedding"], names, where, bank=bank)}
+        else:
+            columns = pd.Index(self.panel).get_indexer(names)
+            made = {key: value if key == "image_embedding" else value[:, columns] for key, value in arrays.items()}
+        if not np.isfinite(made["predicted"]).all():
+            raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
+        return made
+
+    # what is said of it
+
+    def _record(self, places: Places, device: torch.device) -> dict[str, Any]:
+        """``uns["stexp"]`` but for the verdict."""
+        facts, slide = self.facts, places.slide
+        return {key: json.dumps(facts[key]) for key in ("protocol", "expected", "licences")} | {
+            "kind": "prediction",
+            "model": facts["method"],
+            "model_digest": facts["digest"],
+            "data": facts["data"],
+            "fold": facts["fold"],
+            "slide": slide.path.name,
+            "slide_digest": file_digest(slide.path),
+            "qupath_origin_px": qupath_origin(slide.path),
+            "um_per_px": np.nan if places.um_per_px is None else places.um_per_px,
+            "tile_px": places.px,
+            "tile_side_px": places.side_px,
+            "grid": places.grid.kind,
+            "spacing_px": places.grid.spacing_px,
+            "stain": (facts["stain"] or {}).get("method", "none"),
+            "precision": self.method.precision(device),
+        }
+
+    def _judge(
+        self,
+        adata: ad.AnnData,
+        places: Places,
+        sample: dict[int, np.ndarray],
+        trained_on: dict[str, str],
+        n_excluded: int | None,
+    ) -> None:
+        """Add intervals, likeness to training, and the verdict with its checks."""
+        facts = self.facts
+        confidence.add_intervals(adata, self.genes.loc[adata.var_names], facts["interval"])
+        checks = slide_checks.judge(
+            slide_checks.look(np.stack(list(sample.values())), places.tile_um_per_px),
+            list(facts["looks"].values()),
+            um=places.um_per_px,
+            stated=places.slide.um_per_px,
+            side_px=places.side_px,
+            tile=facts["tile"],
+            normalised=facts["stain"] is not None,
+        )
+        same = 0.0
+        if self.known is None:
+            log.info("%s embeds no tiles: whether they are like those of training is not said", facts["method"])
+        else:
+            share = confidence.add_likeness(adata, self.known, facts["known_tiles"]["limit"])
+            checks.append(slide_checks.strange(share, facts["known_tiles"]["held_out_share"]))
+            same = self.known.share_of_same(adata.obsm["image_embedding"])
+        checks.append(slide_checks.trained(trained_on, same, n_excluded))
+        about = adata.uns["stexp"]
+        about["checks"], about["verdict"] = json.dumps(checks), slide_checks.conclude(checks)
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device("cuda" if name == "gpu" else name)
-    except RuntimeError:
-        raise InputError(f"device={name}: choose auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={name}: choose auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device={name}: torch sees no GPU here; take cpu or auto")
-    return device
+    """The device of a name as torch has it, or as :func:`stexp.hardware.accelerator_of`."""
+    base, _, number = str(name).partition(":")
+    kind = hardware.accelerator_of(base, "device")
+    if not number:
+        return torch.device(kind)
+    if not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
+        raise InputError(f"device={name}: there is no such device; take {base}")
+    return torch.device(kind, int(number))
 
 
-def _lay_out(
-    slide: Slide, um: float | None, kind: str, spacing_um: float, coordinates: str | Path | np.ndarray | None
-) -> Grid:
-    if coordinates is None:
-        return make_grid(slide, um, kind, spacing_um, tissue_mask(slide, um))
-    if isinstance(coordinates, str | Path):
-        return read_coordinates(coordinates, slide)
-    xy = np.asarray(coordinates, dtype=np.float64)
-    if xy.ndim != 2 or xy.shape[1] != 2 or not len(xy) or not np.isfinite(xy).all():
-        raise InputError(f"coordinates of shape {xy.shape}: rows of x and y in pixels would fit")
-    if len(np.unique(xy, axis=0)) < len(xy):
-        raise InputError("coordinates hold a place twice")
-    pitch = predictions.spacing(xy)
-    array_xy = np.round((xy - xy.min(axis=0)) / max(pitch, 1.0)).astype(np.int64)
-    return Grid(xy, array_xy, None, pitch, "given")
-
-
-def _lay_out_result(
-    slide: Slide, where: Grid, um: float | None, made: dict[str, Any], names: list[str], genes: pd.DataFrame
-) -> ad.AnnData:
-    """Predictions as `Model.predict` returns them."""
-    name = slide.path.stem.removesuffix(".ome")
-    spots = where.names
+def _as_anndata(places: Places, arrays: dict[str, Any], genes: pd.DataFrame) -> ad.AnnData:
+    """Predictions as `Model.predict` returns them, without what is said of their worth."""
+    name, grid = slide_name(places.slide.path), places.grid
+    spots = grid.names
     if spots is None:
-        spots = [f"{x}x{y}" for x, y in where.array_xy]
+        spots = [f"{x}x{y}" for x, y in grid.array_xy]
         if len(set(spots)) < len(spots):  # given coordinates may share a place on the array
             spots = [str(i) for i in range(len(spots))]
     obs = pd.DataFrame(
         {
             "section": pd.Categorical([name] * len(spots)),
-            "array_x": where.array_xy[:, 0],
-            "array_y": where.array_xy[:, 1],
-            "pixel_x": where.xy_px[:, 0],
-            "pixel_y": where.xy_px[:, 1],
+            "array_x": grid.array_xy[:, 0],
+            "array_y": grid.array_xy[:, 1],
+            "pixel_x": grid.xy_px[:, 0],
+            "pixel_y": grid.xy_px[:, 1],
         },
         index=pd.Index(spots, name="spot"),
     )
-    if "obs" in made:
-        obs = pd.concat([obs, made["obs"].set_index(obs.index)], axis=1)
-    predicted = made["predicted"]
-    adata = ad.AnnData(predicted, obs=obs, var=genes.loc[names].copy())
+    if "obs" in arrays:
+        obs = pd.concat([obs, arrays["obs"].set_index(obs.index)], axis=1)
+    predicted = arrays["predicted"]
+    adata = ad.AnnData(predicted, obs=obs, var=genes.copy())
     adata.layers["predicted"] = predicted.copy()  # X is what people transform
-    spread = made.get("uncertainty")
+    spread = arrays.get("uncertainty")
     adata.layers["uncertainty"] = np.full(predicted.shape, np.nan, np.float32) if spread is None else spread
-    adata.obsm["spatial"] = np.asarray(where.xy_px, dtype=np.float64)
-    if "image_embedding" in made:
-        adata.obsm["image_embedding"] = made["image_embedding"]
-    # what add_images reads of a section
-    drawn = SimpleNamespace(name=name, slide=slide, xy_px=adata.obsm["spatial"], um_per_px=um)
-    predictions.add_images(adata, [drawn])
+    adata.obsm["spatial"] = np.asarray(grid.xy_px, dtype=np.float64)
+    if "image_embedding" in arrays:
+        adata.obsm["image_embedding"] = arrays["image_embedding"]
+    plotted = predictions.plotted_slide(places.slide, adata.obsm["spatial"], places.um_per_px)
+    adata.uns["spatial"] = {name: plotted}
     return adata

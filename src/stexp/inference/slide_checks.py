@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from stexp.data.quality import APART, OF_TILES, measure
+from stexp.data.quality import APART
 from stexp.data.slides.stain import StainNormaliser
+from stexp.data.tile_measures import OF_TILES, measure
 from stexp.errors import InputError
 
 VERDICTS = ("ok", "caution", "do_not_trust")
@@ -21,6 +23,9 @@ SIZE = (1.4, 1.7)  # of structures against training; sections of HER2+ are withi
 ANGLE = (12.0, 25.0)  # degrees between stains; two patients of HER2+ are 9 apart, they and a mouse colon 14 to 21
 TISSUE = (2.0, 4.0)  # times less tissue on a tile than on those of the section of training with least
 STRANGE = (0.1, 0.5)  # share of tiles unlike those of training, of which one in a hundred would be
+TRAINED = "training_slide"
+"""The check of whether a slide is one of those of training."""
+SAME = 0.1  # share of tiles that are tiles of training, from which on a slide is one of training
 
 CHANNELS = {"od_red": "red", "od_green": "green", "od_blue": "blue"}
 LAGS = (1, 4)  # pixels, see `grain`
@@ -39,30 +44,30 @@ def look(tiles: np.ndarray, um_per_px: float | None) -> dict[str, float | list |
     -------
     dict
         ``tissue``: mean share of a tile; ``blur``: median; ``od_red``, ...: mean over tissue, see
-        :func:`stexp.data.quality.measure`. ``grain``, ``grain_half``, ``grain_double``: `grain` of the tiles, and of
+        `stexp.data.tile_measures.measure`. ``grain``, ``grain_half``, ``grain_double``: `grain` of the tiles, and of
         the same with everything half and twice as large. ``stains`` (2, 3): haematoxylin and eosin, unit vectors of
         optical density, after Macenko et al. 2009.
     """
     table = dict(zip(OF_TILES, measure(tiles, um_per_px).T, strict=True))
     tissue = np.nan_to_num(table["tissue"])
-    found = {"tissue": float(tissue.mean()), "blur": _median(table["blur"])}
+    measured: dict[str, float | list | None] = {"tissue": float(tissue.mean()), "blur": _median(table["blur"])}
     weight = tissue.sum()
     for name in CHANNELS:
-        found[name] = float(np.nansum(tissue * table[name]) / weight) if weight > 0 else None
+        measured[name] = float(np.nansum(tissue * table[name]) / weight) if weight > 0 else None
     shows = tissue >= min(0.5, tissue.max())
     image = torch.from_numpy(np.ascontiguousarray(tiles[shows])).permute(0, 3, 1, 2).float()
     height, width = image.shape[2] // 4, image.shape[3] // 4
     middle = image[:, :, height : image.shape[2] - height, width : image.shape[3] - width]
-    found["grain"] = _median(grain(image))
+    measured["grain"] = _median(grain(image))
     for name, part, factor in (("half", image, 0.5), ("double", middle, 2.0)):
         resized = F.interpolate(part, scale_factor=factor, mode="bilinear", antialias=True)
-        found[f"grain_{name}"] = _median(grain(resized))
+        measured[f"grain_{name}"] = _median(grain(resized))
     try:
         stain = StainNormaliser.fit("macenko", ["slide"], [tiles], [np.ones(len(tiles), bool)])
-        found["stains"] = stain.target["stains"].tolist()
+        measured["stains"] = stain.target["stains"].tolist()
     except InputError:
-        found["stains"] = None
-    return found
+        measured["stains"] = None
+    return measured
 
 
 def grain(image: torch.Tensor) -> np.ndarray:
@@ -75,9 +80,12 @@ def grain(image: torch.Tensor) -> np.ndarray:
     if min(density.shape[1:]) <= LAGS[1]:
         return np.full(len(density), np.nan)
     near, far = (
-        sum(
-            (density.narrow(axis, lag, n - lag) - density.narrow(axis, 0, n - lag)).square().mean((1, 2))
-            for axis, n in enumerate(density.shape[1:], start=1)
+        reduce(
+            torch.add,
+            (
+                (density.narrow(axis, lag, n - lag) - density.narrow(axis, 0, n - lag)).square().mean((1, 2))
+                for axis, n in enumerate(density.shape[1:], start=1)
+            ),
         )
         for lag in LAGS
     )
@@ -100,7 +108,7 @@ def judge(
     Parameters
     ----------
     slide, training
-        What `look` finds on the slide, and on each section of training.
+        What `look` measures on the slide, and on each section of training.
     um, stated
         Micrometres per level-0 pixel of the slide as used, and as its file says.
     side_px
@@ -117,10 +125,10 @@ def judge(
     """
     return [
         _scale(um, stated, side_px, tile),
-        _size(slide, training),
+        _size(slide, training, um, stated),
         _strength(slide, training, normalised),
         _direction(slide, training, normalised),
-        _sharpness(slide, training),
+        _sharpness(slide, training, um, stated),
         _tissue(slide, training),
     ]
 
@@ -131,12 +139,40 @@ def strange(share: float, held_out_share: float) -> dict:
     return _check("unlike_training", share, [0.0, STRANGE[0]], _graded(share, STRANGE), text)
 
 
+def trained(sections: Mapping[str, str], same_share: float, n_excluded: int | None) -> dict:
+    """The check of whether a slide is one of those of training: its numbers are then no prediction.
+
+    Parameters
+    ----------
+    sections
+        Those that it is -> by what that shows; see :mod:`stexp.inference.training_slides`.
+    same_share
+        Share (0..1) of its tiles that are training tiles themselves.
+    n_excluded
+        References that were left out; None of a method that has none.
+    """
+    if not sections and same_share < SAME:
+        return _check(TRAINED, same_share, [0.0, SAME], "ok", "it is none of the slides of training")
+    names = ", ".join(f"{name}, {how}" for name, how in sections.items())
+    shown = f" (section {names})" if sections else f": {same_share:.0%} of its tiles are tiles of training"
+    if n_excluded is None:
+        text = f"this slide is among those of training{shown}"
+    elif n_excluded:
+        text = f"this slide is among the references{shown}; its {n_excluded} spots were left out, training saw them"
+    else:
+        text = f"this slide is among the references{shown}: it retrieves itself; exclude_slide=true leaves it out"
+    return _check(TRAINED, max(same_share, float(bool(sections))), [0.0, SAME], "caution", text)
+
+
 def conclude(checks: list[dict]) -> str:
     """One verdict in plain language."""
     worst = max((check["verdict"] for check in checks), key=VERDICTS.index)
     if worst == "ok":
         return "Nothing speaks against this slide: " + "; ".join(check["text"] for check in checks) + "."
-    reasons = "; ".join(check["text"] for check in checks if check["verdict"] == worst)
+    # that a slide trained is said whatever else is wrong with it
+    trained_too = [check for check in checks if check["check"] == TRAINED and check["verdict"] not in ("ok", worst)]
+    said = [*(check for check in checks if check["verdict"] == worst), *trained_too]
+    reasons = "; ".join(check["text"] for check in said)
     return f"{'Read with caution' if worst == 'caution' else 'Do not trust this prediction'}: {reasons}."
 
 
@@ -155,7 +191,14 @@ def _scale(um: float | None, stated: float | None, side_px: int, tile: dict) -> 
     return _check("scale", um, [0.0, RESOLUTION[0] * finest], verdict, text)
 
 
-def _size(slide: dict, training: Sequence[dict]) -> dict:
+def _given(um: float | None, stated: float | None) -> str:
+    """The scale as it was given, for where it may be the cause of what looks larger, smaller or blurred."""
+    if um is None:
+        return ""
+    return f" ({um:.3g} um per pixel, as {'its file says' if stated == um else 'um_per_px= says'})"
+
+
+def _size(slide: dict, training: Sequence[dict], um: float | None, stated: float | None) -> dict:
     curve = [
         np.median([each[key] for each in training if each[key] is not None] or [np.nan])
         for key in ("grain_half", "grain", "grain_double")
@@ -167,9 +210,8 @@ def _size(slide: dict, training: Sequence[dict]) -> dict:
     verdict = _graded(max(size, 1 / size), SIZE)
     text = f"its structures look {size:.2g} times as large as in training"
     if verdict != "ok":
-        text += ": the stated scale is not right, or it is " + (
-            "blurred" if size > 1 else "no tissue like that of training"
-        )
+        other = "blurred" if size > 1 else "no tissue like that of training"
+        text += f": the stated scale is not right{_given(um, stated)}, or it is {other}"
     return _check("size", size, expected, verdict, text)
 
 
@@ -178,9 +220,9 @@ def _strength(slide: dict, training: Sequence[dict], normalised: bool) -> dict:
         return _check("stain", None, None, "do_not_trust", "no stained tissue was found on its tiles")
     if all(each["od_red"] is None for each in training):
         return _check("stain", None, None, "caution", "no stained tissue was found on the training tiles")
-    found = {name: _z(slide[name], training, name) for name in CHANNELS}
-    worst = max(found, key=lambda name: abs(found[name][0]))
-    z, middle, spread = found[worst]
+    scores = {name: _z(slide[name], training, name) for name in CHANNELS}
+    worst = max(scores, key=lambda name: abs(scores[name][0]))
+    z, middle, spread = scores[worst]
     verdict = _softened(_graded(abs(z), Z), normalised)
     text = "its tissue absorbs as much light as in training"
     if abs(z) >= Z[0]:
@@ -208,13 +250,16 @@ def _direction(slide: dict, training: Sequence[dict], normalised: bool) -> dict:
     return _check("stain_colour", angle, [0.0, limits[0]], _softened(_graded(angle, limits), normalised), text)
 
 
-def _sharpness(slide: dict, training: Sequence[dict]) -> dict:
+def _sharpness(slide: dict, training: Sequence[dict], um: float | None, stated: float | None) -> dict:
     if slide["blur"] is None or all(each["blur"] is None for each in training):
         return _check("sharpness", None, None, "caution", "how sharp it is could not be measured")
     z, middle, spread = _z(slide["blur"], training, "blur")
     text = "it is as sharp as in training"
     if z >= Z[0]:
-        text = f"it is less sharp than in training (blur {slide['blur']:.2f} against {middle:.2f}, z {z:+.1f})"
+        text = (
+            f"it is less sharp than in training (blur {slide['blur']:.2f} against {middle:.2f}, z {z:+.1f}): it is out "
+            f"of focus, or the stated scale is not right{_given(um, stated)}"
+        )
     return _check("sharpness", slide["blur"], [0.0, middle + Z[0] * spread], _graded(z, Z), text)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import construct, hardware
+from stexp import hardware
 from stexp.data.augment import augment
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
-from stexp.inference.model_folder import Bank
+from stexp.inference.bank import Bank
+from stexp.inference.rebuild import rebuild_encoder, rebuild_method
+from stexp.inference.tensors import AGAIN
 from stexp.models.retrieval import Neighbours, ReferenceIndex
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
@@ -37,8 +39,12 @@ class TrainedMethod:
     def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: Bank | None) -> None:
         self.facts, self.bank, self.panel = facts, bank, facts["panel"]
         self.protocol = Protocol(**facts["protocol"])
-        self._method = _build(facts["model"], weights, "model.", facts["sizes"])
-        self._encoder = facts["features_by"] and _build(facts["features_by"], weights, "features.", {})
+        self._method = rebuild_method(facts["model"], weights, facts["sizes"])
+        self._encoder = facts["features_by"] and rebuild_encoder(facts["features_by"], weights)
+        self._precision = facts["precision"]
+        self._channels_last = facts["channels_last"]
+        if isinstance(self._method, RetrievalMethod) != (bank is not None) or (bank is not None and not facts["k"]):
+            raise InputError(f"{facts['method']} and its files do not fit: one retrieves, the other does not; {AGAIN}")
         self.k = 0 if bank is None else min(facts["k"], len(bank))
 
     def to(self, device: torch.device) -> None:
@@ -46,20 +52,40 @@ class TrainedMethod:
         for module in (self._method, self._encoder):
             if module is not None:
                 module.to(device)
-                if self.facts["channels_last"]:
+                if self._channels_last:
                     module.to(memory_format=torch.channels_last)
 
     def precision(self, device: torch.device) -> str:
         """That of the run, where the device multiplies it."""
-        trained = self.facts["precision"]
-        return trained if trained == hardware.choose_precision("auto", device.type) else "32-true"
+        fits = self._precision == hardware.choose_precision("auto", device.type)
+        return self._precision if fits else "32-true"
+
+    def probe(self, px: int) -> int | None:
+        """Encode one blank tile of `px` pixels; the width D of an image embedding, None of methods without.
+
+        Raises
+        ------
+        InputError
+            The method does not take such tiles, or predicts another number of genes than its panel has, or does not
+            embed as its references are.
+        """
+        tile, nowhere = torch.zeros(1, px, px, 3, dtype=torch.uint8), torch.zeros(1, 2)
+        try:
+            made = self._encode(tile, nowhere, nowhere.long())
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:  # model.json is not ours
+            raise InputError(f"the model takes no tile of {px} px: {' '.join(str(error).split())[:200]}") from error
+        width = made["image_embedding"].shape[1] if "image_embedding" in made else None
+        if self.bank is not None and width != self.bank.embedding.shape[1]:
+            raise InputError(f"tiles are embedded in {width} numbers, references in {self.bank.embedding.shape[1]}")
+        if "predicted" in made and made["predicted"].shape[1] != len(self.panel):
+            raise InputError(f"{made['predicted'].shape[1]} genes are predicted, the panel has {len(self.panel)}")
+        return width
 
     def _autocast(self, device: torch.device) -> AbstractContextManager:
         if self.precision(device) != "bf16-mixed":
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
 
-    @torch.inference_mode()
     def encode(self, tiles: torch.Tensor, xy_um: torch.Tensor, array_xy: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the method makes of tiles alone.
 
@@ -76,6 +102,10 @@ class TrainedMethod:
             ``image_embedding`` (B, D) of a method that retrieves; of others ``predicted`` (B, G) and what they give
             besides.
         """
+        return self._encode(tiles, xy_um, array_xy)
+
+    @torch.inference_mode()
+    def _encode(self, tiles: torch.Tensor, xy_um: torch.Tensor, array_xy: torch.Tensor) -> dict[str, torch.Tensor]:
         image = augment(tiles, "none", 0)
         n, device = len(image), image.device
         with self._autocast(device):
@@ -95,17 +125,29 @@ class TrainedMethod:
                 context_expression=nothing[:, None],
                 context_array_xy=nothing[:, None],
                 context_mask=nothing[:, None, :0],
+                whole=n,
                 features=features,
             )
-            made = self._method.predict_step(batch, 0)
-        made = {key: value.float() for key, value in made.items() if torch.is_tensor(value)}
-        return made if features is None else {"image_embedding": features, **made}
+            made = self._method.predict_step(batch)
+        arrays = {name: value.float() for name, value in vars(made).items() if torch.is_tensor(value)}
+        return arrays if features is None else {"image_embedding": features, **arrays}
 
     @torch.inference_mode()
     def retrieve(
-        self, query: np.ndarray, genes: list[str], device: torch.device | str = "cpu", *, spread: bool = True
+        self,
+        query: np.ndarray,
+        genes: list[str],
+        device: torch.device | str = "cpu",
+        *,
+        spread: bool = True,
+        bank: Bank | None = None,
     ) -> dict[str, Any]:
         """Expression of `genes` for image embeddings (Q, D), from the bank, in bounded memory beside the result.
+
+        Parameters
+        ----------
+        bank
+            References to take instead of the model's own.
 
         Returns
         -------
@@ -114,36 +156,27 @@ class TrainedMethod:
             :meth:`~stexp.models.retrieval.ReferenceIndex.provenance`; ``neighbours`` and ``neighbour_weights``, see
             :meth:`~stexp.models.retrieval.Neighbours.heaviest`.
         """
-        bank, method = self.bank, self._method
+        bank, method = bank or self.bank, self._method
+        if bank is None or not isinstance(method, RetrievalMethod):
+            raise ValueError("the method does not retrieve")
         index = ReferenceIndex(torch.from_numpy(bank.embedding).to(device), bank.section, bank.patient)
-        found, obs, heaviest = [], [], []
+        retrieved, obs, heaviest = [], [], []
         for part in torch.from_numpy(query).split(QUERIES):
-            neighbours = index.search(part.to(device), self.k, method.distance, method.weighting)
+            neighbours = index.search(part.to(device), min(self.k, len(bank)), method.distance, method.weighting)
             obs.append(index.provenance(neighbours))
             heaviest.append(neighbours.heaviest())
             # int32 and without distances: of many spots the neighbours take much of the memory
-            found.append(Neighbours(neighbours.index.int(), neighbours.distance[:, :0], neighbours.weight))
+            retrieved.append(Neighbours(neighbours.index.int(), neighbours.distance[:, :0], neighbours.weight))
         shape = (len(query), len(genes))
         made = {key: np.empty(shape, dtype=np.float32) for key in ("predicted", *(["uncertainty"] if spread else []))}
         for column in range(0, len(genes), GENES):
             columns = slice(column, column + GENES)
             expression = torch.from_numpy(bank.expression(genes[columns], self.protocol, self.panel)).to(device)
-            for row, neighbours in zip(range(0, len(query), QUERIES), found, strict=True):
+            for row, neighbours in zip(range(0, len(query), QUERIES), retrieved, strict=True):
                 rows = slice(row, row + QUERIES)
-                for key, value in zip(made, index.average(neighbours, expression, spread=spread), strict=False):
-                    made[key][rows, columns] = value.cpu().numpy()
-        rows, weights = (torch.cat(part).cpu().numpy() for part in zip(*heaviest, strict=True))
-        return {**made, "obs": pd.concat(obs, ignore_index=True), "neighbours": rows, "neighbour_weights": weights}
-
-
-def _build(node: dict, weights: dict[str, torch.Tensor], prefix: str, sizes: dict) -> torch.nn.Module:
-    if not str(node.get("_target_")).startswith("stexp.models."):
-        raise InputError(f"the model names {node.get('_target_')}, which is no method of stexp")
-    module = construct.build(node, **sizes)
-    state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the weights do not fit {node['_target_']} of this stexp: {reason}") from error
-    return module.eval().requires_grad_(False)
+                mean, sd = index.average(neighbours, expression, spread=spread)
+                made["predicted"][rows, columns] = mean.cpu().numpy()
+                if sd is not None:
+                    made["uncertainty"][rows, columns] = sd.cpu().numpy()
+        which, weights = (torch.cat(part).cpu().numpy() for part in zip(*heaviest, strict=True))
+        return {**made, "obs": pd.concat(obs, ignore_index=True), "neighbours": which, "neighbour_weights": weights}

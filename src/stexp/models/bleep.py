@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from stexp.arguments import Count, Positive, Rate, Share, Weight, Width, checked
 from stexp.data.batches import SpotBatch
-from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
 from stexp.models.encoders.image import ImageEncoder
+from stexp.models.gather import gather
 from stexp.models.losses import soft_info_nce
+from stexp.models.retrieval import Distance, Reference, Weighting
 from stexp.models.retrieval_method import RetrievalMethod
-from stexp.training.distributed import gather
 
 
 class BLEEP(RetrievalMethod):
@@ -43,45 +46,48 @@ class BLEEP(RetrievalMethod):
 
     several_devices = True
 
+    @checked("model")
     def __init__(
         self,
         image_encoder: ImageEncoder,
         n_genes: int,
         *,
-        embedding_dim: int = 256,
-        dropout: float = 0.1,
-        temperature: float = 1.0,
-        target_temperature: str = "multiply",
-        k: int | str = 50,
-        distance: str = "cosine",
-        weighting: str = "mean",
-        reference: str | list[str] = "image",
-        lr: float = 1e-3,
-        weight_decay: float = 1e-3,
+        embedding_dim: Width = 256,
+        dropout: Share = 0.1,
+        temperature: Positive = 1.0,
+        target_temperature: Literal["multiply", "divide"] = "multiply",
+        k: Count | Literal["auto"] = 50,
+        distance: Distance = "cosine",
+        weighting: Weighting = "mean",
+        reference: Reference = "image",
+        lr: Rate = 1e-3,
+        weight_decay: Weight = 1e-3,
     ) -> None:
         super().__init__(k, distance, weighting, reference)
-        arguments.whole(embedding_dim=embedding_dim)
-        arguments.one_of(("multiply", "divide"), target_temperature=target_temperature)
-        arguments.within("(0, inf)", temperature=temperature)
-        arguments.within("(0, 1]", lr=lr)
-        arguments.within("[0, inf)", weight_decay=weight_decay)
-        arguments.within("[0, 1]", dropout=dropout)
         self.image_encoder = image_encoder
         self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
         self.temperature, self.target_temperature = temperature, target_temperature
         self.lr, self.weight_decay = lr, weight_decay
 
+    @property
+    def frozen_encoder(self) -> ImageEncoder | None:
+        return self.image_encoder if self.image_encoder.frozen else None
+
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        return self.image_projection(self.image_encoder(image))
+        return self.embed_features(self.image_encoder(image))
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features of tiles (B, F) to embeddings (B, D)."""
+        return self.image_projection(features)
 
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch, each by its own expression alone, to embeddings (B, D)."""
         return self.spot_projection(batch.expression)
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        image = gather(self.embed_image(batch.image), batch.whole)
+        image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
         loss = soft_info_nce(image, spot, self.temperature, self.target_temperature)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch.whole)

@@ -1,16 +1,15 @@
-"""What methods share whose training is one calculation."""
+"""Base of methods whose training is one calculation."""
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.models.method import Method
 
 LEARNT_FROM = ("train", "validation")  # roles
 
 
-class ClosedForm(pl.LightningModule):
+class ClosedForm(Method):
     """A method that is fitted at once: ``stexp-train`` gives it one epoch of one batch, in which it calls `fit_to`.
 
     What it learns it keeps in buffers, so that checkpoints hold it.
@@ -23,10 +22,7 @@ class ClosedForm(pl.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> None:
-        self.fit_to(self.trainer.datamodule)
+        self.fit_to(self.data)
 
     def configure_optimizers(self) -> None:
         return None
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch, batch_idx)

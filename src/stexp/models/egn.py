@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pandas as pd
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from stexp.arguments import Colour, ColourSpread, Count, Depth, OptionalDepth, Pixels, Rate, Weight, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import GeneHead, TransformerBlock
 from stexp.models.losses import correlation_loss
+from stexp.models.method import Method, Prediction
 
-APART = ("section", "patient", "spot")
-RESIDUALS = ("given", "revised")
-SCHEDULES = ("cosine", "restarts", "none")
 WARM_UP = 100  # steps of `restarts`
 
 
-class EGN(pl.LightningModule):
+class EGN(Method):
     """Vision transformer whose every second block is revised by the tile's nearest exemplars and their expression.
 
     Exemplars are training spots whose frozen features (of the image encoder that the run names) are nearest in
@@ -67,46 +66,42 @@ class EGN(pl.LightningModule):
     log10(1 + count), each gene scaled to 0..1; here that of the protocol.
     """
 
+    predicts_slides = False
+    mean: torch.Tensor  # (3, 1, 1)
+    std: torch.Tensor
+
+    @checked("model")
     def __init__(
         self,
         n_genes: int,
         n_features: int,
         *,
-        tile_px: int,
-        patch_px: int = 32,
-        dim: int = 1024,
-        depth: int = 8,
-        heads: int = 16,
-        head_dim: int = 64,
-        hidden: int = 4096,
-        bridge_every: int = 2,
-        bridge_heads: int = 8,
-        bridge_dim: int = 64,
-        bridge_residual: str = "given",
-        projector_depth: int = 2,
-        n_exemplars: int = 9,
-        apart: str = "section",
-        correlation_weight: float = 0.5,
-        mean: list[float] | tuple[float, ...] = (0.5476, 0.5218, 0.6881),
-        std: list[float] | tuple[float, ...] = (0.2461, 0.2101, 0.1649),
-        schedule: str = "cosine",
-        lr: float = 5e-4,
-        weight_decay: float = 1e-4,
+        tile_px: Pixels,
+        patch_px: Pixels = 32,
+        dim: Width = 1024,
+        depth: Depth = 8,
+        heads: Width = 16,
+        head_dim: Width = 64,
+        hidden: Width = 4096,
+        bridge_every: Depth = 2,
+        bridge_heads: Width = 8,
+        bridge_dim: Width = 64,
+        bridge_residual: Literal["given", "revised"] = "given",
+        projector_depth: OptionalDepth = 2,
+        n_exemplars: Count = 9,
+        apart: Literal["section", "patient", "spot"] = "section",
+        correlation_weight: Weight = 0.5,
+        mean: Colour = (0.5476, 0.5218, 0.6881),
+        std: ColourSpread = (0.2461, 0.2101, 0.1649),
+        schedule: Literal["cosine", "restarts", "none"] = "cosine",
+        lr: Rate = 5e-4,
+        weight_decay: Weight = 1e-4,
     ) -> None:
         super().__init__()
-        arguments.whole(patch_px=patch_px, dim=dim, depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
-        arguments.whole(bridge_every=bridge_every, bridge_heads=bridge_heads, bridge_dim=bridge_dim)
-        arguments.whole(n_exemplars=n_exemplars, tile_px=tile_px)
-        arguments.whole(0, projector_depth=projector_depth)
         if bridge_every > depth:
             raise InputError(f"model.bridge_every={bridge_every}: there are {depth} blocks, and no bridge to exemplars")
         if tile_px % patch_px:
             raise InputError(f"model.patch_px={patch_px}: tiles have {tile_px} px; a divisor of that would fit")
-        arguments.one_of(RESIDUALS, bridge_residual=bridge_residual)
-        arguments.one_of(APART, apart=apart)
-        arguments.one_of(SCHEDULES, schedule=schedule)
-        arguments.within("(0, 1]", lr=lr)
-        arguments.within("[0, inf)", correlation_weight=correlation_weight, weight_decay=weight_decay)
         n_patches = (tile_px // patch_px) ** 2
         self.to_patches = nn.Conv2d(3, dim, patch_px, stride=patch_px)
         self.position = nn.Parameter(torch.randn(n_patches, dim))
@@ -144,6 +139,7 @@ class EGN(pl.LightningModule):
         window, exemplars, expression = self.projector(features, exemplars, expression)
         x = self.to_patches((image - self.mean) / self.std).flatten(2).transpose(1, 2) + self.position
         for i, block in enumerate(self.blocks):
+            assert isinstance(block, TransformerBlock)
             x = x + block.attend(x + self.position)
             if str(i) in self.bridges:
                 x, window, exemplars = self.bridges[str(i)](x, window, exemplars, expression)
@@ -153,10 +149,10 @@ class EGN(pl.LightningModule):
     # exemplars
 
     def on_fit_start(self) -> None:
-        self.set_exemplars(self.trainer.datamodule, ("train",), ("train", "validation"))
+        self.set_exemplars(self.data, ("train",), ("train", "validation"))
 
     def on_predict_start(self) -> None:
-        self.set_exemplars(self.trainer.datamodule, ("train", "validation"), ("test",))
+        self.set_exemplars(self.data, ("train", "validation"), ("test",))
 
     def set_exemplars(self, data: SpotDataModule, bank: tuple[str, ...], queries: tuple[str, ...]) -> None:
         """Search the exemplars of the spots of some roles among those of others.
@@ -166,26 +162,27 @@ class EGN(pl.LightningModule):
         InputError
             A spot has fewer than `n_exemplars`.
         """
-        rows, asking = torch.from_numpy(data.rows(*bank)), torch.from_numpy(data.rows(*queries))
+        rows, query_rows = torch.from_numpy(data.rows(*bank)), torch.from_numpy(data.rows(*queries))
         kinds = range(len(data.spots)) if self.apart == "spot" else pd.factorize(data.spots[self.apart])[0]
         kind = torch.as_tensor(kinds)
-        features = torch.from_numpy(data.features)
-        found = nearest_exemplars(*(x.to(self.device) for x in (features, kind, rows, asking)), self.n_exemplars)
-        if found is None:
+        features = torch.from_numpy(data.tile_features)
+        on = self.device
+        exemplars = nearest_exemplars(features.to(on), kind.to(on), rows.to(on), query_rows.to(on), self.n_exemplars)
+        if exemplars is None:
             raise InputError(
                 f"spots to {queries[-1]} have fewer than model.n_exemplars={self.n_exemplars} exemplars of another "
                 f"{self.apart} among the {len(rows)} spots to {' and '.join(bank)}; choose fewer, or "
                 f"model.apart={'section or ' if self.apart == 'patient' else ''}spot"
             )
         self._exemplars = torch.full((len(data.spots), self.n_exemplars), -1, device=self.device)
-        self._exemplars[asking] = found
+        self._exemplars[query_rows] = exemplars
         self._bank_features = features[rows].to(self.device)
         self._bank_expression = torch.from_numpy(data.target)[rows].to(self.device)
 
     def predict(self, batch: SpotBatch) -> torch.Tensor:
         """Expression (B, G) of spots whose exemplars were searched for."""
         index = self._exemplars[batch.spot]
-        return self(batch.image, batch.features, self._bank_features[index], self._bank_expression[index]).float()
+        return self(batch.tiles, batch.tile_features, self._bank_features[index], self._bank_expression[index]).float()
 
     # training
 
@@ -196,15 +193,18 @@ class EGN(pl.LightningModule):
         self.log("train/pearson", 1 - correlation.detach(), batch_size=len(batch))
         return mse + self.correlation_weight * correlation
 
-    def configure_optimizers(self) -> torch.optim.Optimizer | dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         if self.schedule == "none":
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
+        steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+        if not isinstance(steps, int) or epochs is None or epochs < 1:
+            raise InputError(f"model.schedule={self.schedule} needs to know the end: trainer.max_epochs, 1 or more")
+        scheduler: torch.optim.lr_scheduler.LRScheduler
         if self.schedule == "cosine":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         else:
-            cycle = steps // self.trainer.max_epochs // 2
+            cycle = steps // epochs // 2
             if cycle <= WARM_UP:
                 raise InputError(
                     f"model.schedule=restarts begins anew every half epoch, {cycle} steps, {WARM_UP} of which warm up; "
@@ -213,12 +213,9 @@ class EGN(pl.LightningModule):
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: restarts(step % cycle, cycle))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G)."""
-        return {"predicted": self.predict(batch)}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
+        return Prediction(self.predict(batch))
 
 
 class Projector(nn.Module):
@@ -310,15 +307,15 @@ def nearest_exemplars(
     if k > len(bank):
         return None
     features = features - features[bank].mean(dim=0)  # the square below loses fewer digits
-    there, found = features[bank], []
+    references, nearest_rows = features[bank], []
     for part in queries.split(chunk):
-        distance = torch.addmm(there.square().sum(dim=1), features[part], there.T, alpha=-2)
+        distance = torch.addmm(references.square().sum(dim=1), features[part], references.T, alpha=-2)
         distance.masked_fill_(kind[part][:, None] == kind[bank], torch.inf)
-        nearest, where = distance.topk(k, dim=1, largest=False)
-        if nearest.isinf().any():
+        smallest, position = distance.topk(k, dim=1, largest=False)
+        if smallest.isinf().any():
             return None
-        found.append(where)
-    return torch.cat(found)
+        nearest_rows.append(position)
+    return torch.cat(nearest_rows)
 
 
 def restarts(step: int, cycle: int) -> float:

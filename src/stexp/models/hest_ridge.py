@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from stexp.arguments import Count, Positive, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.errors import InputError
 from stexp.evaluation.ridge import RidgeProbe
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
+from stexp.models.method import Prediction
 
 
 class HestRidge(ClosedForm):
@@ -33,20 +36,21 @@ class HestRidge(ClosedForm):
     relative tolerance of 1e-4; both are exact here.
     """
 
+    centre: torch.Tensor  # (F,)
+    slope: torch.Tensor  # (F, G)
+    mean: torch.Tensor  # (G,)
+
+    @checked("model")
     def __init__(
         self,
         n_genes: int,
         n_features: int,
         *,
-        n_components: int = 256,
-        penalty: float | str = "hest",
+        n_components: Count = 256,
+        penalty: Literal["hest", "gcv"] | Positive = "hest",
         intercept: bool = True,
     ) -> None:
         super().__init__()
-        if not (isinstance(n_components, int) and n_components >= 1):
-            raise InputError(f"model.n_components={n_components}: a whole number of at least 1 would fit")
-        if penalty not in ("hest", "gcv") and not (isinstance(penalty, int | float) and 0 < penalty < float("inf")):
-            raise InputError(f"model.penalty={penalty}: hest, gcv or a number above 0 would fit")
         self.n_components, self.penalty, self.intercept = n_components, penalty, intercept
         self.register_buffer("centre", torch.zeros(n_features))
         self.register_buffer("slope", torch.zeros(n_features, n_genes))
@@ -55,13 +59,14 @@ class HestRidge(ClosedForm):
     def fit_to(self, data: SpotDataModule) -> None:
         """Fit the linear map to the features and expression of training and validation spots."""
         rows = data.rows(*LEARNT_FROM)
-        probe = RidgeProbe.fit(data.features[rows], data.target[rows], self.n_components, self.penalty)
+        probe = RidgeProbe.fit(data.tile_features[rows], data.target[rows], self.n_components, self.penalty)
         self.centre.copy_(torch.from_numpy(probe.centre))
         self.slope.copy_(torch.from_numpy(probe.slope))
         if self.intercept:
             self.mean.copy_(torch.from_numpy(probe.mean))
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G)."""
-        with torch.autocast(batch.features.device.type, enabled=False):  # slopes of opposite sign cancel
-            return {"predicted": torch.addmm(self.mean, batch.features - self.centre, self.slope)}
+        features = batch.tile_features
+        with torch.autocast(features.device.type, enabled=False):  # slopes of opposite sign cancel
+            return Prediction(torch.addmm(self.mean, features - self.centre, self.slope))

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import Compose, RandomGrayscale, RandomHorizontalFlip, RandomRotation
 
+from stexp.arguments import Count, Depth, OpenShare, Pixels, Positive, Rate, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, central, neighbour_graph
 from stexp.models.losses import zinb_nll
 from stexp.models.section_method import SectionMethod
@@ -58,41 +59,35 @@ class Hist2ST(SectionMethod):
     through both sides of the distillation. A spot without a neighbour, where theirs divides by 0, looks at itself.
     """
 
+    @checked("model")
     def __init__(
         self,
         n_genes: int,
         n_positions: int,
         *,
-        tile_px: int = 112,
-        tile_share: float = 0.5,
-        pixel_scale: float = 255.0,
-        patch_px: int = 7,
-        channels: int = 32,
-        kernel_size: int = 5,
-        mixer_depth: int = 2,
-        depth: int = 8,
-        heads: int = 16,
-        head_dim: int = 64,
-        graph_depth: int = 4,
-        n_neighbours: int = 4,
-        max_distance: float | None = 2.0,
-        dropout: float = 0.2,
-        zinb_weight: float = 0.25,
-        n_views: int = 5,
-        distillation_weight: float = 0.5,
-        recompute_from: int = 1000,
-        lr: float = 1e-5,
+        tile_px: Pixels = 112,
+        tile_share: Rate = 0.5,
+        pixel_scale: Positive = 255.0,
+        patch_px: Pixels = 7,
+        channels: Width = 32,
+        kernel_size: Pixels = 5,
+        mixer_depth: Depth = 2,
+        depth: Depth = 8,
+        heads: Width = 16,
+        head_dim: Width = 64,
+        graph_depth: Depth = 4,
+        n_neighbours: Count = 4,
+        max_distance: Positive | None = 2.0,
+        dropout: OpenShare = 0.2,
+        zinb_weight: Weight = 0.25,
+        n_views: Whole = 5,
+        distillation_weight: Weight = 0.5,
+        recompute_from: Whole = 1000,
+        lr: Rate = 1e-5,
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
         super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
-        arguments.whole(patch_px=patch_px, kernel_size=kernel_size, mixer_depth=mixer_depth, n_neighbours=n_neighbours)
-        arguments.whole(depth=depth, heads=heads, head_dim=head_dim, graph_depth=graph_depth)
-        arguments.whole(0, n_views=n_views, recompute_from=recompute_from)
-        arguments.within("[0, 1)", dropout=dropout)
-        arguments.within("[0, inf)", zinb_weight=zinb_weight, distillation_weight=distillation_weight)
-        if max_distance is not None:
-            arguments.within("(0, inf)", max_distance=max_distance)
         if tile_px < patch_px:
             raise InputError(f"model.tile_px={tile_px}: a number of at least model.patch_px={patch_px} would fit")
         if channels < 8 or channels % 8:
@@ -139,7 +134,7 @@ class Hist2ST(SectionMethod):
         return self.gene_head(self.embed(central(image, self.tile_share, self.tile_px), array_xy, graph))
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        tiles = central(batch.image, self.tile_share, self.tile_px)
+        tiles = central(batch.tiles, self.tile_share, self.tile_px)
         graph = neighbour_graph(batch.array_xy, self.n_neighbours, self.max_distance)
         hidden = self._kept_or_not(self.embed, tiles, batch.array_xy, graph)
         predicted = self.gene_head(hidden).float()
@@ -152,8 +147,8 @@ class Hist2ST(SectionMethod):
             views = [
                 self._kept_or_not(self._view, tiles, batch.array_xy, graph) for _ in range(self.n_views)
             ]  # of each: expression (N, G), weight (N, 1)
-            seen, weight = (torch.stack(part).float() for part in zip(*views, strict=True))
-            losses["distillation"] = F.mse_loss((weight.softmax(dim=0) * seen).sum(dim=0), predicted)
+            predictions, weight = (torch.stack(part).float() for part in zip(*views, strict=True))
+            losses["distillation"] = F.mse_loss((weight.softmax(dim=0) * predictions).sum(dim=0), predicted)
             loss = loss + self.distillation_weight * losses["distillation"]
         for name, value in losses.items():
             self.log(f"train/{name}", value, prog_bar=name == "mse", batch_size=len(batch))
@@ -178,7 +173,7 @@ class Hist2ST(SectionMethod):
             function, tiles, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), untracked(self))
         )
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.9)}
 

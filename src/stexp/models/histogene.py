@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stexp.models import arguments
+from stexp.arguments import Depth, OpenShare, Pixels, Positive, Rate, Width, checked
 from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock
 from stexp.models.section_method import SectionMethod
 
@@ -37,27 +37,26 @@ class HisToGene(SectionMethod):
     Loss: mean squared error of a section. As published, a spot's prediction depends on all spots of its section.
     """
 
+    @checked("model")
     def __init__(
         self,
         n_genes: int,
         n_positions: int,
         *,
-        tile_px: int = 112,
-        tile_share: float = 0.5,
-        pixel_scale: float = 255.0,
-        dim: int = 1024,
-        depth: int = 8,
-        heads: int = 16,
-        head_dim: int = 64,
-        hidden: int = 2048,
-        dropout: float = 0.1,
-        lr: float = 1e-5,
+        tile_px: Pixels = 112,
+        tile_share: Rate = 0.5,
+        pixel_scale: Positive = 255.0,
+        dim: Width = 1024,
+        depth: Depth = 8,
+        heads: Width = 16,
+        head_dim: Width = 64,
+        hidden: Width = 2048,
+        dropout: OpenShare = 0.1,
+        lr: Rate = 1e-5,
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
         super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
-        arguments.whole(dim=dim, depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
-        arguments.within("[0, 1)", dropout=dropout)
         self.patch_embedding = nn.Linear(3 * tile_px**2, dim)
         self.position = ArrayEmbedding(n_positions, dim) if positions else None
         self.dropout = nn.Dropout(dropout)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stexp.arguments import Count, OptionalDepth, Positive, Rate, Share, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch, nearest
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import ProjectionHead
-from stexp.models.encoders.image import ImageEncoder, from_torchvision, load_tensors, one_line
-from stexp.models.encoders.spot import SpotEncoder
+from stexp.models.encoders.image import ImageEncoder
+from stexp.models.encoders.spot import Position, SpotEncoder
+from stexp.models.encoders.weights import from_torchvision, load_tensors, one_line
+from stexp.models.gather import gather
 from stexp.models.losses import info_nce
+from stexp.models.retrieval import Distance, Reference, Weighting
 from stexp.models.retrieval_method import RetrievalMethod
-from stexp.training.distributed import gather
-
-CONTEXTS = ("neighbours", "batch")
 
 
 class MclSTExp(RetrievalMethod):
@@ -62,41 +63,34 @@ class MclSTExp(RetrievalMethod):
 
     several_devices = True
 
+    @checked("model")
     def __init__(
         self,
         image_encoder: ImageEncoder,
         n_genes: int,
         n_positions: int,
         *,
-        embedding_dim: int = 256,
-        spot_context: str = "neighbours",
-        n_neighbours: int = 6,
-        position: str = "learnable",
-        depth: int = 2,
-        heads: int = 8,
-        head_dim: int = 64,
-        dropout: float = 0.0,
-        temperature: float = 1.0,
+        embedding_dim: Width = 256,
+        spot_context: Literal["neighbours", "batch"] = "neighbours",
+        n_neighbours: Whole = 6,
+        position: Position = "learnable",
+        depth: OptionalDepth = 2,
+        heads: Width = 8,
+        head_dim: Width = 64,
+        dropout: Share = 0.0,
+        temperature: Positive = 1.0,
         learn_temperature: bool = False,
         normalise: bool = False,
-        image_weight: float = 0.5,
-        k: int | str = "auto",
-        distance: str = "l2",
-        weighting: str = "inverse_square",
-        reference: str | list[str] = "image",
-        optimizer: str = "adam",
-        lr: float = 1e-4,
-        weight_decay: float = 1e-3,
+        image_weight: Share = 0.5,
+        k: Count | Literal["auto"] = "auto",
+        distance: Distance = "l2",
+        weighting: Weighting = "inverse_square",
+        reference: Reference = "image",
+        optimizer: Literal["adam", "adamw"] = "adam",
+        lr: Rate = 1e-4,
+        weight_decay: Weight = 1e-3,
     ) -> None:
         super().__init__(k, distance, weighting, reference)
-        arguments.one_of(CONTEXTS, spot_context=spot_context)
-        arguments.one_of(("adam", "adamw"), optimizer=optimizer)
-        arguments.whole(embedding_dim=embedding_dim, heads=heads, head_dim=head_dim)
-        arguments.whole(0, n_neighbours=n_neighbours, depth=depth)
-        arguments.within("(0, inf)", temperature=temperature)
-        arguments.within("(0, 1]", lr=lr)
-        arguments.within("[0, inf)", weight_decay=weight_decay)
-        arguments.within("[0, 1]", dropout=dropout, image_weight=image_weight)
         self.image_encoder = image_encoder
         self.spot_encoder = SpotEncoder(
             n_genes, n_positions, position=position, depth=depth, heads=heads, head_dim=head_dim, dropout=dropout
@@ -112,9 +106,17 @@ class MclSTExp(RetrievalMethod):
 
     # the two encoders
 
+    @property
+    def frozen_encoder(self) -> ImageEncoder | None:
+        return self.image_encoder if self.image_encoder.frozen else None
+
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        return self._finish(self.image_projection(self.image_encoder(image)))
+        return self.embed_features(self.image_encoder(image))
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features of tiles (B, F) to embeddings (B, D)."""
+        return self._finish(self.image_projection(features))
 
     def embed_spots(
         self, expression: torch.Tensor, array_xy: torch.Tensor, xy: torch.Tensor | None = None
@@ -163,7 +165,7 @@ class MclSTExp(RetrievalMethod):
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         # of several devices each has a part of the batch; the negatives are those of the whole batch
         n = batch.whole
-        image = gather(self.embed_image(batch.image), n)
+        image = gather(self.embed_tiles(batch), n)
         if self.spot_context == "batch":  # every spot attends to the whole batch, so each device embeds all of it
             spot = self.embed_spots(gather(batch.expression, n), gather(batch.array_xy, n))
         else:

@@ -7,6 +7,7 @@ import torch
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
+from stexp.models.method import Prediction
 
 
 class Mean(ClosedForm):
@@ -18,6 +19,8 @@ class Mean(ClosedForm):
         G; it comes from the data.
     """
 
+    mean: torch.Tensor  # (G,)
+
     def __init__(self, n_genes: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(n_genes))
@@ -26,6 +29,6 @@ class Mean(ClosedForm):
         """Take the mean."""
         self.mean.copy_(torch.from_numpy(data.target[data.rows(*LEARNT_FROM)].mean(axis=0, dtype="float64")))
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G), the same in every row."""
-        return {"predicted": self.mean.repeat(len(batch), 1)}
+        return Prediction(self.mean.repeat(len(batch), 1))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import Field
 from torch.nn import functional as F
 
+from stexp.arguments import checked
 from stexp.errors import InputError
+from stexp.models.method import Prediction
 
-DISTANCES = ("cosine", "l1", "l2")
-WEIGHTINGS = ("inverse_square", "softmax", "mean")
+Distance = Literal["cosine", "l1", "l2"]
+Weighting = Literal["inverse_square", "softmax", "mean"]
+Reference = Annotated[str | int | list[str | int], Field(description="image, all or a list of sections")]
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Neighbours:
 
 
 class ReferenceIndex:
-    """Reference spots, searchable by embedding.
+    """Reference spots that can be searched by embedding.
 
     Parameters
     ----------
@@ -56,12 +61,13 @@ class ReferenceIndex:
     def __len__(self) -> int:
         return len(self.embedding)
 
+    @checked()
     def search(
         self,
         query: torch.Tensor,
         k: int,
-        distance: str = "l2",
-        weighting: str = "inverse_square",
+        distance: Distance = "l2",
+        weighting: Weighting = "inverse_square",
         *,
         chunk: int = 1024,
         chunk_references: int = 65536,
@@ -84,11 +90,7 @@ class ReferenceIndex:
         InputError
             k out of range, unknown distance or weighting.
         """
-        if distance not in DISTANCES:
-            raise InputError(f"distance {distance!r}: choose {', '.join(DISTANCES)}")
-        if weighting not in WEIGHTINGS:
-            raise InputError(f"weighting {weighting!r}: choose {', '.join(WEIGHTINGS)}")
-        if isinstance(k, bool) or not 1 <= k <= len(self):
+        if not 1 <= k <= len(self):
             raise InputError(f"k={k}, but there are {len(self)} reference spots; choose 1 to {len(self)}")
         # a search in bf16 loses a tenth of the neighbours
         with torch.autocast(self.embedding.device.type, enabled=False):
@@ -96,7 +98,7 @@ class ReferenceIndex:
         index, d = (torch.cat(part) for part in zip(*parts, strict=True))
         return Neighbours(index, d, _weights(d, weighting))
 
-    def _search(self, query: torch.Tensor, k: int, distance: str, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(self, query: torch.Tensor, k: int, distance: Distance, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         unit = F.normalize(query, dim=1)
         best, index = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for start in range(0, len(self), chunk):
@@ -150,7 +152,7 @@ class ReferenceIndex:
         return torch.cat(means, 1), torch.cat(deviations, 1) if spread else None
 
     def provenance(self, neighbours: Neighbours) -> pd.DataFrame:
-        """Where each prediction comes from.
+        """Describe where the prediction of each query comes from.
 
         Returns
         -------
@@ -177,34 +179,31 @@ def retrieve(
     query: torch.Tensor,
     expression: torch.Tensor,
     k: int,
-    distance: str,
-    weighting: str,
+    distance: Distance,
+    weighting: Weighting,
     *,
     spread: bool = True,
-) -> dict:
-    """Search, average and explain, as ``predict_step`` of a retrieval method returns it.
+) -> Prediction:
+    """Search, average and explain: the prediction of Q queries, without their embeddings.
 
-    Returns
-    -------
-    dict
-        ``predicted`` (Q, G); with `spread` also ``uncertainty`` (Q, G), ``obs``, the provenance of each query, and
-        ``neighbours`` and ``neighbour_weights``, see :meth:`Neighbours.heaviest`.
+    Parameters
+    ----------
+    expression : (N, G)
+        Of the references.
+    spread
+        Also the standard deviation among the neighbours, the provenance of each query, and its heaviest neighbours.
     """
     neighbours = index.search(query, k, distance, weighting)
     mean, sd = index.average(neighbours, expression, spread=spread)
     if not spread:
-        return {"predicted": mean}
+        return Prediction(mean)
     rows, weights = neighbours.heaviest()
-    return {
-        "predicted": mean,
-        "uncertainty": sd,
-        "neighbours": rows,
-        "neighbour_weights": weights,
-        "obs": index.provenance(neighbours),
-    }
+    return Prediction(
+        mean, uncertainty=sd, obs=index.provenance(neighbours), neighbours=rows, neighbour_weights=weights
+    )
 
 
-def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray:
+def choose_references(spots: pd.DataFrame, which: Reference) -> np.ndarray:
     """Positions in `spots` (columns section, role) of the references to search.
 
     Parameters
@@ -223,12 +222,12 @@ def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray
         chosen = spots["role"] != "reference"
     else:
         names = [str(name) for name in (which if isinstance(which, list | tuple) else [which])]
-        there = list(spots["section"].unique())
-        unknown = [name for name in names if name not in there]
+        on_training_side = list(spots["section"].unique())
+        unknown = [name for name in names if name not in on_training_side]
         if unknown:
             raise InputError(
                 f"reference {', '.join(map(str, unknown))} is not on the training side; choose image, all, "
-                f"or of {', '.join(there)}"
+                f"or of {', '.join(on_training_side)}"
             )
         chosen = spots["section"].isin(names)
     if not chosen.any():
@@ -236,7 +235,7 @@ def choose_references(spots: pd.DataFrame, which: str | list[str]) -> np.ndarray
     return np.flatnonzero(chosen)
 
 
-def _weights(distance: torch.Tensor, weighting: str) -> torch.Tensor:
+def _weights(distance: torch.Tensor, weighting: Weighting) -> torch.Tensor:
     if weighting == "mean":
         return torch.full_like(distance, 1 / distance.shape[1])
     if weighting == "softmax":

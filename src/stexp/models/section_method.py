@@ -1,18 +1,18 @@
-"""What methods share that read the tiles of a whole section at once."""
+"""Base of methods that read the tiles of a whole section at once."""
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from stexp.data.batches import SpotBatch
-from stexp.models import arguments
-from stexp.models.blocks import central, start_as_mean
+from stexp.models.blocks import GeneHead, central, start_as_mean
+from stexp.models.method import Method, Prediction
 
 
-class SectionMethod(pl.LightningModule):
+class SectionMethod(Method):
     """A method that predicts the spots of a section from their tiles and places, all of them together.
 
     A method that inherits defines ``forward(image, array_xy)``, tiles (N, 3, H, W) in 0..1 and array coordinates
@@ -34,14 +34,12 @@ class SectionMethod(pl.LightningModule):
     """
 
     batching = "section"
+    predicts_slides = False
     gene_head: nn.Sequential
+    """Ends with a :class:`~stexp.models.blocks.GeneHead`."""
 
     def __init__(self, tile_px: int, tile_share: float, pixel_scale: float, lr: float, start_from_mean: bool) -> None:
         super().__init__()
-        arguments.whole(tile_px=tile_px)
-        arguments.within("(0, 1]", tile_share=tile_share)
-        arguments.within("(0, inf)", pixel_scale=pixel_scale)
-        arguments.within("(0, 1]", lr=lr)
         self.tile_px, self.tile_share, self.pixel_scale, self.lr = tile_px, tile_share, pixel_scale, lr
         self.start_from_mean = start_from_mean
 
@@ -51,19 +49,18 @@ class SectionMethod(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.start_from_mean and self.trainer.ckpt_path is None:
-            start_as_mean(self.gene_head[-1], self.trainer.datamodule)
+            last = self.gene_head[-1]
+            assert isinstance(last, GeneHead)
+            start_as_mean(last, self.data)
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor | None:
-        loss = F.mse_loss(self(batch.image, batch.array_xy), batch.target)
+        loss = F.mse_loss(self(batch.tiles, batch.array_xy), batch.target)
         self.log("train/mse", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer | dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (N, G) of a section."""
-        return {"predicted": self(batch.image, batch.array_xy)}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
+        return Prediction(self(batch.tiles, batch.array_xy))

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from stexp.arguments import Rate, Whole, Width, checked
 from stexp.data.batches import SpotBatch, nearest
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.spot import sinusoid
+from stexp.models.method import Method, Prediction
 
 log = logging.getLogger(__name__)
 
-OPERATORS = ("gcn", "graph")
-POSITIONS = ("concat", "sum")
 REACH = 1.6  # in array pitches: the 8 spots around one on a square array, the 6 on a hexagonal one
-MOST = 8  # neighbours
+MAX_NEIGHBOURS = 8
 
 
-class SEPAL(pl.LightningModule):
+class SEPAL(Method):
     """Difference from the training mean: first by the tile alone, then corrected by the tiles around.
 
     The first `image_epochs` train the image encoder and a linear layer. Then both stand still; a graph network reads
@@ -64,30 +64,28 @@ class SEPAL(pl.LightningModule):
     of the protocol (there medians replace zeros, and ComBat aligns sections) and so are the genes (there by Moran's I).
     """
 
+    predicts_slides = False
+    mean: torch.Tensor  # (G,)
+    corrects: torch.Tensor  # (), whether the second stage began
+
+    @checked("model")
     def __init__(
         self,
         image_encoder: ImageEncoder,
         n_genes: int,
         *,
-        image_epochs: int = 50,
-        before: list[int] | tuple[int, ...] = (512,),
-        hidden: list[int] | tuple[int, ...] = (256, 128),
+        image_epochs: Whole = 50,
+        before: list[Width] | tuple[Width, ...] = (512,),
+        hidden: list[Width] | tuple[Width, ...] = (256, 128),
         head: bool = True,
-        operator: str = "gcn",
-        position: str = "concat",
-        image_lr: float = 1e-4,
-        lr: float = 1e-5,
+        operator: Literal["gcn", "graph"] = "gcn",
+        position: Literal["concat", "sum"] = "concat",
+        image_lr: Rate = 1e-4,
+        lr: Rate = 1e-5,
     ) -> None:
         super().__init__()
-        arguments.whole(0, image_epochs=image_epochs)
-        for name, widths in (("before", before), ("hidden", hidden)):
-            if not (isinstance(widths, list | tuple) and all(isinstance(w, int) and w >= 1 for w in widths)):
-                raise InputError(f"model.{name}={widths}: a list of whole numbers of at least 1 would fit")
         if head and not hidden:
             raise InputError("model.hidden=[]: with model.head=true there must be a graph convolution")
-        arguments.one_of(OPERATORS, operator=operator)
-        arguments.one_of(POSITIONS, position=position)
-        arguments.within("(0, 1]", image_lr=image_lr, lr=lr)
         self.image_encoder = image_encoder
         self.image_head = GeneHead(image_encoder.num_features, n_genes)
         self.graph = LocalGraphNet(image_encoder.num_features, n_genes, before, hidden, head, operator, position)
@@ -97,17 +95,26 @@ class SEPAL(pl.LightningModule):
         self.image_epochs, self.image_lr, self.lr = image_epochs, image_lr, lr
         self._embedding: torch.Tensor | None = None  # (n_spots, F), in the second stage
 
+    @property
+    def frozen_encoder(self) -> ImageEncoder | None:
+        return self.image_encoder if self.image_encoder.frozen else None
+
+    def encoded(self, batch: SpotBatch) -> torch.Tensor:
+        """Pooled features of the tiles of a batch, (B, F)."""
+        return batch.tile_features if batch.image is None else self.image_encoder(batch.image)
+
     # stages
 
     def on_fit_start(self) -> None:
         """Take the training mean, and look at the neighbours."""
-        data = self.trainer.datamodule
+        data = self.data
         self.mean.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
-        if self.trainer.max_epochs <= self.image_epochs:
+        epochs = self.trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= self.image_epochs:  # -1: without end
             log.warning(
                 "the graph network of sepal is not trained: trainer.max_epochs=%d ends before the %d epochs of "
                 "model.image_epochs do; predictions are by the tile alone",
-                self.trainer.max_epochs,
+                epochs,
                 self.image_epochs,
             )
         self.set_graphs(data)
@@ -116,10 +123,10 @@ class SEPAL(pl.LightningModule):
         if self.trainer.current_epoch >= self.image_epochs:
             self.corrects.fill_(True)
             if self._embedding is None:
-                self.embed(self.trainer.datamodule, "train", "validation")
+                self.embed(self.data, "train", "validation")
 
     def on_predict_start(self) -> None:
-        data = self.trainer.datamodule
+        data = self.data
         self.set_graphs(data)
         if self.corrects:
             self.embed(data, "test")
@@ -141,15 +148,15 @@ class SEPAL(pl.LightningModule):
         for index in data.loader(*roles):
             batch = data.batch(index, self.device)
             with self.trainer.precision_plugin.forward_context():
-                self._embedding[batch.spot] = self.image_encoder(batch.image).float()
+                self._embedding[batch.spot] = self.encoded(batch).float()
         self.image_encoder.train(training)
 
     # training
 
     def difference(self, batch: SpotBatch) -> torch.Tensor:
-        """Expression less the training mean (B, G), by the tile alone or corrected, as the stage is."""
+        """Expression minus the training mean (B, G): by the tile alone, or in the second stage corrected."""
         if not self.corrects:
-            return self.image_head(self.image_encoder(batch.image)).float()
+            return self.image_head(self.encoded(batch)).float()
         nodes = self._nodes[batch.spot]  # (B, L)
         is_node, nodes = nodes >= 0, nodes.clamp(min=0)
         place = self._xy[nodes]
@@ -157,6 +164,7 @@ class SEPAL(pl.LightningModule):
         edges = (apart <= self._reach[batch.spot][:, None, None]) & is_node[:, :, None] & is_node[:, None]
         edges &= ~torch.eye(nodes.shape[1], dtype=torch.bool, device=nodes.device)
         offset = self._array_xy[nodes] - self._array_xy[batch.spot][:, None]
+        assert self._embedding is not None  # whatever begins the second stage embeds
         features = self._embedding[nodes]
         with torch.no_grad():
             alone = self.image_head(features[:, 0])
@@ -177,26 +185,30 @@ class SEPAL(pl.LightningModule):
             ]
         )
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G)."""
-        return {"predicted": self.mean + self.difference(batch)}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
+        return Prediction(self.mean + self.difference(batch))
 
 
 class LocalGraphNet(nn.Module):
     """Small graphs of L nodes, the first of which is asked about, to G values; parameters as of :class:`SEPAL`."""
 
     def __init__(
-        self, n_features: int, n_genes: int, before: list, hidden: list, head: bool, operator: str, position: str
+        self,
+        n_features: int,
+        n_genes: int,
+        before: Sequence[int],
+        hidden: Sequence[int],
+        head: bool,
+        operator: str,
+        position: str,
     ) -> None:
         super().__init__()
         self.position = position
         widths = [n_features * (2 if position == "concat" else 1), *before]
         self.before = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         widths = [widths[-1], *hidden, *([] if head else [n_genes])]
-        convolution = GCNConv if operator == "gcn" else GraphConv
+        convolution: type[GCNConv] | type[GraphConv] = GCNConv if operator == "gcn" else GraphConv
         self.convolutions = nn.ModuleList(convolution(a, b) for a, b in pairwise(widths))
         self.score = GraphConv(widths[-1], 1)
         self.head = GeneHead(widths[-1], n_genes) if head else None
@@ -278,16 +290,15 @@ def local_graphs(xy: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndar
         Rows, the spot itself first, -1 where there are no more; and up to which distance spots are neighbours: 1.6
         times the median distance to the nearest spot.
     """
-    nodes = np.full((len(xy), 1 + MOST), -1, dtype=np.int64)
+    nodes = np.full((len(xy), 1 + MAX_NEIGHBOURS), -1, dtype=np.int64)
     nodes[:, 0] = np.arange(len(xy))
     reach = np.zeros(len(xy))
     for code in np.unique(group):
         rows = np.flatnonzero(group == code)
-        around = nearest(xy[rows], MOST)
+        around = nearest(xy[rows], MAX_NEIGHBOURS)
         if around.shape[1] == 0:
             continue
         distance = np.linalg.norm(xy[rows][around] - xy[rows][:, None], axis=2)
         reach[rows] = REACH * np.median(distance[:, 0])
-        found = np.where(distance <= reach[rows, None], rows[around], -1)
-        nodes[rows, 1 : 1 + found.shape[1]] = found
+        nodes[rows, 1 : 1 + around.shape[1]] = np.where(distance <= reach[rows, None], rows[around], -1)
     return nodes, reach

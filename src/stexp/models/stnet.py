@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
+from typing import Literal
+
 import torch
 from torch import nn
 
+from stexp.arguments import OpenShare, Rate, Weight, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
-from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.encoders.image import ImageEncoder
+from stexp.models.method import Method, Prediction
 
-SCALES = ("train", "image_encoder")
 
-
-class STNet(pl.LightningModule):
+class STNet(Method):
     """Image encoder and one linear layer, which starts as the training mean.
 
     Parameters
@@ -41,22 +41,22 @@ class STNet(pl.LightningModule):
     patients, here by the validation spots.
     """
 
+    mean: torch.Tensor  # (1, 3, 1, 1)
+    std: torch.Tensor
+
+    @checked("model")
     def __init__(
         self,
         image_encoder: ImageEncoder,
         n_genes: int,
         *,
-        input_scale: str = "train",
+        input_scale: Literal["train", "image_encoder"] = "train",
         symmetries: bool = True,
-        lr: float = 1e-6,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        lr: Rate = 1e-6,
+        momentum: OpenShare = 0.9,
+        weight_decay: Weight = 0.0,
     ) -> None:
         super().__init__()
-        arguments.one_of(SCALES, input_scale=input_scale)
-        arguments.within("(0, 1]", lr=lr)
-        arguments.within("[0, 1)", momentum=momentum)
-        arguments.within("[0, inf)", weight_decay=weight_decay)
         self.image_encoder = image_encoder
         self.head = GeneHead(image_encoder.num_features, n_genes)
         nn.init.zeros_(self.head.weight)
@@ -67,10 +67,16 @@ class STNet(pl.LightningModule):
         self.input_scale, self.symmetries = input_scale, symmetries
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
+    @property
+    def frozen_encoder(self) -> ImageEncoder | None:
+        """The encoder, where it stands still and sees the tile as it is and in its own scale."""
+        as_it_is = self.input_scale == "image_encoder" and not self.symmetries
+        return self.image_encoder if self.image_encoder.frozen and as_it_is else None
+
     def on_fit_start(self) -> None:
         """Start as the training mean, and look at the colours of the training tiles; a resumed run has done both."""
         if self.trainer.ckpt_path is None:
-            self.start_from(self.trainer.datamodule)
+            self.start_from(self.data)
 
     @torch.no_grad()
     def start_from(self, data: SpotDataModule) -> None:
@@ -78,9 +84,9 @@ class STNet(pl.LightningModule):
         rows = data.rows("train")
         self.head.bias.copy_(torch.from_numpy(data.target[rows].mean(axis=0, dtype="float64")))
         if self.input_scale == "train":
-            seen = torch.from_numpy(rows[:: max(1, len(rows) // 2000)])
+            sample = torch.from_numpy(rows[:: max(1, len(rows) // 2000)])
             moments = []  # (B, 2, 3): means of the colours of each tile, and of their squares
-            for part in seen.split(64):
+            for part in sample.split(64):
                 pixels = data.tiles(part.numpy()).view(len(part), -1, 3).float() / 255
                 moments.append(torch.stack([pixels.mean(dim=1), pixels.square().mean(dim=1)], dim=1))
             mean, square = torch.cat(moments).double().mean(dim=0)
@@ -94,8 +100,12 @@ class STNet(pl.LightningModule):
         scaled = (image - self.mean) / self.std * encoder.std + encoder.mean
         return self.head(encoder(scaled))
 
+    def predict_once(self, batch: SpotBatch) -> torch.Tensor:
+        """Expression by the tiles as they are, or by their features where the batch comes without images, (B, G)."""
+        return (self.head(batch.tile_features) if batch.image is None else self(batch.image)).float()
+
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
-        loss = (self(batch.image).float() - batch.target).square().mean(dim=1).sum()
+        loss = (self.predict_once(batch) - batch.target).square().mean(dim=1).sum()
         self.log("train/mse", loss.detach() / len(batch), prog_bar=True, batch_size=len(batch))
         return loss
 
@@ -103,13 +113,10 @@ class STNet(pl.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.SGD(trained, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G)."""
         if not self.symmetries:
-            return {"predicted": self(batch.image).float()}
-        seen = [batch.image.rot90(turns, (2, 3)) for turns in range(4)]
-        seen += [image.flip(3) for image in seen]
-        return {"predicted": torch.stack([self(image).float() for image in seen]).mean(dim=0)}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
+            return Prediction(self.predict_once(batch))
+        images = [batch.tiles.rot90(turns, (2, 3)) for turns in range(4)]
+        images += [image.flip(3) for image in images]
+        return Prediction(torch.stack([self(image).float() for image in images]).mean(dim=0))

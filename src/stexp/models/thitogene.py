@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stexp.arguments import Count, Depth, OpenShare, Pixels, Positive, Rate, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import ArrayEmbedding, GeneHead, TransformerBlock, neighbour_graph
 from stexp.models.section_method import SectionMethod
 
@@ -46,36 +46,33 @@ class THItoGene(SectionMethod):
     A section of one spot, which has none, looks at itself.
     """
 
+    @checked("model")
     def __init__(
         self,
         n_genes: int,
         n_positions: int,
         *,
-        tile_px: int = 112,
-        tile_share: float = 0.5,
-        pixel_scale: float = 255.0,
-        capsules: int = 20,
-        capsule_dim: int = 64,
-        depth: int = 4,
-        heads: int = 16,
-        head_dim: int = 64,
-        hidden: int = 2048,
-        graph_heads: int = 8,
-        graph_hidden: int = 1024,
-        graph_dim: int = 512,
-        n_neighbours: int = 4,
-        dropout: float = 0.2,
-        lr: float = 1e-5,
+        tile_px: Pixels = 112,
+        tile_share: Rate = 0.5,
+        pixel_scale: Positive = 255.0,
+        capsules: Width = 20,
+        capsule_dim: Width = 64,
+        depth: Depth = 4,
+        heads: Width = 16,
+        head_dim: Width = 64,
+        hidden: Width = 2048,
+        graph_heads: Width = 8,
+        graph_hidden: Width = 1024,
+        graph_dim: Width = 512,
+        n_neighbours: Count = 4,
+        dropout: OpenShare = 0.2,
+        lr: Rate = 1e-5,
         positions: bool = True,
         start_from_mean: bool = False,
     ) -> None:
         super().__init__(tile_px, tile_share, pixel_scale, lr, start_from_mean)
         if tile_px < 44 or tile_px % 4:
             raise InputError(f"model.tile_px={tile_px}: a number of at least 44 that 4 divides would fit")
-        arguments.whole(capsules=capsules, capsule_dim=capsule_dim, n_neighbours=n_neighbours)
-        arguments.whole(depth=depth, heads=heads, head_dim=head_dim, hidden=hidden)
-        arguments.whole(graph_heads=graph_heads, graph_hidden=graph_hidden, graph_dim=graph_dim)
-        arguments.within("[0, 1)", dropout=dropout)
         self.n_neighbours = n_neighbours
         self.convolution = DynamicConv2d(3, 16, 4)
         self.capsules = EfficientCapsules(tile_px // 4, capsules, capsule_dim)
@@ -130,11 +127,11 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(N, n_in, H, W) to (N, n_out, H / size, W / size)."""
-        seen = self.squeeze(image.mean(dim=(2, 3)))
+        pooled = self.squeeze(image.mean(dim=(2, 3)))
         by_input, by_output, by_place = (
-            layer(seen).sigmoid() for layer in (self.by_input, self.by_output, self.by_place)
+            layer(pooled).sigmoid() for layer in (self.by_input, self.by_output, self.by_place)
         )
-        weight = torch.einsum("nk,koip->noip", self.by_kernel(seen).softmax(dim=1), self.weight)
+        weight = torch.einsum("nk,koip->noip", self.by_kernel(pooled).softmax(dim=1), self.weight)
         weight = weight * by_input[:, None, :, None] * by_place[:, None, None, :]
         # kernels that do not overlap: one matrix product for each image
         pixels = F.pixel_unshuffle(image, self.size)

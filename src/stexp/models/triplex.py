@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from stexp.arguments import Count, Depth, Odd, OpenShare, Rate, Share, Width, checked
 from stexp.data.batches import SpotBatch
+from stexp.data.features import Surroundings
 from stexp.errors import InputError
-from stexp.models import arguments
 from stexp.models.blocks import GeneHead
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.views import (
@@ -25,8 +27,8 @@ from stexp.models.encoders.views import (
     map_model,
     nearest_spots,
 )
+from stexp.models.method import Method, Prediction
 
-NEIGHBOURS = ("tiles", "spots")
 HEADS = ("fused", "target", "neighbour", "whole")
 
 
@@ -37,12 +39,12 @@ class SectionView:
     first: int  # row of its first spot in SpotDataModule.spots
     features: torch.Tensor  # (N, F)
     around: torch.Tensor  # (N, size * size), for the position encoding
-    near: torch.Tensor | None = None  # (N, T) the spot itself and its nearest spots; itself where there are none
-    seen: torch.Tensor | None = None  # (N, T) False there
-    place: torch.Tensor | None = None  # (N, T, 2) of them, in steps of the array
+    nearest: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Rows of the spot itself and its nearest spots, (N, T), itself where there are none; which there are; and where,
+    (N, T, 2), in steps of the array."""
 
 
-class Triplex(pl.LightningModule):
+class Triplex(Method):
     """Target, neighbourhood and section, a head for each and one for the three fused by cross-attention.
 
     Parameters
@@ -82,52 +84,42 @@ class Triplex(pl.LightningModule):
     off in evaluation, there it stays on after the attention of global and fusion encoder.
     """
 
+    predicts_slides = False
+    grid: torch.Tensor  # (side * side, 2)
+
+    @checked("model")
     def __init__(
         self,
         image_encoder: ImageEncoder,
         n_genes: int,
         n_features: int,
         *,
-        dim: int = 512,
-        neighbours: str = "tiles",
-        side: int = 5,
-        fusion_depth: int = 1,
-        fusion_heads: int = 4,
-        fusion_hidden: int = 2048,
-        fusion_dropout: float = 0.2,
-        global_depth: int = 3,
-        global_heads: int = 16,
-        global_hidden: int = 2048,
-        global_dropout: float = 0.1,
-        neighbour_depth: int = 3,
-        neighbour_heads: int = 16,
-        neighbour_hidden: int = 512,
-        neighbour_dropout: float = 0.3,
-        kernel_size: int = 3,
-        alpha: float = 0.3,
+        dim: Width = 512,
+        neighbours: Literal["tiles", "spots"] = "tiles",
+        side: Odd = 5,
+        fusion_depth: Depth = 1,
+        fusion_heads: Width = 4,
+        fusion_hidden: Width = 2048,
+        fusion_dropout: OpenShare = 0.2,
+        global_depth: Depth = 3,
+        global_heads: Width = 16,
+        global_hidden: Width = 2048,
+        global_dropout: OpenShare = 0.1,
+        neighbour_depth: Depth = 3,
+        neighbour_heads: Width = 16,
+        neighbour_hidden: Width = 512,
+        neighbour_dropout: OpenShare = 0.3,
+        kernel_size: Odd = 3,
+        alpha: Share = 0.3,
         nonnegative: bool = False,
-        lr: float = 1e-4,
-        lr_step: int = 50,
-        lr_decay: float = 0.9,
+        lr: Rate = 1e-4,
+        lr_step: Count = 50,
+        lr_decay: Rate = 0.9,
     ) -> None:
         super().__init__()
-        arguments.one_of(NEIGHBOURS, neighbours=neighbours)
-        for name, value in (("side", side), ("kernel_size", kernel_size)):
-            if not (isinstance(value, int) and value > 0 and value % 2):
-                raise InputError(f"model.{name}={value}: an odd whole number above 0 would fit")
-        arguments.whole(dim=dim, lr_step=lr_step)
-        arguments.whole(fusion_depth=fusion_depth, fusion_heads=fusion_heads, fusion_hidden=fusion_hidden)
-        arguments.whole(global_depth=global_depth, global_heads=global_heads, global_hidden=global_hidden)
-        arguments.whole(neighbour_depth=neighbour_depth, neighbour_heads=neighbour_heads)
-        arguments.whole(neighbour_hidden=neighbour_hidden)
         for name, heads in (("fusion", fusion_heads), ("global", global_heads), ("neighbour", neighbour_heads)):
             if dim % heads:
                 raise InputError(f"model.{name}_heads={heads}: a divisor of model.dim={dim} would fit")
-        arguments.within("[0, 1)", fusion_dropout=fusion_dropout, global_dropout=global_dropout)
-        arguments.within("[0, 1)", neighbour_dropout=neighbour_dropout)
-        arguments.within("[0, 1]", alpha=alpha)
-        arguments.within("(0, 1]", lr=lr)
-        arguments.within("(0, 1]", lr_decay=lr_decay)
         self.image_encoder = image_encoder
         self.target_width = _width(map_model(image_encoder).num_features, dim)
         self.neighbour_width, self.global_width = _width(n_features, dim), _width(n_features, dim)
@@ -144,7 +136,7 @@ class Triplex(pl.LightningModule):
         self.register_buffer("grid", torch.cartesian_prod(steps, steps).flip(1), persistent=False)  # left to right
         self.neighbours, self.side, self.kernel_size, self.alpha = neighbours, side, kernel_size, alpha
         self.nonnegative, self.lr, self.lr_step, self.lr_decay = nonnegative, lr, lr_step, lr_decay
-        self.surroundings = side if neighbours == "tiles" else 0
+        self._surroundings: Surroundings | None = None  # of the trainer's data, where `neighbours` are tiles
         self._views: dict[int, SectionView] = {}
         self._tokens: dict[int, torch.Tensor] | None = None  # of sections, where the weights stay as they are
 
@@ -193,15 +185,16 @@ class Triplex(pl.LightningModule):
     def view(self, section: int) -> SectionView:
         """What the section with this code is seen with, from the trainer's data."""
         if section not in self._views:
-            data = self.trainer.datamodule
+            data = self.data
             rows = np.flatnonzero(data.spots["section"] == data.section_names[section])
             array_xy = data.spots[["array_x", "array_y"]].to_numpy(np.int64)[rows]
-            tables = [data.features[rows], array_neighbours(array_xy, self.kernel_size)]
+            features = torch.from_numpy(data.tile_features[rows]).to(self.device)
+            around = torch.from_numpy(array_neighbours(array_xy, self.kernel_size)).to(self.device)
+            nearest = None
             if self.neighbours == "spots":
-                tables += nearest_spots(data.xy_px[rows], self.side**2)
-            self._views[section] = SectionView(
-                int(rows[0]), *(torch.from_numpy(table).to(self.device) for table in tables)
-            )
+                near, seen, place = map(torch.from_numpy, nearest_spots(data.xy_px[rows], self.side**2))
+                nearest = near.to(self.device), seen.to(self.device), place.to(self.device)
+            self._views[section] = SectionView(int(rows[0]), features, around, nearest)
         return self._views[section]
 
     def see(self, batch: SpotBatch) -> dict[str, torch.Tensor]:
@@ -209,28 +202,26 @@ class Triplex(pl.LightningModule):
         n_around = self.side**2
         whole = place = None
         if self.neighbours == "tiles":
-            surroundings, rows = self.trainer.datamodule.surroundings, batch.spot.cpu().numpy()
-            neighbour, seen = (
-                torch.from_numpy(part).to(self.device) for part in (surroundings[rows], surroundings.inside[rows])
-            )
+            tables, rows = self._surroundings, batch.spot.cpu().numpy()
+            assert tables is not None  # taken when a fit or a prediction starts
+            neighbour, seen = (torch.from_numpy(x).to(self.device) for x in (tables[rows], tables.inside[rows]))
             place = self.grid[None]
         else:
-            neighbour = batch.features.new_empty(len(batch), n_around, batch.features.shape[1])
+            neighbour = batch.tile_features.new_empty(len(batch), n_around, batch.tile_features.shape[1])
             seen = torch.empty(len(batch), n_around, dtype=torch.bool, device=self.device)
             place = torch.empty(len(batch), n_around, 2, device=self.device)
         for section in batch.section.unique().tolist():
-            here, view = torch.nonzero(batch.section == section)[:, 0], self.view(section)
-            row = batch.spot[here] - view.first
+            in_section = torch.nonzero(batch.section == section)[:, 0]
+            view = self.view(section)
+            row = batch.spot[in_section] - view.first
             tokens = self._section_tokens(section, view)[row]
             whole = tokens.new_zeros(len(batch), tokens.shape[1]) if whole is None else whole
-            whole = whole.index_copy(0, here, tokens)
-            if self.neighbours == "spots":
-                neighbour[here], seen[here], place[here] = (
-                    view.features[view.near[row]],
-                    view.seen[row],
-                    view.place[row],
-                )
-        return self(batch.image, neighbour, seen, place, whole)
+            whole = whole.index_copy(0, in_section, tokens)
+            if view.nearest is not None:
+                near, is_there, where = view.nearest
+                neighbour[in_section], seen[in_section] = view.features[near[row]], is_there[row]
+                place[in_section] = where[row]
+        return self(batch.tiles, neighbour, seen, place, whole)
 
     def _section_tokens(self, section: int, view: SectionView) -> torch.Tensor:
         if self._tokens is None:
@@ -245,7 +236,19 @@ class Triplex(pl.LightningModule):
     def on_validation_end(self) -> None:
         self._tokens = None
 
-    on_predict_start, on_predict_end = on_validation_start, on_validation_end
+    def on_fit_start(self) -> None:
+        self._see_surroundings()
+
+    def on_predict_start(self) -> None:
+        self._see_surroundings()
+        self.on_validation_start()
+
+    def on_predict_end(self) -> None:
+        self.on_validation_end()
+
+    def _see_surroundings(self) -> None:
+        if self.neighbours == "tiles":
+            self._surroundings = self.data.surroundings(self.side)
 
     # training
 
@@ -262,7 +265,7 @@ class Triplex(pl.LightningModule):
             loss = loss + (1 - self.alpha) * F.mse_loss(head, target) + self.alpha * F.mse_loss(head, fused)
         return loss
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=self.lr)
         return {
@@ -270,12 +273,9 @@ class Triplex(pl.LightningModule):
             "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, self.lr_step, self.lr_decay),
         }
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> dict:
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G) of the fused head."""
-        return {"predicted": self.see(batch)["fused"]}
-
-    def validation_step(self, batch: SpotBatch, batch_idx: int) -> dict:
-        return self.predict_step(batch)
+        return Prediction(self.see(batch)["fused"])
 
 
 def _width(n_features: int, dim: int) -> nn.Module:

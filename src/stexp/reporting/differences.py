@@ -1,4 +1,4 @@
-"""Two predictions of the same spots, gene by gene: by how much they differ, and where."""
+"""Differences of two predictions of the same spots, gene by gene and on maps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pandas as pd
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.metrics import pearson_per_gene
-from stexp.reporting.downstream import spot_ids
-from stexp.reporting.exports import places
+from stexp.reporting.places import places, spot_ids
 
 log = logging.getLogger(__name__)
 
@@ -49,40 +48,49 @@ def compare(first: ad.AnnData, second: ad.AnnData) -> tuple[pd.DataFrame, ad.Ann
     keys = [_keys(adata, first, second) for adata in (first, second)]
     rows = pd.Index(keys[1]).get_indexer(keys[0])
     genes = [gene for gene in first.var_names if gene in second.var_names]
-    mine, theirs = np.flatnonzero(rows >= 0), rows[rows >= 0]
-    if not len(mine) or not genes:
+    shared, of_second = np.flatnonzero(rows >= 0), rows[rows >= 0]
+    if not len(shared) or not genes:
         raise InputError(
-            f"downstream.against: {len(mine)} spots and {len(genes)} genes in common of {first.shape} and "
+            f"downstream.against: {len(shared)} spots and {len(genes)} genes in common of {first.shape} and "
             f"{second.shape}; predict the same slide with the same grid or coordinates"
         )
-    apart = np.abs(np.asarray(first.obsm["spatial"])[mine] - np.asarray(second.obsm["spatial"])[theirs]).max()
+    apart = np.abs(np.asarray(first.obsm["spatial"])[shared] - np.asarray(second.obsm["spatial"])[of_second]).max()
     if apart > NEAR_PX:
         raise InputError(f"downstream.against: spots of one name are up to {apart:.0f} px apart: not the same slide?")
-    log.info("%d of %d spots and %d of %d genes are in both", len(mine), first.n_obs, len(genes), first.n_vars)
-    first, second = first[mine, genes].copy(), second[theirs, genes]
-    here, there = (np.asarray(adata.layers["predicted"], dtype=np.float64) for adata in (first, second))
-    section, tables = first.obs["section"].to_numpy(str), []
+    log.info("%d of %d spots and %d of %d genes are in both", len(shared), first.n_obs, len(genes), first.n_vars)
+    first, second = first[shared, genes].copy(), second[of_second, genes]
+    maps = ad.AnnData(obs=first.obs, var=pd.DataFrame(index=first.var_names))
+    maps.layers["predicted"], maps.layers["other"] = (
+        np.asarray(adata.layers["predicted"], dtype=np.float32) for adata in (first, second)
+    )
+    maps.X = maps.layers["predicted"] - maps.layers["other"]
+    maps.obsm["spatial"], maps.uns["spatial"] = first.obsm["spatial"], first.uns.get("spatial", {})
+    maps.uns["stexp"] = {"first": _model(first), "second": _model(second), "protocol": first.uns["stexp"]["protocol"]}
+    observed = np.asarray(first.layers["observed"]) if "observed" in first.layers else None
+    return _table(maps, observed), maps
+
+
+def _table(maps: ad.AnnData, observed: np.ndarray | None) -> pd.DataFrame:
+    """The table of :func:`compare`, of two predictions of the same spots and genes."""
+    section, tables = maps.obs["section"].to_numpy(str), []
     for name in pd.unique(section):
-        spots = section == name
-        a, b = here[spots], there[spots]
-        table = pd.DataFrame({"section": name, "gene": genes, "mean": a.mean(axis=0), "other_mean": b.mean(axis=0)})
+        rows = section == name
+        a, b = (maps.layers[key][rows].astype(np.float64) for key in ("predicted", "other"))
+        table = pd.DataFrame({"section": name, "gene": maps.var_names.to_numpy(str)})
+        table["mean"], table["other_mean"] = a.mean(axis=0), b.mean(axis=0)
         table["difference"] = (a - b).mean(axis=0)
         table["rmsd"] = np.sqrt(np.square(a - b).mean(axis=0))
         table["pearson"] = pearson_per_gene(b, a)
-        if "observed" in first.layers:
-            observed = np.asarray(first.layers["observed"])[spots]
-            table["pearson_observed"] = pearson_per_gene(observed, a)
-            table["other_pearson_observed"] = pearson_per_gene(observed, b)
+        if observed is not None:
+            table["pearson_observed"] = pearson_per_gene(observed[rows], a)
+            table["other_pearson_observed"] = pearson_per_gene(observed[rows], b)
         tables.append(table.sort_values("rmsd", ascending=False, kind="stable"))
-    maps = ad.AnnData((here - there).astype(np.float32), obs=first.obs, var=pd.DataFrame(index=first.var_names))
-    maps.layers["predicted"], maps.layers["other"] = here.astype(np.float32), there.astype(np.float32)
-    maps.obsm["spatial"], maps.uns["spatial"] = first.obsm["spatial"], first.uns.get("spatial", {})
-    maps.uns["stexp"] = {"first": _named(first), "second": _named(second), "protocol": first.uns["stexp"]["protocol"]}
-    return pd.concat(tables, ignore_index=True), maps
+    return pd.concat(tables, ignore_index=True)
 
 
 def draw(table: pd.DataFrame, maps: ad.AnnData, path: Path) -> Path:
     """Maps of the genes that differ most in the first section: both predictions on one scale, and their difference."""
+    # matplotlib takes a second, and only these maps need it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,27 +110,29 @@ def draw(table: pd.DataFrame, maps: ad.AnnData, path: Path) -> Path:
             for values in (maps.layers["predicted"], maps.layers["other"], maps.X)
         )
         shared = {"vmin": min(a.min(), b.min()), "vmax": max(a.max(), b.max()), "cmap": "viridis"}
-        most = max(np.abs(difference).max(), 1e-9)
-        panels = (("this", a, shared), ("other", b, shared), ("this - other", difference, _around(most)))
+        largest = max(np.abs(difference).max(), 1e-9)
+        panels = (("this", a, shared), ("other", b, shared), ("this - other", difference, _around_zero(largest)))
         for ax, (title, values, colours) in zip(row, panels, strict=True):
-            drawn = ax.scatter(*place.xy.T, c=values, s=size, linewidths=0, **colours)
+            dots = ax.scatter(*place.xy.T, c=values, s=size, linewidths=0, **colours)
             ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
             ax.set_title(f"{gene}: {title}", fontsize=10)
-            figure.colorbar(drawn, ax=ax, shrink=0.8)
+            figure.colorbar(dots, ax=ax, shrink=0.8)
     save(figure, path)
     return path
 
 
-def _around(most: float) -> dict:
-    return {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}
+def _around_zero(largest: float) -> dict:
+    return {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
 
 
 def _keys(adata: ad.AnnData, *both: ad.AnnData) -> list[str]:
+    """Names of spots, with their section where one of both predictions has several."""
     several = any(each.obs["section"].nunique() > 1 for each in both)
     section = adata.obs["section"].to_numpy(str) if several else [""] * adata.n_obs
     return [f"{name}:{spot}" for name, spot in zip(section, spot_ids(adata), strict=True)]
 
 
-def _named(adata: ad.AnnData) -> str:
+def _model(adata: ad.AnnData) -> str:
+    """Method, data, fold and digest of the model, as far as the predictions name them."""
     about = adata.uns["stexp"]
     return " ".join(str(about[key]) for key in ("model", "data", "fold", "model_digest") if key in about)

@@ -1,4 +1,4 @@
-"""Grids of text as Markdown and LaTeX: the first line is the head, an empty one stands for a rule."""
+"""Grids of text as Markdown and LaTeX tables: the first line is the head, an empty one stands for a rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _TEX |= {"±": r"$\pm$", "–": "--", "−": "$-$", "↓": r"$\downarrow$"}
 
 
 def markdown(grid: list[list[str]]) -> str:
-    head, *rows = [line for line in grid if line]
+    """A table with aligned columns, of text first and numbers then; rules are left out."""
+    head, *rows = [[cell.replace("|", r"\|") for cell in line] for line in grid if line]
     widths = [max(3, *(len(line[i]) for line in (head, *rows))) for i in range(len(head))]
     lines = [
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
@@ -30,6 +31,7 @@ def latex(grid: list[list[str]], caption: str) -> str:
 
 
 def tex(text: str) -> str:
+    """Text as LaTeX sets it; ``**bold**`` is bold, and the sign of a number a minus."""
     bold = re.fullmatch(r"\*\*(.*)\*\*", text)
     if bold:
         return rf"\textbf{{{tex(bold[1])}}}"
@@ -38,18 +40,12 @@ def tex(text: str) -> str:
 
 
 def number(value: float | None, form: str = "{:.3f}", scale: float = 1) -> str:
-    return "–" if pd.isna(value) else form.format(value * scale)
+    """A number times `scale` in a format; a dash where there is none."""
+    return "–" if value is None or pd.isna(value) else form.format(value * scale)
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-def count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("s" if n != 1 else "")
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

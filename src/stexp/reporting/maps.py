@@ -1,4 +1,4 @@
-"""What the maps of a report draw, packed so that it fits into one file."""
+"""Expression and pictures for the maps of a report, packed to fit into one file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ THUMBNAIL_PX = 1200
 
 @dataclass(frozen=True)
 class Maps:
-    """What the page gets.
+    """Packed expression and pictures of a page.
 
     Attributes
     ----------
     genes
         Those that can be shown; not all where there are very many.
+    first
+        Which of them is shown first.
     sections
         One record per section, in order of appearance.
     references
@@ -49,6 +51,7 @@ class Maps:
     """
 
     genes: list[str]
+    first: int
     sections: list[dict[str, Any]]
     references: dict[str, Any] | None
     steps: dict[str, int]
@@ -72,15 +75,15 @@ def quantise(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
         low + c / levels x (high - low).
     """
     genes = np.asarray(values, dtype=np.float32).T
-    there = np.isfinite(genes)
-    low = np.where(there, genes, np.inf).min(axis=1, initial=np.inf)
-    high = np.where(there, genes, -np.inf).max(axis=1, initial=-np.inf)
-    empty = ~there.any(axis=1)
+    measured = np.isfinite(genes)
+    low = np.where(measured, genes, np.inf).min(axis=1, initial=np.inf)
+    high = np.where(measured, genes, -np.inf).max(axis=1, initial=-np.inf)
+    empty = ~measured.any(axis=1)
     low[empty] = high[empty] = np.nan
     step = np.where(high > low, (high - low) / levels, 1).astype(np.float32)
     with np.errstate(invalid="ignore"):
         codes = np.rint((genes - low[:, None]) / step[:, None])
-    return np.where(there, codes, MISSING).astype(np.uint8), np.stack([low, high])
+    return np.where(measured, codes, MISSING).astype(np.uint8), np.stack([low, high])
 
 
 def pack(array: np.ndarray) -> str:
@@ -104,49 +107,89 @@ def make_maps(
     Parameters
     ----------
     by_worth
-        Genes, those first that should be kept where not all of them fit.
+        Genes, those first that should be kept where not all of them fit; the first that varies is shown first.
     """
     names = predictions.obs["section"].astype(str).to_numpy()
     rows_of = {name: np.flatnonzero(names == name) for name in dict.fromkeys(names)}
+    layers = _layers(predictions)
+    genes, steps = _fitting(list(predictions.var_names), layers, by_worth)
+    columns = predictions.var_names.get_indexer(genes)
+    arrays: dict[str, str] = {}
+    sections = []
+    for number, (name, rows) in enumerate(rows_of.items()):
+        of_section = {key: values[np.ix_(rows, columns)] for key, values in layers.items()}
+        arrays |= _expression(predictions, of_section, steps, rows, number)
+        sections.append(_record(predictions, name, rows, list(layers)))
+    first_section = next(iter(rows_of.values()))
+    first = first_gene(
+        [values[np.ix_(first_section, columns)] for key, values in layers.items() if key in FINE],
+        [genes.index(gene) for gene in by_worth or genes if gene in set(genes)],
+    )
+    budget = PAGE_BYTES - sum(map(len, arrays.values()))
+    shown = _references(predictions, references) if "neighbours" in predictions.obsm else None
+    if shown and references is not None and len(references.jpeg) * 4 / 3 < budget / 2:
+        arrays["sheet"] = _base64(references.jpeg)
+        budget -= len(arrays["sheet"])
+    arrays |= _pictures(predictions, sections, share_budget(slides, int(0.75 * budget)))
+    return Maps(genes, first, sections, shown, steps, arrays)
+
+
+def first_gene(layers: list[np.ndarray], order: list[int]) -> int:
+    """The first gene of an order that a map shows something of: it varies no less than most genes do.
+
+    Parameters
+    ----------
+    layers : list of (N, G)
+        Observed, where it is known, and predicted.
+    order
+        Columns; where none of them varies, the first.
+    """
+    varies = np.ones(layers[0].shape[1], dtype=bool)
+    for values in layers:
+        measured = np.isfinite(values)
+        spread = np.where(measured, values, 0).std(axis=0)
+        spread[~measured.all(axis=0)] = 0
+        varies &= (spread > 0) & (spread >= np.median(spread))
+    return next((gene for gene in order if varies[gene]), order[0] if order else 0)
+
+
+def _layers(predictions: ad.AnnData) -> dict[str, np.ndarray]:
+    """What can be shown of each gene: `FINE` layers, and `COARSE` ones that hold anything."""
     layers = {key: np.asarray(values) for key, values in predictions.layers.items() if key in FINE + COARSE}
     if {"lower", "upper"} <= set(predictions.layers):
         layers["interval"] = np.asarray(predictions.layers["upper"]) - np.asarray(predictions.layers["lower"])
-    layers = {key: layers[key] for key in FINE + COARSE if key in layers}
-    layers = {key: values for key, values in layers.items() if key in FINE or np.isfinite(values).any()}
-    genes, steps = _fitting(list(predictions.var_names), layers, by_worth)
-    columns, arrays = predictions.var_names.get_indexer(genes), {}
-    for number, rows in enumerate(rows_of.values()):
-        for key, values in layers.items():
-            codes, ranges = quantise(values[np.ix_(rows, columns)], steps[key])
-            arrays[f"{number}-{key}"], arrays[f"{number}-{key}-range"] = pack(codes), pack(ranges)
+    shown = [key for key in FINE + COARSE if key in layers and (key in FINE or np.isfinite(layers[key]).any())]
+    return {key: layers[key] for key in shown}
 
-    sections = []
-    for number, (name, rows) in enumerate(rows_of.items()):
-        obs = predictions.obs.iloc[rows]
-        xy = np.asarray(predictions.obsm["spatial"], dtype=np.float32)[rows]
-        arrays[f"{number}-xy"] = pack(xy)
-        if "observed" in layers:
-            observed, predicted = (layers[key][np.ix_(rows, columns)] for key in FINE)
-            arrays[f"{number}-pearson"] = pack(np.float32(pearson_per_gene(observed, predicted)))
-        if "neighbours" in predictions.obsm:
-            arrays[f"{number}-neighbours"] = pack(np.asarray(predictions.obsm["neighbours"], dtype=np.int32)[rows])
-            arrays[f"{number}-weights"] = pack(np.asarray(predictions.obsm["neighbour_weights"], np.float32)[rows])
-        sections.append(_record(predictions, name, obs, xy, list(layers)))
-    shown, left = None, PAGE_BYTES - sum(map(len, arrays.values()))
+
+def _expression(
+    predictions: ad.AnnData, layers: dict[str, np.ndarray], steps: dict[str, int], rows: np.ndarray, number: int
+) -> dict[str, str]:
+    """Packed arrays of one section: values, positions, correlations and neighbours."""
+    arrays = {}
+    for key, values in layers.items():
+        codes, ranges = quantise(values, steps[key])
+        arrays[f"{number}-{key}"], arrays[f"{number}-{key}-range"] = pack(codes), pack(ranges)
+    arrays[f"{number}-xy"] = pack(np.asarray(predictions.obsm["spatial"], dtype=np.float32)[rows])
+    if "observed" in layers:
+        arrays[f"{number}-pearson"] = pack(pearson_per_gene(layers["observed"], layers["predicted"]).astype(np.float32))
     if "neighbours" in predictions.obsm:
-        shown = _references(predictions, references)
-        if references is not None and len(references.jpeg) * 4 / 3 < left / 2:
-            arrays["sheet"] = _base64(references.jpeg)
-            left -= len(arrays["sheet"])
-    for name, slide in share_budget(slides, int(0.75 * left)).items():
-        if name not in rows_of:
-            continue
-        number = list(rows_of).index(name)
-        sections[number]["slide"], arrays[f"{number}-slide"] = _cells(slide)
-    for section in sections:
-        if section["slide"] is None and section["image"] is None:
-            section["image"] = _thumbnail(predictions, section["name"])
-    return Maps(genes, sections, shown, steps, arrays)
+        arrays[f"{number}-neighbours"] = pack(np.asarray(predictions.obsm["neighbours"], dtype=np.int32)[rows])
+        arrays[f"{number}-weights"] = pack(np.asarray(predictions.obsm["neighbour_weights"], np.float32)[rows])
+    return arrays
+
+
+def _pictures(
+    predictions: ad.AnnData, sections: list[dict[str, Any]], slides: dict[str, SlidePicture]
+) -> dict[str, str]:
+    """Cells of the slides, which their sections' records get to know; a section without a slide gets a thumbnail."""
+    arrays = {}
+    for number, section in enumerate(sections):
+        if section["name"] in slides:
+            section["slide"], arrays[f"{number}-slide"] = _cells(slides[section["name"]])
+        else:
+            section["image"] = thumbnail(predictions, section["name"])
+    return arrays
 
 
 def _fitting(
@@ -164,7 +207,8 @@ def _fitting(
     return [gene for gene in genes if gene in kept], steps
 
 
-def _record(predictions: ad.AnnData, name: str, obs: pd.DataFrame, xy: np.ndarray, layers: list[str]) -> dict[str, Any]:
+def _record(predictions: ad.AnnData, name: str, rows: np.ndarray, layers: list[str]) -> dict[str, Any]:
+    obs, xy = predictions.obs.iloc[rows], np.asarray(predictions.obsm["spatial"], dtype=np.float32)[rows]
     scale = predictions.uns.get("spatial", {}).get(name, {}).get("scalefactors", {})
     spots = obs["spot"].astype(str) if "spot" in obs else obs.index.astype(str)
     strange = obs.get("ood_percentile")
@@ -203,7 +247,7 @@ def _references(predictions: ad.AnnData, sheet: Sheet | None) -> dict[str, Any]:
 
 
 def _cells(slide: SlidePicture) -> tuple[dict[str, Any], str]:
-    """What says where the cells lie, and the cells."""
+    """Places of a slide's cells, and the cells."""
     levels, data, at = [], [], 0
     for level in slide.levels:
         cells = []
@@ -216,13 +260,14 @@ def _cells(slide: SlidePicture) -> tuple[dict[str, Any], str]:
     return record, _base64(b"".join(data))
 
 
-def _thumbnail(predictions: ad.AnnData, name: str) -> dict[str, Any] | None:
+def thumbnail(predictions: ad.AnnData, name: str, side_px: int = THUMBNAIL_PX) -> dict[str, Any] | None:
+    """Small image of a section as a data URI, with the size of its slide in level-0 px; None where it has no image."""
     spatial = predictions.uns.get("spatial", {}).get(name, {})
     image = spatial.get("images", {}).get("hires")
     if image is None:
         return None
     scale, small = float(spatial["scalefactors"]["tissue_hires_scalef"]), Image.fromarray(np.asarray(image, np.uint8))
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small.thumbnail((side_px, side_px))
     return {
         "uri": "data:image/jpeg;base64," + _base64(to_jpeg(np.asarray(small), quality=80)),
         "width": image.shape[1] / scale,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +14,12 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from PIL import Image
 
+from stexp.data.cache import write_whole
 from stexp.data.section import Section
-from stexp.evaluation.predictions import spacing
+from stexp.data.slides.spacing import spacing
 
 THUMBNAIL_PX, PANEL_INCH = 1400, 6.4
 COLUMN, ROW, TILE = "#e6001a", "#111111", "#00a0ff"  # of what is marked
@@ -79,27 +81,27 @@ def _marks(ax: Axes, section: Section, flagged: np.ndarray, diameter: float, til
     xy, handles = section.xy_px, []
     for axis, colour, what in ((0, COLUMN, "column (array_x"), (1, ROW, "row (array_y")):
         least = section.array_xy[:, axis].min()
-        here = section.array_xy[:, axis] == least
-        size = np.full(here.sum(), 1.25 * diameter)
+        first = section.array_xy[:, axis] == least
+        size = np.full(first.sum(), 1.25 * diameter)
         rings = EllipseCollection(
-            size, size, np.zeros(len(size)), units="xy", offsets=xy[here], offset_transform=ax.transData
+            size, size, np.zeros(len(size)), units="xy", offsets=xy[first], offset_transform=ax.transData
         )
         rings.set(facecolor="none", edgecolor=colour, linewidth=1.2)
         ax.add_collection(rings)
-        ring = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
+        ring: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
         handles.append(Line2D([], [], color=colour, label=f"first array {what} = {least})", **ring))
     if tile_px is not None and section.slide is not None:
         middle = xy[np.linalg.norm(xy - np.median(xy, axis=0), axis=1).argmin()]
         square = Rectangle(middle - tile_px / 2, tile_px, tile_px, facecolor="none", edgecolor=TILE, linewidth=1.6)
         ax.add_patch(square)
         um = "" if section.um_per_px is None else f", {tile_px * section.um_per_px:.0f} um"
-        box = {"marker": "s", "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
+        box: dict[str, Any] = {"marker": "s", "linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
         handles.append(Line2D([], [], color=TILE, label=f"one tile ({tile_px} px{um})", **box))
     if flagged.any():
         low, high = ax.get_xlim()
-        size = float(np.clip(0.8 * 72 * PANEL_INCH * diameter / (high - low), 2, 6))  # in points
-        ax.plot(*xy[flagged].T, "x", color="white", markersize=size + 1, markeredgewidth=2.4)
-        ax.plot(*xy[flagged].T, "x", color=COLUMN, markersize=size, markeredgewidth=1.0)
+        cross = float(np.clip(0.8 * 72 * PANEL_INCH * diameter / (high - low), 2, 6))  # in points
+        ax.plot(*xy[flagged].T, "x", color="white", markersize=cross + 1, markeredgewidth=2.4)
+        ax.plot(*xy[flagged].T, "x", color=COLUMN, markersize=cross, markeredgewidth=1.0)
         handles.append(Line2D([], [], marker="x", linestyle="", color=COLUMN, label=f"flagged ({flagged.sum()})"))
     return handles
 
@@ -116,16 +118,16 @@ def _scale_bar(ax: Axes, um_per_px: float | None, low: np.ndarray, high: np.ndar
     line = ax.plot([x, x + length / um_per_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")[0]
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
     label = ax.text(x, y - 0.015 * height, text, va="bottom", ha="left", fontsize=10)
-    halo = [withStroke(linewidth=4, foreground="white")]
+    halo: list[AbstractPathEffect] = [withStroke(linewidth=4, foreground="white")]
     for artist in (line, label):
         artist.set_path_effects(halo)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG so that half a file is never taken for a whole one."""
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    """Write a PNG whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
 
 
 def sheet(pictures: Sequence[Path], path: Path, width_px: int = 2400) -> None:
@@ -141,8 +143,8 @@ def sheet(pictures: Sequence[Path], path: Path, width_px: int = 2400) -> None:
     heights = [max(image.height for image in row) for row in rows]
     page = Image.new("RGB", (side * min(columns, len(reduced)), sum(heights)), "white")
     for row, top in zip(rows, np.cumsum([0, *heights]), strict=False):
-        for i, image in enumerate(row):
-            page.paste(image, (i * side, int(top)))
-    part = path.with_name(f".{path.name}.part")
-    page.save(part, "PNG")
-    os.replace(part, path)
+        for i, small in enumerate(row):
+            page.paste(small, (i * side, int(top)))
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The report of a slide that was predicted from its image alone: there is no truth to hold it against."""
+"""The page of a slide that was predicted from its image alone: there is no truth to hold it against."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 
-from stexp.data.slides import pictures as report_pictures
-from stexp.evaluation.predictions import read, read_json
-from stexp.evaluation.verdict import number
+from stexp.data.slides import pictures
+from stexp.evaluation.predictions import protocol_of, read, read_json
+from stexp.evaluation.verdict import count, number
 from stexp.reporting.maps import make_maps
-from stexp.reporting.page import LACKING, lacking, render, save, unit
+from stexp.reporting.page import render_report, unit
 
-NEEDED = (
+PREDICTIONS = (
     "layers/predicted",
     "obs/section",
     "obsm/spatial",
-    "var/expected_pearson",
+    *(f"var/{key}" for key in ("expected_pearson", "beats_floor", "n_held_out_sections")),
     *(f"uns/stexp/{key}" for key in ("protocol", "expected", "model", "data", "slide")),
 )
-"""What the report reads of ``predictions.h5ad``."""
+PROVENANCE = ("command", "commit", "dirty", "date", "seconds", "hardware", "versions")
+"""Parts of the files of a predicted slide that its page shows; a file without them is refused where it is read."""
 
 COLUMNS = [
     ("gene", "Gene", "text"),
@@ -42,56 +42,20 @@ COLUMNS = [
 """Of the gene table, where the prediction has them: key, heading, kind."""
 
 
-def is_prediction(folder: Path) -> bool:
-    """Whether a folder holds the prediction of a slide, not a run."""
-    try:
-        with h5py.File(folder / "predictions.h5ad") as file:
-            return file["uns/stexp/kind"].asstr()[()] == "prediction"
-    except (OSError, KeyError, AttributeError, TypeError):
-        return False  # missing or damaged: what reads it next says so
-
-
-def write_prediction_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder of a predicted slide; see :func:`~stexp.reporting.report.write_report`."""
-    predictions, provenance = read(folder / "predictions.h5ad", *NEEDED), read_json(folder / "provenance.json")
-    pictures = report_pictures.read(folder / report_pictures.NAME)
-    try:
-        page = _render(predictions, provenance, pictures)
-    except LACKING as error:
-        raise lacking(folder, error, "predict the slide again (overwrite=true)") from error
-    return save(folder, page)
-
-
-def worth(var: pd.DataFrame) -> tuple[str, bool]:
-    """What is known of the accuracy, in words; and whether most genes with a known one beat their floor."""
-    known = var["expected_pearson"].notna().to_numpy()
-    if not known.any():
-        return "No held-out section says how well any of these genes is predicted.", False
-    beats = var["beats_floor"].to_numpy(bool)[known]
-    typical = number(float(var["expected_pearson"].median()))
-    sections = int(var["n_held_out_sections"].max())
-    text = (
-        f"On {sections} held-out section{'s' if sections != 1 else ''}, {beats.sum()} of {known.sum()} genes beat the "
-        f"best of their floors; the median Pearson is {typical}."
-    )
-    if (~known).any():
-        text += f" Of {(~known).sum()} genes the accuracy is not known."
-    return text, bool(beats.mean() > 0.5)
-
-
-def _render(predictions: ad.AnnData, provenance: dict, pictures: tuple) -> str:
+def prediction_page(folder: Path) -> str:
+    """The page of a predicted slide; see :func:`~stexp.reporting.report.write_report`."""
+    predictions = read(folder / "predictions.h5ad", *PREDICTIONS)
+    provenance = read_json(folder / "provenance.json", *PROVENANCE)
+    slides, references = pictures.read(folder / pictures.NAME)
     about, var = predictions.uns["stexp"], predictions.var
     by_worth = list(var["expected_pearson"].sort_values(ascending=False, na_position="last", kind="stable").index)
     rows = _rows(predictions)
     statement, most = worth(var)
-    checks = json.loads(about["checks"]) if "checks" in about else []
-    said = str(about["verdict"]) if "verdict" in about else None
-    found = {check.get("verdict", "ok") for check in checks}
-    worst = "bad" if "do_not_trust" in found else "good" if most and found <= {"ok"} else "warn"
+    checks = checks_of(predictions)
     um = float(about.get("um_per_px", math.nan))
-    return render(
-        "report_prediction.html.j2",
-        make_maps(predictions, *pictures, by_worth=by_worth),
+    return render_report(
+        "prediction.html.j2",
+        make_maps(predictions, slides, references, by_worth=by_worth),
         [{"key": key, "label": heading, "kind": kind} for key, heading, kind in COLUMNS if key in rows[0]],
         rows,
         about={key: str(about[key]) for key in ("slide", "model", "data")},
@@ -100,15 +64,54 @@ def _render(predictions: ad.AnnData, provenance: dict, pictures: tuple) -> str:
         n_genes=predictions.n_vars,
         um_per_px=um if math.isfinite(um) else None,
         grid=str(about.get("grid", "")),
-        unit=unit(json.loads(about["protocol"])),
+        unit=unit(protocol_of(predictions)),
         checks=checks,
-        said=said,
+        verdict=str(about["verdict"]) if "verdict" in about else None,
         statement=statement,
-        worst=worst,
-        strange=int(predictions.obs["out_of_distribution"].sum()) if "out_of_distribution" in predictions.obs else None,
+        worst=worst_of(checks, most),
+        n_strange=int(predictions.obs["out_of_distribution"].sum())
+        if "out_of_distribution" in predictions.obs
+        else None,
         expected=json.loads(about["expected"]),
         provenance=provenance,
     )
+
+
+def checks_of(predictions: ad.AnnData) -> list[dict[str, str]]:
+    """Checks of the slide: check, verdict (ok, caution, do_not_trust), text; none where it was not checked."""
+    about = predictions.uns["stexp"]
+    return json.loads(about["checks"]) if "checks" in about else []
+
+
+def worst_of(checks: list[dict[str, str]], most_beat_floor: bool) -> str:
+    """Colour of the verdict: good, warn or bad."""
+    verdicts = {check.get("verdict", "ok") for check in checks}
+    if "do_not_trust" in verdicts:
+        return "bad"
+    return "good" if most_beat_floor and verdicts <= {"ok"} else "warn"
+
+
+def worth(var: pd.DataFrame) -> tuple[str, bool]:
+    """Expected accuracy in words; and whether most genes with a measured one beat their floor."""
+    measured = var["expected_pearson"].notna().to_numpy()
+    if not measured.any():
+        return "No held-out section says how well any of these genes is predicted.", False
+    flags = var["beats_floor"][measured].dropna().astype(bool)  # NA where too few patients were held out to say
+    typical = number(float(var["expected_pearson"].median()))
+    sections = count(int(var["n_held_out_sections"].max()), "held-out section")
+    if len(flags):
+        text = (
+            f"On {sections}, {flags.sum()} of {len(flags)} genes beat the best of their floors; the median Pearson is "
+            f"{typical}."
+        )
+    else:
+        text = (
+            f"On {sections} the median Pearson is {typical}. Too few patients were held out to say which genes beat "
+            f"the best of their floors."
+        )
+    if (~measured).any():
+        text += f" Of {count(int((~measured).sum()), 'gene')} the accuracy is not known."
+    return text, bool(len(flags) and flags.mean() > 0.5)
 
 
 def _rows(predictions: ad.AnnData) -> list[dict[str, Any]]:

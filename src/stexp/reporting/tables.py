@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stexp.config import write_atomically
-from stexp.errors import InputError
+from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.compare import (
     PATIENTS_TO_FLIP,
     PATIENTS_TO_RESAMPLE,
@@ -20,16 +20,13 @@ from stexp.evaluation.compare import (
     smallest_p,
     summarise,
 )
+from stexp.evaluation.verdict import count
+from stexp.files import write_atomically, write_csv
 from stexp.reporting import grids
-from stexp.runs.collection import (
-    Run,
-    check_agreement,
-    cost_of,
-    find_gaps,
-    label_methods,
-    scores_of,
-    span,
-)
+from stexp.reporting.agreement import Gap, check_agreement, find_gaps
+from stexp.reporting.labels import label_methods
+from stexp.reporting.rows import cost_of, scores_of, span
+from stexp.runs.scored import ScoredRun
 
 METRICS = {
     "pearson_acg": "ACG",
@@ -81,31 +78,33 @@ class Table:
 
 
 def tabulate_all(
-    runs: list[Run], metric: str = "pearson_acg", baseline: str | None = None, allow_missing: bool = False
+    runs: list[ScoredRun], metric: str = "pearson_acg", baseline: str | None = None, allow_missing: bool = False
 ) -> list[Table]:
     """A table for every data set and protocol among the runs, so that no mean mixes two of them."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[ScoredRun]] = {}
     for run in sorted(runs, key=lambda run: (run.metrics["data"], run.protocol.name, run.fold, str(run.folder))):
-        # the last two are settings of a method, and tell methods apart
-        choices = {
-            key: value for key, value in asdict(run.protocol).items() if key not in ("name", "k", "spot_context")
-        }
         names = f"{run.metrics['data']}, protocol {run.protocol.name}"
         if run.scored_as != run.protocol.name:
             names += f", scored as {run.scored_as}"
-        groups.setdefault((names, json.dumps(choices)), []).append(run)
+        groups.setdefault((names, json.dumps(_choices(run))), []).append(run)
     tables = []
-    for (names, choices), members in groups.items():
-        mine, alike = json.loads(choices), [json.loads(other) for title, other in groups if title == names]
-        differing = [key for key in mine if any(other[key] != mine[key] for other in alike)]
-        title = ", ".join([names, *(f"{key}={mine[key]}" for key in differing)])
+    for (names, _), members in groups.items():
+        choices = _choices(members[0])
+        alike = [_choices(others[0]) for (title, _), others in groups.items() if title == names]
+        differing = [key for key in choices if any(other[key] != choices[key] for other in alike)]
+        title = ", ".join([names, *(f"{key}={choices[key]}" for key in differing)])
         tables.append(tabulate(title, members, metric, baseline, allow_missing))
     return tables
 
 
+def _choices(run: ScoredRun) -> dict[str, Any]:
+    """Fields of a run's protocol that tell tables apart; k and spot_context are settings of a method."""
+    return {k: v for k, v in asdict(run.protocol).items() if k not in ("name", "k", "spot_context")}
+
+
 def tabulate(
     title: str,
-    runs: list[Run],
+    runs: list[ScoredRun],
     metric: str,
     baseline: str | None,
     allow_missing: bool,
@@ -129,19 +128,44 @@ def tabulate(
         labels, besides = label_methods([run.settings for run in runs])
     gaps = find_gaps(runs, labels)
     if gaps and not allow_missing:
-        who, what, fill = gaps[0]
         more = f", and {len(gaps) - 1} more," if len(gaps) > 1 else ""
-        raise InputError(f"{who} lacks {what}{more} (allow_missing=true prints gaps); {fill}")
+        gap = gaps[0]
+        raise InputError(f"{gap.method} lacks {gap.missing}{more} (allow_missing=true prints gaps); {gap.fill}")
     scores = scores_of(runs, labels, list(METRICS))
+    rows, sections = _rows(scores, runs, labels, metric)
+    scored = [key for key in METRICS if sections.loc[sections["kind"] == "method", key].notna().any()]
+    if metric not in scored:
+        raise InputError(f"{title}: no method has {metric}; metric={scored[0]} would do")
+    baseline = _baseline(rows, metric, baseline)
+    others = rows.loc[(rows["kind"] == "method") & rows[metric].notna() & (rows["label"] != baseline), "label"]
+    values = sections.pivot(index=["patient", "section"], columns="label", values=metric)
+    return Table(
+        title=title,
+        caption=_caption(runs, sections, metric, besides, gaps),
+        metrics=scored,
+        metric=metric,
+        baseline=baseline,
+        rows=rows,
+        comparisons=compare_each(values, list(others), baseline).assign(metric=metric),
+        sections=sections[["kind", "label", "patient", "section", *METRICS]],
+    )
+
+
+def _rows(
+    scores: pd.DataFrame, runs: list[ScoredRun], labels: list[str], metric: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of a table, best first, and the scores in every section that they are means of.
+
+    A row that lacks a section has no mean.
+    """
     n_tested = len(scores[["fold", "section"]].value_counts())
     rows, sections = [], []
     for (kind, name), part in scores.groupby(["kind", "name"], sort=False):
         means = per_section(part, list(METRICS)).reset_index()
         sections.append(means.assign(kind=kind, label=KINDS[kind] + name))
         row = {"kind": kind, "label": KINDS[kind] + name, "name": name, "n_sections": len(means)}
-        row |= {"n_patients": means["patient"].nunique()} | dict.fromkeys(
-            [*METRICS, "floors_beaten", "n_floors"], np.nan
-        )
+        row["n_patients"] = means["patient"].nunique()
+        row |= dict.fromkeys([*METRICS, "floors_beaten", "n_floors"], np.nan)
         whole = len(part[["fold", "section"]].value_counts()) == n_tested
         if whole:
             row |= summarise(part, list(METRICS))
@@ -154,27 +178,11 @@ def tabulate(
     table["_kind"] = table["kind"].map(list(KINDS).index)
     table["_worst"] = table[metric] if metric in LOWER_IS_BETTER else -table[metric]
     table = table.sort_values(["_kind", "_worst", "label"], ignore_index=True).drop(columns=["_kind", "_worst"])
-    long = pd.concat(sections, ignore_index=True)
-    there = [key for key in METRICS if long.loc[long["kind"] == "method", key].notna().any()]
-    if metric not in there:
-        raise InputError(f"{title}: no method has {metric}; metric={there[0]} would do")
-    baseline = _baseline(table, metric, baseline)
-    others = table.loc[(table["kind"] == "method") & table[metric].notna() & (table["label"] != baseline), "label"]
-    values = long.pivot(index=["patient", "section"], columns="label", values=metric)
-    return Table(
-        title=title,
-        caption=_caption(runs, long, metric, besides, gaps),
-        metrics=there,
-        metric=metric,
-        baseline=baseline,
-        rows=table,
-        comparisons=compare_each(values, list(others), baseline).assign(metric=metric),
-        sections=long[["kind", "label", "patient", "section", *METRICS]],
-    )
+    return table, pd.concat(sections, ignore_index=True)
 
 
 def _baseline(rows: pd.DataFrame, metric: str, wanted: str | None) -> str:
-    """Label of the row to compare with: the one that is wanted, or the best floor."""
+    """Label of the row to compare with: the one asked for, or the best floor."""
     whole = rows[rows[metric].notna()]
     if wanted is None:
         floors = whole.loc[whole["kind"] == "floor", "label"]
@@ -187,17 +195,20 @@ def _baseline(rows: pd.DataFrame, metric: str, wanted: str | None) -> str:
             if label in set(whole["label"]):
                 return label
             raise InputError(f"baseline={wanted} has no {metric} in some section; choose {', '.join(whole['label'])}")
-    raise InputError(f"baseline={wanted} is no row here; choose {', '.join(whole['label'])}")
+    rows_there = ", ".join(whole["label"])
+    raise InputError(
+        f"baseline={wanted} is no row here; choose {rows_there}{did_you_mean(str(wanted), whole['label'])}"
+    )
 
 
 def _caption(
-    runs: list[Run], sections: pd.DataFrame, metric: str, besides: list[str], gaps: list[tuple[str, str, str]]
+    runs: list[ScoredRun], sections: pd.DataFrame, metric: str, besides: list[str], gaps: list[Gap]
 ) -> list[str]:
     patients, folds = sorted(sections["patient"].unique()), sorted({run.fold for run in runs})
     leaks = sorted({item["name"] for run in runs for item in run.audit["items"] if item["leak"]})
     text = [
-        f"{grids.count(sections['section'].nunique(), 'section')} of {grids.count(len(patients), 'patient')} "
-        f"({', '.join(patients)}), {grids.count(len(folds), 'fold')} ({', '.join(folds)}), "
+        f"{count(sections['section'].nunique(), 'section')} of {count(len(patients), 'patient')} "
+        f"({', '.join(patients)}), {count(len(folds), 'fold')} ({', '.join(folds)}), "
         f"{span(len(run.genes) for run in runs)} genes.",
         "Mean over sections ± standard deviation over sections (over the means of patients).",
         "ACG and HEG50: Pearson correlation per gene over the spots of a section, mean over all genes and over the 50 "
@@ -209,35 +220,38 @@ def _caption(
         text.append("The predictions and the audit are those of the protocol trained under.")
     if besides:
         text.append(f"Methods also differ in {', '.join(besides)}.")
-    for who in dict.fromkeys(who for who, _, _ in gaps):
-        text.append(f"Gap: {who} lacks {', '.join(what for name, what, _ in gaps if name == who)}.")
+    for method in dict.fromkeys(gap.method for gap in gaps):
+        text.append(f"Gap: {method} lacks {', '.join(gap.missing for gap in gaps if gap.method == method)}.")
+    changed = [str(run.folder) for run in runs if run.changed]
+    if changed:
+        text.append(f"Predictions changed since the run, and perhaps since they were scored: {', '.join(changed)}.")
     return text
 
 
 def explain(table: Table) -> str:
-    """What the comparisons of a table do and do not cover."""
-    found = table.comparisons
-    n_patients, n_sections = int(found["n_patients"].max()), int(found["n_sections"].max())
+    """Reach and limits of the comparisons of a table, in words."""
+    comparisons = table.comparisons
+    n_patients, n_sections = int(comparisons["n_patients"].max()), int(comparisons["n_sections"].max())
     better = "; below 0 is better" if table.metric in LOWER_IS_BETTER else ""
     text = [f"Difference: method less baseline, paired by section; seeds averaged first{better}."]
     if n_patients >= PATIENTS_TO_RESAMPLE:
         narrow = ", too narrow where patients are so few" if n_patients < PATIENTS_TO_FLIP else ""
         text.append(f"95 % interval: bootstrap of {n_patients} patients, then of their sections{narrow}.")
-    elif found["low"].isna().all():
+    elif comparisons["low"].isna().all():
         text.append("No interval: no patient has two sections, and there are fewer than three patients.")
     else:
         text.append(
-            f"95 % interval: bootstrap of the sections within {grids.count(n_patients, 'patient')}, kept as they are; "
+            f"95 % interval: bootstrap of the sections within {count(n_patients, 'patient')}, kept as they are; "
             "it does not cover what differs between patients."
         )
         sizes = table.sections.groupby("patient")["section"].nunique()
         single = ", ".join(sizes.index[sizes == 1])
         text += [f"With one section, {single} does not vary in it."] if single else []
-    best = found.loc[found["n_units"].idxmax()]
-    units = grids.count(int(best["n_units"]), best["unit"].removesuffix("s"))
-    smallest, m = smallest_p(int(best["n_units"])), len(found)
+    best = comparisons.loc[comparisons["n_units"].idxmax()]
+    units = count(int(best["n_units"]), best["unit"].removesuffix("s"))
+    smallest, m = smallest_p(int(best["n_units"])), len(comparisons)
     independent = ", taken as independent" if best["unit"] == "sections" and n_sections > n_patients else ""
-    text.append(f"p: signs of {units} flipped{independent}; Holm over {grids.count(m, 'comparison')}.")
+    text.append(f"p: signs of {units} flipped{independent}; Holm over {count(m, 'comparison')}.")
     if smallest * m >= 0.05:
         after = f", {min(1, smallest * m):.2g} after Holm" if m > 1 else ""
         text.append(f"{units}: smallest possible p {smallest:.2g}{after}, so none can be below 0.05.")
@@ -281,7 +295,7 @@ def write(tables: list[Table], text: str, folder: Path) -> None:
         whole = pd.concat([part.dropna(axis="columns", how="all") for part in parts if len(part)] or parts)
         whole = whole.reindex(columns=list(dict.fromkeys(name for part in parts for name in part.columns)))
         whole.insert(0, "table", whole.pop("table"))
-        write_atomically(folder / f"{name}.csv", whole.to_csv(index=False, float_format="%.6g"))
+        write_csv(whole, folder / f"{name}.csv")
 
 
 def _score_grid(table: Table) -> list[list[str]]:

@@ -3,124 +3,179 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
-from omegaconf import OmegaConf
 
-from stexp.config import build_data, load_run, load_sections
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.dataset import DataSet
+from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference.model_folder import Bank
-from stexp.models.retrieval import ReferenceIndex, choose_references
-from stexp.runs.rescore import NEEDED
-from stexp.runs.results import changed_data
+from stexp.models.method import Prediction
+from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
+from stexp.protocol import Protocol
+from stexp.runs.folder import RunFolder
+from stexp.runs.provenance import changed_sections
+
+EMBEDDINGS = (
+    *("obs/role", "obs/section"),
+    *(f"obsm/{key}" for key in ("spot_embedding", "image_embedding", "features", "colour")),
+)
+"""What retrieval reads of ``embeddings.h5ad``."""
 
 
-class Run:
-    """A finished run and its data, as the run read them.
+@dataclass(frozen=True)
+class Retrieval:
+    """How references are searched: the settings of a retrieval method that its encoders do not depend on."""
+
+    k: int
+    distance: Distance
+    weighting: Weighting
+    reference: Reference
+
+
+class FinishedRun:
+    """The results of a run, and its data as the run read them.
+
+    Parameters
+    ----------
+    folder
+        Its data must still be there, unchanged.
 
     Attributes
     ----------
-    before : AnnData
+    predictions : AnnData
         ``predictions.h5ad``.
-    kept : AnnData or None
+    embeddings : AnnData or None
         ``embeddings.h5ad`` of a method that retrieves.
+    sections : list of Section
+    data : SpotDataModule
+    retrieval : Retrieval or None
+        As the run was predicted.
+
+    Raises
+    ------
+    InputError
+        The run is not finished, or its data changed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.cfg = folder, load_run(folder)
-        self.before = predictions.read(folder / "predictions.h5ad", "uns/stexp/chosen", "layers/predicted")
-        self.record = predictions.read_json(folder / "provenance.json", "command", "precision", "data_manifest")
-        self.protocol = predictions.protocol_of(self.before)
-        self.panel = list(self.before.var_names)
-        self.chosen = json.loads(self.before.uns["stexp"]["chosen"])
-        self.sections = load_sections(self.cfg, self.protocol)
-        changed = changed_data(folder, self.sections)
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.config = folder, folder.config
+        self.dataset = DataSet(self.config["data"])
+        path = folder.path
+        self.predictions: ad.AnnData = predictions.read(
+            path / "predictions.h5ad", "uns/stexp/chosen", "uns/stexp/fold", "layers/predicted"
+        )
+        self.provenance = predictions.read_json(path / "provenance.json", "command", "precision", "data_manifest")
+        self.chosen: dict[str, Any] = json.loads(self.predictions.uns["stexp"]["chosen"])
+        self.sections: list[Section] = self.dataset.read_sections(self.protocol)
+        changed = changed_sections(path, self.sections)
         if changed:
             raise InputError(
-                f"the data under {self.cfg.data.root} changed since {folder} ({', '.join(changed[:5])}); train again"
+                f"the data under {self.dataset.root} changed since {path} ({', '.join(changed[:5])}); train again"
             )
-        self.data = self.data_of(self.panel)
-        self.kept = None
-        if (folder / "embeddings.h5ad").is_file():
-            self.kept = predictions.read(folder / "embeddings.h5ad", *NEEDED)
-            if list(self.data.spots.index) != list(self.kept.obs_names):
-                raise InputError(f"the spots under {self.cfg.data.root} are no longer those of {folder}; train again")
+        self.data = self.serve(self.panel)
+        self.embeddings: ad.AnnData | None = None
+        self.retrieval: Retrieval | None = None
+        if (path / "embeddings.h5ad").is_file():
+            self.embeddings = predictions.read(path / "embeddings.h5ad", *EMBEDDINGS)
+            model = self.config["model"]
+            self.retrieval = Retrieval(self.chosen["k"], model["distance"], model["weighting"], model["reference"])
+            self._check_spots(self.embeddings)
 
-    def data_of(self, panel: list[str]):
-        """The data module of the run, with other genes."""
-        return build_data(self.cfg, self.sections, self.protocol, str(self.cfg.fold), panel=panel)
+    @property
+    def for_retrieval(self) -> tuple[ad.AnnData, Retrieval]:
+        """`embeddings` and `retrieval` of a run whose method retrieves."""
+        if self.embeddings is None or self.retrieval is None:
+            raise ValueError(f"the method of {self.folder.path} does not retrieve")
+        return self.embeddings, self.retrieval
 
-    def references(self) -> np.ndarray:
-        """Rows of the data's spots that are retrieved from."""
-        rows = np.flatnonzero(~np.isnan(self.kept.obsm["spot_embedding"]).any(axis=1))
-        which = OmegaConf.to_container(OmegaConf.create([self.cfg.model.reference]))[0]
+    def _check_spots(self, embeddings: ad.AnnData) -> None:
+        spots = self.data.spots
+        if list(spots.index) != list(embeddings.obs_names) or list(spots["role"]) != list(embeddings.obs["role"]):
+            raise InputError(
+                f"the spots under {self.dataset.root} are no longer those of {self.folder.path}; train again"
+            )
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        return predictions.protocol_of(self.predictions)
+
+    @property
+    def panel(self) -> list[str]:
+        return list(self.predictions.var_names)
+
+    @property
+    def fold(self) -> str:
+        return str(self.predictions.uns["stexp"]["fold"])
+
+    def serve(self, panel: list[str]) -> SpotDataModule:
+        """The data module of the run, with a panel that may be another."""
+        config = self.config
+        return self.dataset.serve(self.sections, self.protocol, str(config["fold"]), config["seed"], panel)
+
+    def references(self, which: Reference) -> np.ndarray:
+        """Rows of the data's spots that are retrieved from; see :func:`~stexp.models.retrieval.choose_references`."""
+        embeddings, _ = self.for_retrieval
+        rows = np.flatnonzero(~np.isnan(embeddings.obsm["spot_embedding"]).any(axis=1))
         return rows[choose_references(self.data.spots.iloc[rows], which)]
 
-    def bank(self) -> Bank | None:
-        """The references with all genes that they and every section that trained measure."""
-        if self.kept is None:
-            return None
-        data, rows = self.data, self.references()
-        spots = data.spots.iloc[rows]
-        used = {*spots["section"], *data.names("train", "validation")}
-        genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
-        counts, rest = [], []
-        for section in data.sections:
-            here = data.spots["section"].to_numpy() == section.name
-            chosen = np.isin(np.flatnonzero(here), rows)
-            if chosen.any():
-                x = section.spots.X[:, section.genes.get_indexer(genes)]
-                counts.append(x[chosen])
-                rest.append(sp.csr_matrix(x[~chosen].sum(axis=0)))
-        return Bank(
-            embedding=self.kept.obsm["spot_embedding"][rows].astype(np.float32),
-            section=spots["section"].to_numpy(str),
-            patient=spots["patient"].to_numpy(str),
-            spot=spots["spot"].to_numpy(str),
-            counts=sp.vstack(counts, format="csr"),
-            total_counts=spots["total_counts"].to_numpy(np.float64),
-            genes=genes,
-            rest=sp.vstack(rest, format="csr") if self.protocol.truth == "gene" else None,
-        )
+    def retrieve(self, data: SpotDataModule, how: Retrieval) -> tuple[Prediction, np.ndarray]:
+        """Predict the held-out spots anew from the kept embeddings.
 
-    def retrieve(self, genes: list[str]) -> tuple:
-        """The held-out spots with other genes: the data module, predicted and spread (Q, len(genes))."""
-        data, rows = self.data_of(genes), self.references()
-        spots, model = data.spots.iloc[rows], self.cfg.model
+        Parameters
+        ----------
+        data
+            Of this run, with the genes to predict; see `serve`.
+
+        Returns
+        -------
+        Prediction
+            Its neighbours are rows of the data's spots.
+        (N,) int64
+            Rows of the data's spots that were retrieved from.
+        """
+        embeddings, _ = self.for_retrieval
+        rows = self.references(how.reference)
+        spots = data.spots.iloc[rows]
         index = ReferenceIndex(
-            torch.from_numpy(self.kept.obsm["spot_embedding"][rows]),
+            torch.from_numpy(embeddings.obsm["spot_embedding"][rows]),
             spots["section"].to_numpy(str),
             spots["patient"].to_numpy(str),
         )
-        query = torch.from_numpy(self.kept.obsm["image_embedding"][data.rows("test")])
-        neighbours = index.search(query, self.chosen["k"], model.distance, model.weighting)
-        predicted, spread = index.average(neighbours, torch.from_numpy(data.target[rows]))
-        return data, predicted.numpy(), spread.numpy()
+        query = torch.from_numpy(embeddings.obsm["image_embedding"][data.rows("test")])
+        expression = torch.from_numpy(data.target[rows])
+        prediction = retrieve(index, query, expression, how.k, how.distance, how.weighting)
+        neighbours = torch.from_numpy(rows)[prediction.neighbours]
+        return replace(prediction, image_embedding=query, neighbours=neighbours), rows
 
-    def outside(self, genes: list[str]) -> list[str]:
-        """Those outside the panel that can be retrieved and scored."""
-        if self.kept is None or (self.protocol.truth == "spot" and self.protocol.library == "panel"):
+    def outside_panel(self, genes: list[str]) -> list[str]:
+        """Those of some genes that the panel lacks, and that can be retrieved and scored."""
+        if self.embeddings is None or (self.protocol.truth == "spot" and self.protocol.library == "panel"):
             return []
         common = set.intersection(*(set(section.genes) for section in self.data.sections)) - set(self.panel)
         return [gene for gene in genes if gene in common]
 
     def held_out(self, genes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Observed, predicted and spread of the held-out spots, (Q, len(genes)); NaN where nothing is known."""
-        out = tuple(np.full((self.before.n_obs, len(genes)), np.nan, dtype=np.float32) for _ in range(3))
-        where = pd.Index(genes)
-        inside = [gene for gene in genes if gene in self.before.var_names]
-        before = self.before[:, inside].layers
-        for array, key in zip(out, ("observed", "predicted", "uncertainty"), strict=True):
-            array[:, where.get_indexer(inside)] = before[key]
-        outside = self.outside(genes)
+        """Observed, predicted and spread of the held-out spots, (Q, len(genes)); NaN where nothing is predicted."""
+        observed, predicted, spread = np.full((3, self.predictions.n_obs, len(genes)), np.nan, dtype=np.float32)
+        columns = pd.Index(genes)
+        inside = [gene for gene in genes if gene in self.predictions.var_names]
+        layers = self.predictions[:, inside].layers
+        for array, key in ((observed, "observed"), (predicted, "predicted"), (spread, "uncertainty")):
+            array[:, columns.get_indexer(inside)] = layers[key]
+        outside = self.outside_panel(genes)
         if outside:
-            data, predicted, spread = self.retrieve(outside)
-            observed = data.target[data.rows("test")]
-            for array, values in zip(out, (observed, predicted, spread), strict=True):
-                array[:, where.get_indexer(outside)] = values
-        return out
+            data, where = self.serve(outside), columns.get_indexer(outside)
+            prediction, _ = self.retrieve(data, self.for_retrieval[1])
+            observed[:, where] = data.target[data.rows("test")]
+            predicted[:, where] = prediction.predicted.numpy()
+            if prediction.uncertainty is not None:
+                spread[:, where] = prediction.uncertainty.numpy()
+        return observed, predicted, spread

@@ -14,10 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stexp import hardware
-from stexp.config import write_atomically
+from stexp.data.digests import file_digest
 from stexp.data.section import Section
-from stexp.data.slides.tiles import file_digest
 from stexp.evaluation.predictions import read_json
+from stexp.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ PACKAGES = ("stexp", "torch", "timm", "pytorch-lightning", "anndata", "scanpy", 
 
 
 class Stages:
-    """Seconds spent in each stage of a run, added up over interruptions in ``stages.json``."""
+    """Seconds spent in each stage of a run, added up over interruptions in ``stages.json`` where there is a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "stages.json"
-        self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "stages.json"
+        self.seconds: dict[str, float] = read_json(self.path) if self.path is not None and self.path.exists() else {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -38,11 +38,20 @@ class Stages:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 2)
-            write_atomically(self.path, json.dumps(self.seconds))
+            if self.path is not None:
+                write_atomically(self.path, json.dumps(self.seconds))
 
 
-def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
-    """The record that stands beside a run's numbers, as plain values."""
+def provenance(sections: list[Section], training: dict, stages: Stages, precision: str, device: str) -> dict:
+    """The record that stands beside a run's numbers, as plain values.
+
+    Parameters
+    ----------
+    sections
+        What the run read.
+    training
+        Epochs and parameters; see :func:`~stexp.training.fit.size_of_training`.
+    """
     return {
         "command": command_line(),
         **git_state(),
@@ -50,20 +59,11 @@ def provenance(cfg, data, stages: Stages, precision: str, device: str) -> dict:
         "seconds": round(sum(stages.seconds.values()), 1),
         "stages": stages.seconds,
         **hardware.peak_memory(),
-        **size(data.trainer),
+        **training,
         "hardware": {"device": device, **hardware.describe()},
         "precision": precision,
         "versions": versions(),
-        "data_manifest": manifest(data.sections),
-    }
-
-
-def size(trainer) -> dict:
-    """Epochs trained, and numbers in all parameters and in those that train, of what a Lightning trainer holds."""
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.lightning_module.parameters()]
-    return {
-        "epochs": trainer.current_epoch,
-        "parameters": {"total": sum(n for n, _ in parameters), "trained": sum(n for n, trains in parameters if trains)},
+        "data_manifest": manifest(sections),
     }
 
 
@@ -77,6 +77,20 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def changed_sections(run: Path, sections: list[Section]) -> list[str]:
+    """Sections whose files or patient are not what a finished run read, and those with an image that it lacks."""
+    recorded = read_json(run / "provenance.json", "data_manifest")["data_manifest"]
+    patient_of = read_json(run / "audit.json", "facts")["facts"].get("patient_of", {})
+    today = manifest([section for section in sections if section.name in recorded])
+    changed = {name for name in recorded if today.get(name) != recorded[name]}
+    # sections without an image may have been left out, by the split or for genes they do not measure
+    changed |= {section.name for section in sections if section.name not in recorded and section.slide is not None}
+    changed |= {
+        section.name for section in sections if section.patient != patient_of.get(section.name, section.patient)
+    }
+    return sorted(changed)
+
+
 def manifest(sections: list[Section]) -> dict[str, dict[str, str]]:
     """Content hash of every file that the sections were read from, by section and file name."""
     return {section.name: {path.name: file_digest(path) for path in section.files} for section in sections}
@@ -84,12 +98,12 @@ def manifest(sections: list[Section]) -> dict[str, dict[str, str]]:
 
 def git_state() -> dict:
     """Commit of the checkout that stexp runs from, and whether files differ from it; null outside a checkout."""
-    here = Path(__file__).parent
+    package = Path(__file__).parent
     try:
 
         def git(*arguments: str) -> str:
             return subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+                ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
             ).stdout.strip()
 
         if git("ls-files", "--error-unmatch", Path(__file__).name) == "":
@@ -101,10 +115,10 @@ def git_state() -> dict:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that make a number."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

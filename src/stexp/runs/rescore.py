@@ -5,32 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from omegaconf import OmegaConf
+import yaml
 
-from stexp.config import build_data, load_run, load_sections, write_atomically
-from stexp.errors import InputError
-from stexp.evaluation import predictions
+from stexp.data.section import Section
+from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
-from stexp.models.retrieval import ReferenceIndex, choose_references, retrieve
+from stexp.evaluation.predictions import DIGEST, read_json
+from stexp.files import write_atomically
+from stexp.runs.finished import FinishedRun
+from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import command_line, now
-from stexp.runs.results import changed_data, write_scored_files
+from stexp.runs.results import describe_run, write_scored_files
 
 log = logging.getLogger(__name__)
 
-NEEDED = (
-    "obs/role",
-    "obs/section",
-    *(f"obsm/{key}" for key in ("spot_embedding", "image_embedding", "features", "colour")),
-)
-"""What retrieval reads of ``embeddings.h5ad``."""
 
-
-def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: str | None) -> Path:
+def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str], output_dir: str | None) -> Path:
     """Predict the test spots of a finished run anew, without its encoders.
 
     Parameters
@@ -56,64 +52,60 @@ def predict_again(run: Path, changes: dict, genes: str | list[str], output_dir: 
     """
     if not (run / "embeddings.h5ad").is_file():
         raise InputError(f"{run} has no embeddings.h5ad: it is unfinished, or its method does not retrieve")
-    cfg, kept = load_run(run), predictions.read(run / "embeddings.h5ad", *NEEDED)
-    before = predictions.read(run / "predictions.h5ad", "uns/stexp/chosen")
-    facts = predictions.read_json(run / "audit.json", "facts")["facts"]
-    record = predictions.read_json(run / "provenance.json", "command")
-    chosen = json.loads(before.uns["stexp"]["chosen"])
-    cfg.model = OmegaConf.merge(cfg.model, {"k": chosen["k"]}, changes)
-    panel = list(before.var_names)
-    protocol = predictions.protocol_of(before)
-    sections = load_sections(cfg, protocol)
-    changed = changed_data(run, sections)
-    if changed:
-        raise InputError(f"the data under {cfg.data.root} changed since {run} ({', '.join(changed[:5])}); train again")
+    source = FinishedRun(RunFolder(run))
+    embeddings, as_run = source.for_retrieval
+    panel = source.panel
     if genes != "panel":
-        panel = _panel(genes, [section for section in sections if section.name in set(kept.obs["section"])])
-    data = build_data(cfg, sections, protocol, str(cfg.fold), panel=panel)
-    if list(data.spots.index) != list(kept.obs_names) or list(data.spots["role"]) != list(kept.obs["role"]):
-        raise InputError(f"the spots under {cfg.data.root} are no longer those of {run}; train again")
+        in_run = set(embeddings.obs["section"])
+        panel = choose_genes(genes, [section for section in source.sections if section.name in in_run])
+    data, how = source.serve(panel), replace(as_run, **changes)
+    prediction, rows = source.retrieve(data, how)
+    quality = source.predictions.obs.filter(like="qc_").reset_index(drop=True)
+    prediction = replace(prediction, obs=pd.concat([prediction.obs, quality], axis=1))
 
-    embedded = ~np.isnan(kept.obsm["spot_embedding"]).any(axis=1)
-    rows = np.flatnonzero(embedded)
-    rows = rows[
-        choose_references(data.spots.iloc[rows], OmegaConf.to_container(OmegaConf.create([cfg.model.reference]))[0])
-    ]
-    table = data.spots.iloc[rows]
-    index = ReferenceIndex(
-        torch.from_numpy(kept.obsm["spot_embedding"][rows]),
-        table["section"].to_numpy(str),
-        table["patient"].to_numpy(str),
-    )
-    query = torch.from_numpy(kept.obsm["image_embedding"][data.rows("test")])
-    made = retrieve(
-        index, query, torch.from_numpy(data.target[rows]), cfg.model.k, cfg.model.distance, cfg.model.weighting
-    )
-    made = {key: value.numpy() if torch.is_tensor(value) else value for key, value in made.items()}
-    made["image_embedding"], made["neighbours"] = query.numpy(), rows[made["neighbours"]]
-    made["obs"] = pd.concat([made.get("obs"), before.obs.filter(like="qc_").reset_index(drop=True)], axis=1)
-
-    what = {**changes, **({} if genes == "panel" else {"genes": genes})}
-    folder = Path(output_dir) if output_dir else run / "rescored" / _name(what)
-    folder.mkdir(parents=True, exist_ok=True)
+    changed, folder = changed_settings(changes, genes), rescored_folder(run, changes, genes, output_dir)
     log.info(
-        "predicted %d spots x %d genes again from %d references (%s)", len(query), len(panel), len(rows), _name(what)
+        "predicted %d spots x %d genes again from %d references (%s)",
+        len(prediction.predicted),
+        len(panel),
+        len(rows),
+        folder_name(changed),
     )
-    chosen = {**({} if changes else chosen), "k": cfg.model.k, "rescored_from": run.resolve().name, "changed": what}
-    write_scored_files(folder, cfg, data, made, kept.obsm["features"], kept.obsm["colour"], chosen)
-    facts |= {"reference": list(table["section"].unique())}
+    chosen = {**({} if changes else source.chosen), "k": how.k, "rescored_from": run.resolve().name, "changed": changed}
+    config = {**source.config, "model": {**source.config["model"], **asdict(how)}}
+    facts = read_json(run / "audit.json", "facts")["facts"]
+    facts |= {"reference": list(data.spots["section"].iloc[rows].unique())}
     if changes:
         facts["k_chosen_on"] = "after_scoring"
     if genes != "panel":
         facts["panel_saw_test"] = []
-    write_atomically(folder / "audit.json", json.dumps(audit(protocol, facts), indent=1))
-    record |= {"trained_by": record["command"], "command": command_line(), "date": now()}
+    record = source.provenance | {
+        "trained_by": source.provenance["command"],
+        "command": command_line(),
+        "date": now(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = embeddings.obsm
+    record[DIGEST] = write_scored_files(
+        folder, data, prediction, kept["features"], kept["colour"], describe_run(config, data, chosen)
+    )
+    write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return folder
 
 
-def _panel(genes: str | list[str], sections: list) -> list[str]:
+def rescored_folder(run: Path, changes: Mapping[str, Any], genes: str | list[str], output_dir: str | None) -> Path:
+    """Where :func:`predict_again` writes: `output_dir`, or ``<run>/rescored/<what changed>``."""
+    return Path(output_dir) if output_dir else run / "rescored" / folder_name(changed_settings(changes, genes))
+
+
+def changed_settings(changes: Mapping[str, Any], genes: str | list[str]) -> dict[str, Any]:
+    return {**changes, **({} if genes == "panel" else {"genes": genes})}
+
+
+def choose_genes(genes: str | list[str], sections: list[Section]) -> list[str]:
+    """``all`` genes that some sections have in common, or names that are checked against these."""
     common = set.intersection(*(set(section.genes) for section in sections))
     if genes == "all":
         return sorted(common)
@@ -124,14 +116,15 @@ def _panel(genes: str | list[str], sections: list) -> list[str]:
     if missing:
         raise InputError(
             f"{len(missing)} of {len(names)} genes are not measured in every section: {', '.join(missing[:5])}"
+            f"{did_you_mean(missing[0], common)}"
         )
     return names
 
 
-def _name(what: dict) -> str:
-    """A folder's name: what changed, long lists shortened by a digest that keeps them apart."""
+def folder_name(changes: Mapping[str, Any]) -> str:
+    """Name of a folder by what changed; long lists are shortened by a digest that keeps them apart."""
     parts = []
-    for key, value in what.items():
+    for key, value in changes.items():
         text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         if len(text) > 40:
             text = f"{text[:24]}..{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"

@@ -1,162 +1,182 @@
-"""What a trained method leaves in its run folder for scoring, and for retrieving again."""
+"""Results of a trained method in its run folder, for scoring and for retrieving again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from stexp.config import build, other_protocols, write_atomically
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect
-from stexp.data.section import Section
-from stexp.data.slides import pictures as report_pictures
+from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
 from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
-from stexp.protocol import Protocol
+from stexp.files import write_atomically
+from stexp.models.method import Method, Prediction, References
+from stexp.protocol import Protocol, other_protocols
+from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import git_state, manifest
 
 TRAINING = ("train", "validation")  # what floors, like retrieval, may learn from
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What predictions say of the run that made them, in ``uns["stexp"]``; plain values."""
+
+    model: str
+    fold: str
+    data: str
+    config: str
+    chosen: dict
+
+
+def describe_run(config: Mapping[str, Any], data: SpotDataModule, chosen: dict) -> RunFacts:
+    """The facts of a run with a config, every value in place, and what its method chose on validation spots."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return RunFacts(config["model"]["name"], str(data.fold), config["data"]["name"], text, chosen)
+
+
 def write_results(
-    folder: Path,
-    cfg: DictConfig,
+    folder: RunFolder,
     data: SpotDataModule,
-    model,
-    outputs: list[dict],
+    method: Method,
+    prediction: Prediction,
     chosen: dict,
-    features: np.ndarray,
-    best_checkpoint: bool,
-) -> None:
-    """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``."""
-    made = {key: torch.cat([output[key] for output in outputs]).cpu() for key in outputs[0] if key != "obs"}
-    made = {key: (value.float() if value.is_floating_point() else value).numpy() for key, value in made.items()}
-    if "neighbours" in made:
-        made["neighbours"] = model.retrieved_rows[made["neighbours"]]
-    if "obs" in outputs[0]:
-        made["obs"] = pd.concat([output["obs"] for output in outputs], ignore_index=True)
-    made["obs"] = pd.concat([made.get("obs"), quality_of_test(data, build(cfg.data.quality))], axis=1)
+    thresholds: Thresholds,
+) -> str:
+    """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``.
+
+    Parameters
+    ----------
+    data
+        With the features of its tiles.
+    prediction
+        Of the test spots, in their order.
+    thresholds
+        What flags a spot.
+
+    Returns
+    -------
+    str
+        Digest of the predictions, by which a later change of them is seen.
+    """
+    references = method.references
+    if references is not None and prediction.neighbours is not None:
+        rows = torch.from_numpy(references.retrieved_rows)[prediction.neighbours]
+        prediction = replace(prediction, neighbours=rows)
+    quality = quality_of_test(data, thresholds)
+    prediction = replace(prediction, obs=pd.concat([prediction.obs, quality], axis=1))
     colour = colours(data)
-    reference: list[str] = []
-    if getattr(model, "reference_embedding", None) is not None:
-        reference = model.reference_sections
-        table = embedding_table(
-            data,
-            model.reference_rows,
-            model.reference_embedding.cpu().numpy(),
-            made["image_embedding"],
-            features,
-            colour,
-        )
-        predictions.write(table, folder / "embeddings.h5ad")
-    write_scored_files(folder, cfg, data, made, features, colour, chosen)
+    if references is not None:
+        query = prediction.image_embedding
+        assert query is not None  # a method with references embeds the tiles that search them
+        table = embedding_table(data, references, query.numpy(), data.tile_features, colour)
+        predictions.write(table, folder.path / "embeddings.h5ad")
+    facts_of_run = describe_run(folder.config, data, chosen)
+    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run)
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
         "train": data.names("train"),
         "validation": data.names("validation"),
         "test": data.names("test"),
-        "reference": reference,
+        "reference": [] if references is None else references.sections,
         "panel_saw_test": data.panel_saw,
-        "checkpoint": "best" if best_checkpoint else "last",
+        "checkpoint": "best" if folder.best_checkpoint.exists() else "last",
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
         "published_settings": data.protocol.published,
-        "spot_context": getattr(model, "spot_context", None),
+        "spot_context": method.spot_context,
     }
-    write_atomically(folder / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
-
-
-def changed_data(folder: Path, sections: list[Section]) -> list[str]:
-    """Sections whose files or patient are no longer what the run in `folder` read, and those with an image it lacks."""
-    recorded = predictions.read_json(folder / "provenance.json", "data_manifest")["data_manifest"]
-    patient_of = predictions.read_json(folder / "audit.json", "facts")["facts"].get("patient_of", {})
-    today = manifest([section for section in sections if section.name in recorded])
-    changed = {name for name in recorded if today.get(name) != recorded[name]}
-    # sections without an image may have been left out, by the split or for genes they do not measure
-    changed |= {section.name for section in sections if section.name not in recorded and section.slide is not None}
-    changed |= {
-        section.name for section in sections if section.patient != patient_of.get(section.name, section.patient)
-    }
-    return sorted(changed)
+    write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
+    return digest
 
 
 def write_scored_files(
     folder: Path,
-    cfg: DictConfig,
     data: SpotDataModule,
-    made: dict,
+    prediction: Prediction,
     features: np.ndarray,
     colour: np.ndarray,
-    chosen: dict,
-) -> None:
-    """Write the two files that scoring reads, and ``pictures.h5``, from what a method `made` of the test spots.
+    facts: RunFacts,
+) -> str:
+    """Write the two files that scoring reads, and ``pictures.h5``; returns the digest of the predictions.
 
-    Its ``neighbours`` are rows of the data's spots.
+    Parameters
+    ----------
+    prediction
+        Of the test spots; its neighbours are rows of the data's spots.
     """
     test, train = data.rows("test"), data.rows(*TRAINING)
     adata = predictions.make_predictions(
         data.spots.iloc[test],
         data.panel,
         observed=data.target[test],
-        predicted=made["predicted"],
+        predicted=prediction.predicted.numpy(),
         counts=data.counts[test],
         xy_px=data.xy_px[test],
         mean_train=data.target[train].mean(axis=0),
-        uncertainty=made.get("uncertainty"),
-        obs=made.get("obs"),
-        embedding=made.get("image_embedding"),
+        uncertainty=_array(prediction.uncertainty),
+        obs=prediction.obs,
+        embedding=_array(prediction.image_embedding),
     )
     predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
-    if "neighbours" in made:
-        predictions.add_neighbours(adata, data.spots, made["neighbours"], made["neighbour_weights"])
-    write_pictures(folder / report_pictures.NAME, data, adata)
+    if prediction.neighbours is not None and prediction.neighbour_weights is not None:
+        weights = prediction.neighbour_weights.numpy()
+        predictions.add_neighbours(adata, data.spots, prediction.neighbours.numpy(), weights)
+    write_pictures(folder / pictures.NAME, data, adata)
     adata.uns["stexp"] = {
         "protocol": json.dumps(asdict(data.protocol)),
-        "model": cfg.model.name,
-        "fold": str(data.fold),
-        "data": cfg.data.name,
-        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "model": facts.model,
+        "fold": facts.fold,
+        "data": facts.data,
+        "config": facts.config,
         "commit": str(git_state()["commit"]),
         "data_manifest": json.dumps(manifest(data.sections)),
-        "chosen": json.dumps(chosen),
+        "chosen": json.dumps(facts.chosen),
     }
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
     floors.uns["ceiling"] = {}
-    for protocol in {data.protocol.name: data.protocol, **other_protocols(data.protocol)}.values():
+    for protocol in (data.protocol, *other_protocols(data.protocol).values()):
         layers, ceiling = floors_under(protocol, data, features, colour)
         floors.uns["ceiling"][protocol.name] = ceiling
         for name, values in layers.items():
             floors.layers[f"{protocol.name}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")
+    return predictions.digest(adata)
+
+
+def _array(values: torch.Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.numpy()
 
 
 def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData) -> None:
     """Write the slides of the test sections, and the tiles of those references that count most, as methods see them."""
     test = [section for section in data.sections if section.name in data.names("test") and section.slide is not None]
-    budget = report_pictures.SLIDE_BYTES // max(1, len(test))
+    budget = pictures.SLIDE_BYTES // max(1, len(test))
     slides = {}
     for section in test:
         xy = adata.obsm["spatial"][(adata.obs["section"] == section.name).to_numpy()]
-        slides[section.name] = report_pictures.picture(section.slide, xy, data.tile.side_px(section), budget)
+        slides[section.name] = pictures.picture(section.image, xy, data.tile.side_px(section), budget)
     sheet = None
     if "neighbours" in adata.obsm:
         names = predictions.heaviest_references(adata)
         rows = data.spots.index.get_indexer(names)
         with_image = {section.name for section in data.sections if section.slide is not None}
-        rows = rows[data.spots["section"].iloc[rows].isin(with_image).to_numpy()][: report_pictures.REFERENCES]
+        rows = rows[data.spots["section"].iloc[rows].isin(with_image).to_numpy()][: pictures.REFERENCES]
         if len(rows):
-            sheet = report_pictures.sheet(list(data.spots.index[rows]), tiles_of(data, rows))
-    report_pictures.write(path, slides, sheet)
+            sheet = pictures.sheet(list(data.spots.index[rows]), tiles_of(data, rows))
+    pictures.write(path, slides, sheet)
 
 
 def tiles_of(data: SpotDataModule, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -178,11 +198,11 @@ def floors_under(
     expression, xy = np.empty_like(data.target), np.empty_like(data.xy_px)
     ceiling = {}
     for section in data.sections:
-        here = np.flatnonzero(data.spots["section"] == section.name)
-        expression[here] = normalise(data.counts[here], section.total_counts, protocol)
-        xy[here] = unit_square(data.xy_px[here])
+        rows = np.flatnonzero(data.spots["section"] == section.name)
+        expression[rows] = normalise(data.counts[rows], section.total_counts, protocol)
+        xy[rows] = unit_square(data.xy_px[rows])
         if section.name in data.names("test"):
-            ceiling[section.name] = ceiling_per_gene(data.counts[here], section.total_counts, protocol, seed=data.seed)
+            ceiling[section.name] = ceiling_per_gene(data.counts[rows], section.total_counts, protocol, seed=data.seed)
 
     def table(rows: np.ndarray) -> SpotTable:
         spots = data.spots.iloc[rows]
@@ -212,7 +232,7 @@ def colours(data: SpotDataModule) -> np.ndarray:
 def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFrame:
     """The ``qc_`` columns of the test spots, in their order."""
     data.setup()
-    stores = iter(data.bank.stores)
+    stores = iter(data.open_tiles().stores)
     tiles = {section.name: next(stores) for section in data.sections if section.slide is not None}
     test = [section for section in data.sections if section.name in data.names("test")]
     for section in test:
@@ -224,12 +244,7 @@ def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFram
 
 
 def embedding_table(
-    data: SpotDataModule,
-    reference_rows: np.ndarray,
-    reference: np.ndarray,
-    query: np.ndarray,
-    features: np.ndarray,
-    colour: np.ndarray,
+    data: SpotDataModule, references: References, query: np.ndarray, features: np.ndarray, colour: np.ndarray
 ) -> ad.AnnData:
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
@@ -238,7 +253,7 @@ def embedding_table(
     """
     adata = ad.AnnData(obs=data.spots[["section", "patient", "spot", "role"]].copy())
     for name, rows, values in (
-        ("spot_embedding", reference_rows, reference),
+        ("spot_embedding", references.rows, references.embedding.cpu().numpy()),
         ("image_embedding", data.rows("test"), query),
     ):
         adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)

@@ -8,12 +8,12 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-from stexp.config import other_protocols, write_atomically
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.score import score_under
-from stexp.protocol import Protocol
+from stexp.files import write_atomically, write_csv
+from stexp.protocol import Protocol, other_protocols
 
 NEEDED = (
     "layers/predicted",
@@ -60,8 +60,9 @@ def score_run(run: Path) -> dict:
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
     }
-    genes.to_csv(run / ".per_gene.csv.part", index=False, float_format="%.6g")
-    (run / ".per_gene.csv.part").replace(run / "per_gene.csv")
+    if predictions.changed_since_run(run):
+        metrics["predictions_changed"] = True
+    write_csv(genes, run / "per_gene.csv")
     write_atomically(run / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
 

@@ -1,1 +1,1 @@
-"""Jobs of a sweep, and running them."""
+"""Sweeps: which jobs they consist of, and where and when these run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle  # for the name of the error that torch.load raises
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,44 @@ from typing import Any
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from stexp.data.slides.tiles import TileSpec
 from stexp.errors import InputError
+from stexp.files import replacing
+
+FOR_GOING_ON = ("optimizer_states", "lr_schedulers", "loops")
+"""What a checkpoint holds to train on from; two thirds of it, with Adam's two moments of every weight."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes beside the place and renames: Lightning copies across file systems, where a full disk leaves half.
+    """Writes a checkpoint beside its place and renames it; Lightning would leave half of it on a full disk.
 
     Parameters
     ----------
     method
-        What a checkpoint says of the method, beside its weights; plain values.
+        Name of the method and of its image encoder, kept in the checkpoint; plain values.
+    best
+        The file that is predicted with and not trained on from: it goes without `FOR_GOING_ON`.
     """
 
-    def __init__(self, method: dict[str, Any]) -> None:
+    def __init__(self, method: dict[str, Any], best: Path) -> None:
         super().__init__()
-        self.method = method
+        self.method, self.best = method, best
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
+        left_out = FOR_GOING_ON if path.resolve() == self.best.resolve() else ()
+        kept = {key: value for key, value in checkpoint.items() if key not in left_out}
+        _save({**kept, "method": self.method}, path)
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    with replacing(path) as part, part.open("wb") as file:
         try:
-            with part.open("wb") as file:
-                torch.save({**checkpoint, "method": self.method}, file)
-            os.replace(part, path)
+            torch.save(checkpoint, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # of a full disk, which torch's own hides
                 raise error.__context__ from None
             raise
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -54,27 +60,3 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not {"state_dict", "SpotDataModule"} <= set(checkpoint):
         raise InputError(f"{path} is no checkpoint of stexp-train; delete it, or give overwrite=true")
     return checkpoint
-
-
-def check_checkpoint(state: dict, panel: list[str], tile: TileSpec, array_size: int) -> None:
-    """Raise InputError unless data with this panel, tile and array fits a checkpoint's `state_dict`."""
-    missing = [gene for gene in state["panel"] if gene not in set(panel)]
-    if missing:
-        raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, {len(missing)} of them are not in the panel of this "
-            f"data: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        )
-    if state["panel"] != panel:
-        raise InputError(
-            f"the checkpoint predicts {len(state['panel'])} genes, the panel of this data has {len(panel)}, "
-            f"or another order"
-        )
-    if (state["tile_px"], state["tile_um"]) != (tile.px, tile.um):
-        raise InputError(
-            f"the checkpoint was trained on tiles of {state['tile_px']} px ({state['tile_um']} um), "
-            f"not {tile.px} px ({tile.um} um)"
-        )
-    if array_size > state["array_size"]:
-        raise InputError(
-            f"the checkpoint knows array coordinates below {state['array_size']}, this data goes up to {array_size - 1}"
-        )

@@ -1,161 +1,246 @@
-"""What a run needs for its fit, made ready on each of its devices, and the fit."""
+"""Methods built for their data, and fitted by Lightning."""
 
 from __future__ import annotations
 
 import logging
-import sys
+import signal
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
-from pytorch_lightning import LightningModule, Trainer
+import torch.distributed as dist
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
-from stexp import hardware
-from stexp.config import build, build_data, load_sections, to_plain
+from stexp.construct import build
 from stexp.data.datamodule import SpotDataModule
-from stexp.models.encoders.features import UNTUNED, frozen_features, surrounding_features
-from stexp.training import distributed
-from stexp.training.checkpoints import WholeCheckpoints
-from stexp.training.distributed import Ranks
+from stexp.errors import InputError
+from stexp.models.encoders.frozen import FrozenEncoder
+from stexp.models.method import Method, Prediction
+from stexp.training.callbacks import VALIDATION
+from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
+from stexp.training.distributed import SyncBatchNorm, check_several_devices
+from stexp.training.machine import Machine
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Ready:
-    """What a fit needs, and what came of making it ready."""
+def build_method(node: Mapping[str, Any], data: SpotDataModule, machine: Machine, seed: int) -> Method:
+    """A method with the sizes of its data, at the weights of a seed.
 
-    data: SpotDataModule
-    model: LightningModule
-    trainer: Trainer
-    predictor: Trainer  # of one device
-    features: np.ndarray
-    device: torch.device
-    precision: str
-
-
-def ready_to_fit(
-    cfg: DictConfig, sections: list, folder: Path, ranks: Ranks, stages: Callable, logger: Logger | bool
-) -> Ready:
-    import torch
-
-    for chatty in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # their import sets another level
-
-    from stexp import hardware
-
-    # runs are seeded, and what differs between machines is chosen and said
-    kind = hardware.accelerator_of(cfg.trainer.accelerator)
-    devices = distributed.devices_of(to_plain(cfg.trainer), kind)
-    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, devices[ranks.rank])
-    precision = hardware.choose_precision(cfg.hardware.precision, kind)
-    processes = ranks.world if kind == "cpu" else 1
-    threads = cfg.hardware.threads or max(1, torch.get_num_threads() // processes)
-    torch.set_num_threads(threads)
-    pl.seed_everything(cfg.seed, verbose=False)
-    log.info(
-        "fold %s on %s: %s, %s, %d CPU threads",
-        cfg.fold,
-        kind if ranks.world == 1 else f"{ranks.world} x {kind}",
-        precision,
-        "channels last" if cfg.hardware.channels_last else "channels first",
-        threads,
-    )
-    with stages("data"):
-        data = build_data(cfg, sections, build(cfg.protocol), cfg.fold)
-        data.share = (ranks.rank, ranks.world)
-        data.setup()
-        for line in data.summary():
-            log.info("%s", line)
-    with stages("floors"):
-        # an encoder of their own: what the weights are worth before any training
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-        frozen = build({**to_plain(cfg.image_encoder), **UNTUNED})
-        features = frozen_features(data, frozen, device, autocast)
-    with stages("model"):
-        pl.seed_everything(cfg.seed, verbose=False)
-        model = build(
-            {k: v for k, v in to_plain(cfg.model).items() if k != "name"},
-            n_genes=len(data.panel),
-            n_positions=data.array_size,
-            n_features=features.shape[1],
-        )
-        data.features, data.batching = features, getattr(model, "batching", "spots")
-        if getattr(model, "surroundings", 0):
-            data.surroundings = surrounding_features(data, frozen, model.surroundings, device, autocast)
-        del frozen
-        if cfg.hardware.channels_last:
-            model.to(memory_format=torch.channels_last)
-    distributed.check(model, data, ranks.world)
-
-    trainer, predictor = _trainers(cfg, folder, ranks, data, model, device, precision, logger)
-    return Ready(data, model, trainer, predictor, features, device, precision)
+    Parameters
+    ----------
+    node
+        ``_target_`` and arguments, but for ``n_genes``, ``n_positions`` and ``n_features``, which come from the data.
+    """
+    pl.seed_everything(seed, verbose=False)
+    arguments = {key: value for key, value in node.items() if key != "name"}
+    method = build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=data.n_features)
+    if not isinstance(method, Method):
+        raise InputError(f"model._target_={node['_target_']}: a method, one of stexp.models, would fit")
+    if machine.channels_last:
+        method.to(memory_format=torch.channels_last)
+    return method
 
 
-def _trainers(
-    cfg: DictConfig,
-    folder: Path,
-    ranks: Ranks,
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a fit keeps its checkpoints: ``last.ckpt`` to go on from, ``best.ckpt`` by validation."""
+
+    folder: Path
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.ckpt"
+
+
+def fit(
+    method: Method,
     data: SpotDataModule,
-    model: LightningModule,
-    device: torch.device,
-    precision: str,
-    logger: Logger | bool,
-) -> tuple[Trainer, Trainer]:
-    """The trainer of the fit, on all devices, and the one that predicts, on this process's device alone."""
-    callbacks = list(build(cfg.callbacks).values())
+    folder: Path,
+    machine: Machine,
+    *,
+    callbacks: Sequence[Callback],
+    logger: Logger | bool = False,
+    about: Mapping[str, str] | None = None,
+    resume: bool = True,
+) -> Trainer:
+    """Fit a method, and leave it at its best weights: by validation, or the last where nothing is validated.
+
+    Parameters
+    ----------
+    folder
+        Of the run; ``checkpoints/last.ckpt`` in it, where there is one, is gone on from.
+    about
+        What a checkpoint says of the method beside its weights; plain values.
+    resume
+        False: start anew, whatever is there.
+
+    Returns
+    -------
+    Trainer
+        As it ended.
+    """
+    check_several_devices(method, data, machine.world_size)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    going_on = resume and checkpoints.last.exists()
+    if going_on:
+        checkpoint = load_checkpoint(checkpoints.last)
+        data.load_state_dict(checkpoint["SpotDataModule"])  # before weights that may not fit
+        if len(data.rows("validation")) and not checkpoints.best.exists():
+            raise InputError(
+                f"{checkpoints.best} is gone, and {checkpoints.last} alone cannot bring it back; give overwrite=true"
+            )
+        log.info("going on from %s", checkpoints.last)
+        method.load_state_dict(checkpoint["state_dict"])  # of what encoder there are features is asked next
+    choose_features(method, data)
+    callbacks = list(callbacks)
     if len(data.rows("validation")):
         # before the one that keeps the last epoch, which stores what was best so far
-        callbacks.insert(
-            0,
-            pl.callbacks.ModelCheckpoint(
-                folder / "checkpoints", filename="best", monitor="val/pearson", mode="max", enable_version_counter=False
-            ),
+        best = ModelCheckpoint(
+            checkpoints.folder, filename="best", monitor=VALIDATION, mode="max", enable_version_counter=False
         )
-    given = {**to_plain(cfg.trainer), "accelerator": device.type}
-    sync_batchnorm = given.pop("sync_batchnorm", False)
-    if getattr(model, "closed_form", False):
+        callbacks.insert(0, best)
+    plugin = WholeCheckpoints(dict(about or {}), checkpoints.best)
+    trainer = _trainer(method, folder, machine, callbacks, logger, plugin)
+    with _interruptible():
+        trainer.fit(method, datamodule=data, ckpt_path=checkpoints.last if going_on else None, weights_only=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if machine.is_first and checkpoints.best.exists():
+        method.load_state_dict(load_checkpoint(checkpoints.best)["state_dict"])
+    return trainer
+
+
+def choose_features(method: Method, data: SpotDataModule) -> None:
+    """Have data come as features from the cache, without tiles, for a method that would compute just these.
+
+    Raises
+    ------
+    InputError
+        ``data.views`` of a method that would not, or without an augmentation to draw from.
+    """
+    encoder = method.frozen_encoder
+    data.without_tiles = encoder is not None and isinstance(data.encoder, FrozenEncoder) and data.encoder.is_of(encoder)
+    if data.views and data.augmentation == "none":
+        raise InputError(f"data.views={data.views}: data.augmentation=none has one view; null would fit")
+    if data.views and not data.without_tiles:
+        raise InputError(
+            f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
+            f"that read nothing else of a tile: mclstexp, bleep, sepal, stnet with model.symmetries=false and "
+            f"model.input_scale=image_encoder; null would fit"
+        )
+    if data.without_tiles and (data.views or data.augmentation == "none"):
+        log.info("training on features in the cache: the image encoder is frozen and need not run")
+    elif data.without_tiles:
+        log.info(
+            "the frozen image encoder runs in every epoch, on tiles augmented anew; data.augmentation=none or "
+            "data.views=8 train on features in the cache, in a fraction of the time"
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Pass Ctrl-C on as what it is: Lightning exits with status 1 instead, and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
+def _trainer(
+    method: Method,
+    folder: Path,
+    machine: Machine,
+    callbacks: Sequence[Callback],
+    logger: Logger | bool,
+    checkpoint_io: WholeCheckpoints,
+) -> Trainer:
+    node = {**machine.trainer, "accelerator": machine.kind, "devices": _devices(machine)}
+    sync_batchnorm = node.pop("sync_batchnorm", False)
+    if method.closed_form:
         # one calculation: one step in which Lightning keeps a checkpoint, without optimizer or loss
-        given |= {"max_epochs": 1, "limit_train_batches": 1}
+        node |= {"max_epochs": 1, "limit_train_batches": 1}
         for message in (".*configure_optimizers. returned .None.", ".*training_step. returned .None."):
             warnings.filterwarnings("ignore", message=message)
-    of_both = {
-        "precision": precision,
-        "default_root_dir": str(folder),
-        "enable_progress_bar": sys.stderr.isatty() and ranks.rank == 0,
-    }
-    alone = given | {"devices": 1 if device.type == "cpu" else [device.index], "strategy": "auto"}
-    plugins = [WholeCheckpoints({"name": cfg.model.name, "image_encoder": cfg.image_encoder.name})]
-    if ranks.world > 1:
-        of_machine = distributed.devices_of(to_plain(cfg.trainer), device.type)
-        given["devices"] = ranks.world if device.type == "cpu" else of_machine
-        plugins += [ranks, *([distributed.SyncBatchNorm()] if sync_batchnorm else [])]
-        # what is logged is the same on every device
-        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    plugins: list[Any] = [checkpoint_io]
+    if machine.world_size > 1:
+        plugins += [SyncBatchNorm()] if sync_batchnorm else []
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on every device
     else:
-        given = alone
-    trainer = build(given, callbacks=callbacks, plugins=plugins, logger=logger, **of_both)
-    predictor = trainer if ranks.world == 1 else build(alone, logger=False, **of_both)
-    return trainer, predictor
+        node["strategy"] = "auto"
+    return build(
+        node,
+        callbacks=list(callbacks),
+        plugins=plugins,
+        logger=logger,
+        precision=machine.chosen_precision,
+        default_root_dir=str(folder),
+        enable_progress_bar=False,  # EpochLines shows one over all epochs
+    )
 
 
-def fit(ready: Ready, folder: Path) -> None:
-    """Fit, from the run's last checkpoint where there is one."""
-    last = folder / "checkpoints" / "last.ckpt"
-    there = last if last.exists() else None
-    ready.trainer.fit(ready.model, datamodule=ready.data, ckpt_path=there, weights_only=True)
+def _devices(machine: Machine) -> int | list[int]:
+    return machine.devices if machine.kind == "cuda" else len(machine.devices)
 
 
-def take_part(cfg: DictConfig, folder: Path, ranks: Ranks) -> None:
-    """Train the run in `folder` as another than its first process; write nothing."""
-    if cfg.hardware.keep_memory:
-        hardware.keep_freed_memory()
-    sections = load_sections(cfg, build(cfg.protocol))
-    fit(ready_to_fit(cfg, sections, folder, ranks, lambda stage: nullcontext(), logger=False), folder)
+def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Trainer) -> tuple[Prediction, dict]:
+    """Predict the test spots on one device, after the method chose on validation spots what it left open.
+
+    Parameters
+    ----------
+    trainer
+        Of the fit.
+
+    Returns
+    -------
+    Prediction
+        Of the test spots, in their order.
+    dict
+        What was chosen; plain values.
+    """
+    alone = trainer
+    if machine.world_size > 1:
+        node = {key: value for key, value in machine.trainer.items() if key not in ("sync_batchnorm", "num_nodes")}
+        node |= {"accelerator": machine.kind, "strategy": "auto"}
+        node["devices"] = [machine.device.index] if machine.kind == "cuda" else 1
+        alone = build(node, logger=False, precision=machine.chosen_precision, enable_progress_bar=False)
+    data.trainer = method.trainer = alone
+    chosen = method.to(machine.device).tune(data)
+    if chosen:
+        log.info("chosen: %s", chosen)
+    # of one loader, the outputs of all batches
+    with _interruptible():
+        parts: list[Prediction] = alone.predict(method, datamodule=data)  # type: ignore[assignment]
+    data.trainer = trainer
+    return Prediction.concatenate(parts), chosen
+
+
+def size_of_training(trainer: Trainer) -> dict[str, Any]:
+    """Epochs of a fit, and how many numbers all parameters of its method hold, and those that train."""
+    parameters = [(p.numel(), p.requires_grad) for p in trainer.lightning_module.parameters()]
+    return {
+        "epochs": trainer.current_epoch,
+        "parameters": {"total": sum(n for n, _ in parameters), "trained": sum(n for n, trains in parameters if trains)},
+    }
+
+
+def best_validation_score(checkpoint: Path) -> float:
+    """The validation score that a best checkpoint was kept for."""
+    states = load_checkpoint(checkpoint)["callbacks"].values()
+    return float(next(state for state in states if state.get("monitor") == VALIDATION)["best_model_score"])

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
+from stexp.arguments import NotNegative, Whole, checked
 from stexp.errors import InputError
 from stexp.evaluation.metrics import pearson_per_gene
 from stexp.evaluation.predictions import read, spacing
@@ -28,7 +29,6 @@ from stexp.evaluation.verdict import best_floor
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "online", "offline")
 ANSWER_SECONDS, START_SECONDS = 5, 30  # to wait for W&B's server, and for it to begin a run
 REFERENCE_SCORES = ("pearson_acg", "pearson_heg50", "mse")
 """Scores of floors and ceiling that are logged."""
@@ -54,9 +54,10 @@ class WandbRun(WandbLogger):
         To wait at the end for what was not yet uploaded; it stays on disk.
     """
 
+    @checked("logger")
     def __init__(
         self,
-        save_dir: str,
+        save_dir: str | Path,
         project: str,
         name: str,
         *,
@@ -64,16 +65,13 @@ class WandbRun(WandbLogger):
         group: str | None = None,
         job_type: str | None = None,
         tags: list[str] | None = None,
-        mode: str = "auto",
+        mode: Literal["auto", "online", "offline"] = "auto",
         checkpoint: bool = False,
-        maps: int = 6,
-        finish_seconds: float = 300,
+        maps: Whole = 6,
+        finish_seconds: NotNegative = 300,
     ) -> None:
-        if mode not in MODES:
-            raise InputError(f"logger.mode={mode}: choose {', '.join(MODES)}")
-        if not (isinstance(maps, int) and maps >= 0):
-            raise InputError(f"logger.maps={maps}: a whole number of at least 0 would fit")
         super().__init__(name=name, save_dir=save_dir, project=project)
+        self.folder = Path(save_dir)
         self.about = {"entity": entity, "group": group, "job_type": job_type, "tags": tags}
         self.mode, self.checkpoint, self.maps, self.finish_seconds = mode, checkpoint, maps, finish_seconds
 
@@ -90,11 +88,11 @@ class WandbRun(WandbLogger):
     def _begin(self) -> Any:
         import wandb
 
-        Path(self._save_dir).mkdir(parents=True, exist_ok=True)  # else W&B takes the temporary folder
+        self.folder.mkdir(parents=True, exist_ok=True)  # else W&B takes the temporary folder
         settings = wandb.Settings(
             init_timeout=START_SECONDS, finish_timeout=self.finish_seconds, console="off", quiet=True
         )
-        given = {"project": self._project, "name": self._name, "dir": self._save_dir, **self.about}
+        given: dict[str, Any] = {"project": self._project, "name": self._name, "dir": self._save_dir, **self.about}
         mode = self._mode(wandb)
         if mode == "online":
             try:
@@ -104,7 +102,7 @@ class WandbRun(WandbLogger):
                 mode = "offline"
         return wandb.init(**given, settings=settings, mode=mode)
 
-    def _mode(self, wandb: Any) -> str:
+    def _mode(self, wandb: Any) -> Any:
         mode = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
         if mode == "offline":
             return mode

@@ -8,9 +8,7 @@ import hashlib
 import lzma
 import os
 import shutil
-import stat
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -21,34 +19,16 @@ from stexp.errors import InputError
 LARGEST_RATIO = 200
 """Bytes that a byte of an archive may grow to; sparse count tables reach about 50, bombs 1000 and more."""
 SMALL = 64 << 20
-"""What any archive may grow to, bytes."""
+"""What any archive may grow to, bytes, where the disk has them."""
 
-_DAMAGED = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    gzip.BadGzipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,  # a compression that zipfile does not know
-    RuntimeError,  # zipfile: encrypted
-)
+_DAMAGED = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
-def unpack(archive: Path, folder: Path, replace: bool = False, limit: int | None = None) -> dict[str, dict]:
-    """Unpack a tar (plain or compressed), zip or single .gz file; all of its files appear in `folder`, or none.
+def unpack(archive: Path, folder: Path, replace: bool = False) -> dict[str, dict]:
+    """Unpack a tar (plain or compressed) or a single .gz file; all of its files appear in `folder`, or none.
 
-    Only regular files are written, with the permissions of new files.
-
-    Parameters
-    ----------
-    archive, folder
-        What to unpack, and what its paths are relative to. A file that is there already stays if it has the
-        same bytes.
-    replace
-        Whether a file with other bytes may be replaced.
-    limit
-        Bytes that all files together may have; default `LARGEST_RATIO` times the archive, at least `SMALL`.
+    Only regular files are written, with the permissions of new files. One of `folder` with other bytes is in the
+    way, unless `replace`.
 
     Returns
     -------
@@ -59,76 +39,68 @@ def unpack(archive: Path, folder: Path, replace: bool = False, limit: int | None
     ------
     InputError
         An archive that is damaged, that holds paths outside of itself, links or devices, or that grows beyond
-        the limit; a file in the way.
+        `LARGEST_RATIO` or what is free on the disk; a file, or a link out of `folder`, in the way.
     """
-    limit = limit or max(LARGEST_RATIO * archive.stat().st_size, SMALL)
     stage = folder / f".{archive.name}.unpacked"
     shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
+    stage.mkdir()
     try:
-        written = _write(archive, stage, limit)
-        others = [
-            name for name in written if (folder / name).exists() and not filecmp.cmp(stage / name, folder / name, False)
-        ]
-        if others and not replace:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            raise InputError(
-                f"{archive.name} holds {others[0]}{more}, which is in {folder} with other content; move it away, or "
-                f"data.download=replace"
-            )
-        for name in written:
+        members = _write(archive, stage)
+        for name in members:
+            target = folder / name
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{archive.name} holds {name}, which a link in {folder} leads elsewhere; remove it")
+            if not replace and target.exists() and not filecmp.cmp(stage / name, target, shallow=False):
+                raise InputError(
+                    f"{archive.name} holds {name}, which is in {folder} with other content; move it away, or "
+                    f"data.download=replace"
+                )
+        for name in members:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, folder / name)
-        return written
+        return members
     except _DAMAGED as error:
         raise InputError(f"{archive} is damaged ({error}); delete it to have it fetched again") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write(archive: Path, stage: Path, limit: int) -> dict[str, dict]:
-    written: dict[str, dict] = {}
-    left = limit
+def _write(archive: Path, stage: Path) -> dict[str, dict]:
+    """Size and SHA-256 of every file of an archive, now under `stage`."""
+    members: dict[str, dict] = {}
+    packed, free = archive.stat().st_size, shutil.disk_usage(stage).free
+    limit = left = min(max(LARGEST_RATIO * packed, SMALL), free)
     for name, stream in _members(archive):
         path = PurePosixPath(name)
         if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
             raise InputError(f"{archive} holds {name!r}, a path outside of itself; nothing was unpacked")
-        target = stage / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if stream is None:
+            raise InputError(f"{archive} holds {name!r}, which is a link or a device; nothing was unpacked")
+        (stage / path).parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with target.open("wb") as file:
+        with (stage / path).open("wb") as file:
             while block := stream.read(1 << 20):
                 left -= len(block)
                 if left < 0:
                     raise InputError(
-                        f"{archive} ({archive.stat().st_size / 1e6:,.1f} MB) grows beyond {limit / 1e6:,.0f} MB; "
-                        f"nothing was unpacked"
+                        f"{archive} ({packed / 1e6:,.1f} MB) grows beyond {limit / 1e6:,.0f} MB, with "
+                        f"{free / 1e6:,.0f} MB free; nothing was unpacked"
                     )
                 digest.update(block)
                 file.write(block)
-        written[str(path)] = {"size": target.stat().st_size, "sha256": digest.hexdigest()}
-    return written
+            members[str(path)] = {"size": file.tell(), "sha256": digest.hexdigest()}
+    return members
 
 
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of every file in an archive; anything but files and folders is refused."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as file:
-            for info in file.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise InputError(f"{archive} holds {info.filename!r}, which is a link or a device; not unpacked")
-                if not info.is_dir():
-                    with file.open(info) as stream:
-                        yield info.filename, stream
-    elif ".tar" in archive.suffixes or archive.suffix == ".tgz":
-        with tarfile.open(archive) as file:
-            for member in file:
-                if member.isreg():
-                    yield member.name, file.extractfile(member)
-                elif not member.isdir():
-                    raise InputError(f"{archive} holds {member.name!r}, which is a link or a device; not unpacked")
-            while file.fileobj.read(1 << 20):
-                pass  # up to the checksum at the end, which tarfile does not reach
-    else:
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | gzip.GzipFile | None]]:
+    """Name and content of everything but folders in an archive; None for what is no plain file."""
+    if ".tar" not in archive.suffixes and archive.suffix != ".tgz":
         with gzip.open(archive) as stream:
             yield archive.name.removesuffix(".gz"), stream
+        return
+    with tarfile.open(archive) as file:
+        for member in file:
+            if not member.isdir():
+                yield member.name, file.extractfile(member) if member.isreg() else None
+        while file.fileobj.read(1 << 20):
+            pass  # up to the checksum at the end, which tarfile does not reach

@@ -5,50 +5,29 @@ Where the files are stands in ``sources/<name>.yaml``, one per data set, and now
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import requests
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig
+from filelock import FileLock
 
-from stexp.config import write_atomically
 from stexp.data.download.archives import unpack
+from stexp.data.download.hub import SCHEME, download_from_hub, hub_files
+from stexp.data.download.record import Record, file_hash, mismatch
 from stexp.data.download.sources import Entry, mirrored, read_source
-from stexp.data.download.transfer import (
-    Failed,
-    Patience,
-    Unreachable,
-    discard,
-    download,
-    file_hash,
-    length,
-    mismatch,
-    not_whole,
-    size_at,
-)
+from stexp.data.download.transfer import Failed, Patience, Unreachable, discard, download, length
+from stexp.data.progress import progress
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
-RECORD = ".stexp-downloads.json"
-"""In the root: SHA-256 of files whose source states no hash, and of what archives held."""
-
-
-def fetch_configured(data: DictConfig) -> None:
-    """`fetch` as a data set's config says: ``source``, ``download``, ``mirror``, ``keep_archives``; none, nothing."""
-    if data.get("source") is not None:
-        settings = (data.download, data.get("mirror"), data.get("keep_archives", False))
-        fetch(data.source, data.root, data.sections, *settings)
+WORKERS = 4
+"""Files that are read, or downloaded, at a time."""
 
 
 def fetch(
@@ -56,7 +35,7 @@ def fetch(
     root: str | Path,
     sections: Iterable[str] | str | int | None = None,
     mode: str = "auto",
-    mirror: str | Path | None = None,
+    mirror: str | Path | Iterable[str] | None = None,
     keep_archives: bool = False,
     patience: Patience | None = None,
 ) -> None:
@@ -74,7 +53,8 @@ def fetch(
         ``auto``: fetch what is missing, refuse what is there and does not verify; ``replace``: fetch that again
         too; ``never``: nothing at all.
     mirror
-        Address (https or http) or folder that has the same relative paths, in place of the public source.
+        Addresses (https or http) or folders that have the same relative paths, in place of the public source; one,
+        or several that are tried in order.
     keep_archives
         Whether archives stay after they were unpacked.
 
@@ -88,304 +68,171 @@ def fetch(
         raise InputError(f"data.download={mode}: choose auto, never or replace")
     if mode == "never":
         return
-    source, root, patience = read_source(name), Path(root), patience or Patience()
-    if source.by_hand and not (root / source.needs).exists():
-        raise InputError(f"{name} is not in {root} and cannot be downloaded for you: {source.by_hand}")
-    if not source.files:
-        return
-    first = Path(source.files[0].path).parts[0]
-    if source.nested and not (root / first).exists() and (root / source.nested / first).exists():
-        root = root / source.nested
+    source, root = read_source(name), Path(root)
     wanted = {str(section) for section in ([sections] if isinstance(sections, str | int) else sections or ())}
-    files = [file for file in source.files if not wanted or not file.sections or wanted & {*file.sections}]
+    if source.hub:
+        files = hub_files(source, root, wanted)
+    else:
+        first = Path(source.files[0].path).parts[0]
+        if source.nested and not (root / first).exists() and (root / source.nested / first).exists():
+            root = root / source.nested
+        files = [file for file in source.files if not wanted or not file.sections or wanted & {*file.sections}]
     if mirror is not None:
-        files = mirrored(files, str(mirror))
-    present = sum(length(root / file.path) for file in files)
-    if present > 1e9:
-        log.info("%s: verifying %s in %s", name, _bytes(present), root)
-    todo = _not_verified(files, root, _read_record(root), mode, name)
-    if set(todo.values()) == {"kept"} and not os.access(root, os.W_OK):
-        log.warning("%s: %d files in %s have no hash to verify, and none can be recorded there", name, len(todo), root)
-        return
-    if todo:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):  # somebody else may have brought some of them while this one waited
-            known = _read_record(root)
-            todo = _not_verified(list(todo), root, known, mode, name)
-            _complete(name, len(files), todo, root, known, mode == "replace", keep_archives, patience)
-    log.info("%s: %d of %d files are there and verify", name, len(files), len(files))
+        files = mirrored(files, [str(mirror)] if isinstance(mirror, str | Path) else [*mirror])
+    _Fetch(name, root, files, mode == "replace", keep_archives, patience or Patience()).run()
 
 
-# ------------------------------------------------------------------ what is there
+class _Fetch:
+    """One call of `fetch`, its files chosen."""
 
+    def __init__(
+        self, name: str, root: Path, files: list[Entry], replace: bool, keep_archives: bool, patience: Patience
+    ) -> None:
+        self.name, self.root, self.files = name, root, files
+        self.replace, self.keep_archives, self.patience = replace, keep_archives, patience
+        self.stop, self.unreachable = threading.Event(), set[str]()
+        self.record: Record
 
-def _not_verified(files: list[Entry], root: Path, known: dict, mode: str, name: str) -> dict[Entry, str]:
-    """The files that need something, and their state; refused where one is wrong, unless it is to be replaced."""
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter free
-        found = dict(zip(files, pool.map(lambda file: _find(file, root, known.get(file.path, {})), files), strict=True))
-    wrong = [detail for state, detail in found.values() if state == "wrong"]
-    if wrong and mode != "replace":
-        raise InputError(
-            f"{name}: {len(wrong)} of {len(files)} files in {root} do not verify: {_some(wrong)}; move them away, or "
-            f"data.download=replace fetches them again"
+    def run(self) -> None:
+        states = self.unverified(self.files)
+        if set(states.values()) == {"kept"} and not os.access(self.root, os.W_OK):
+            log.warning("%s: %d files have no hash to verify; %s is read-only", self.name, len(states), self.root)
+            return
+        if states:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / ".stexp-downloads.lock"):
+                self.complete(self.unverified(list(states)))  # another process may have brought some in between
+        log.info("%s: %d of %d files are there and verify", self.name, len(self.files), len(self.files))
+
+    def unverified(self, files: list[Entry]) -> dict[Entry, str]:
+        """State of the files that need something; InputError where one is wrong and not to be replaced."""
+        self.record = Record(self.root)
+        with ThreadPoolExecutor(WORKERS) as pool:  # hashing leaves the interpreter free
+            states = dict(zip(files, pool.map(self.record.state, files), strict=True))
+        wrong = [detail for state, detail in states.values() if state == "wrong"]
+        if wrong and not self.replace:
+            raise InputError(
+                f"{self.name}: {len(wrong)} of {len(files)} files in {self.root} do not verify: {_some(wrong)}; move "
+                f"them away, or data.download=replace fetches them again"
+            )
+        return {file: state for file, (state, _) in states.items() if state != "verified"}
+
+    def complete(self, states: dict[Entry, str]) -> None:
+        """Bring and unpack what is not there; keep the record."""
+        kept = [file for file, state in states.items() if state == "kept"]
+        for file in kept:
+            self.record.note_as_is(file)
+        if kept:
+            log.info(
+                "%s: %d files were there and nothing states their hash: taken as they are, recorded in %s and compared "
+                "from now on",
+                *(self.name, len(kept), self.record.path),
+            )
+        rest = {file: state for file, state in states.items() if state != "kept"}
+        if not rest:
+            return
+        self.announce([file for file, state in rest.items() if state != "packed"], len(self.files) - len(rest))
+        failed = self.bring_all(rest)
+        if failed:
+            raise InputError(
+                f"{self.name}: {len(failed)} of {len(rest)} files did not arrive: {_some(failed)}; "
+                f"{len(rest) - len(failed)} are finished, the same command goes on from there; data.download=never "
+                f"does with what is in {self.root}"
+            )
+        if unstated := sum(not file.hash for file in rest):
+            log.info("%s: the source states no hash of %d files: recorded in %s", self.name, unstated, self.record.path)
+
+    def announce(self, files: list[Entry], present: int) -> None:
+        """Say how much is to come; InputError where the disk has not that much."""
+        to_come = sum(max(0, file.size - length(_part(self.root / file.path))) for file in files if file.size)
+        unknown = sum(file.size is None for file in files)
+        more = f" and {unknown} of unknown size" if unknown else ""
+        free = shutil.disk_usage(self.root).free
+        message = (
+            f"{self.name}: {present} of {len(self.files)} files are there, {len(files)} are to come "
+            f"({_bytes(to_come)}{more}); {_bytes(free)} are free in {self.root}"
         )
-    return {file: state for file, (state, _) in found.items() if state != "verified"}
+        if to_come > free:
+            raise InputError(message)
+        log.info(message)
 
-
-def _find(file: Entry, root: Path, known: dict) -> tuple[str, str]:
-    """State of a file, and what is wrong with it.
-
-    ``verified``; ``kept``: there, with nothing to compare it with; ``packed``: an archive that waits to be
-    unpacked; ``missing``; ``wrong``.
-    """
-    path = root / file.path
-    if not file.unpack and path.exists():
-        expected = file.hash or known.get("hash")
-        wrong = mismatch(path, file.size, expected) or ("" if file.hash else not_whole(path, file.path))
-        return ("wrong", f"{file.path} {wrong}") if wrong else ("verified" if expected else "kept", "")
-    members = known.get("members", {})
-    there = [name for name in members if (root / name).is_file()]
-    for name in there:
-        wrong = mismatch(root / name, members[name]["size"], f"sha256:{members[name]['sha256']}")
-        if wrong:
-            return "wrong", f"{name} {wrong}"
-    if members and len(there) == len(members):
-        return "verified", ""
-    if file.unpack and path.exists():
-        wrong = mismatch(path, file.size, file.hash or known.get("hash"))
-        return ("wrong", f"{file.path} {wrong}") if wrong else ("packed", "")
-    return ("kept" if not members and _by_hand(file, root) else "missing"), ""
-
-
-def _by_hand(file: Entry, root: Path) -> list[Path]:
-    """The files that somebody unpacked from an archive or a .gz, where all of `gives` is there."""
-    gives = file.gives or ((file.path.removesuffix(".gz"),) if file.path.endswith(".gz") else ())
-    if not gives or not all((root / name).exists() for name in gives):
-        return []
-    there = [root / name for name in gives]
-    inside = [path for folder in there if folder.is_dir() for path in folder.rglob("*")]
-    return sorted(path for path in there + inside if path.is_file())
-
-
-def _read_record(root: Path) -> dict:
-    path = root / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(facts, dict) for facts in record.values()):
-            raise ValueError("not a table of files")
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); delete it, and what is there is recorded again as it is"
-        ) from None
-    return record
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    lock = FileLock(root / ".stexp-downloads.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        log.info("somebody else is downloading into %s; waiting", root)
-        held = lock.acquire()
-    with held:
-        yield
-
-
-# ------------------------------------------------------------------ bringing the rest
-
-
-def _complete(
-    name: str,
-    n_files: int,
-    todo: dict[Entry, str],
-    root: Path,
-    known: dict,
-    overwrite: bool,
-    keep_archives: bool,
-    patience: Patience,
-) -> None:
-    """Fetch and unpack what is not there; keep the record."""
-    noting, stop, unreachable = threading.Lock(), threading.Event(), set()
-
-    def note(file: Entry, facts: dict) -> None:
-        with noting:
-            known[file.path] = facts
-            write_atomically(root / RECORD, json.dumps(known, indent=1, sort_keys=True))
-
-    kept = [file for file, state in todo.items() if state == "kept"]
-    for file in kept:
-        note(file, _as_it_is(file, root))
-    if kept:
-        log.info(
-            "%s: %d files were there and nothing states their hash: taken as they are, recorded in %s and compared "
-            "from now on",
-            *(name, len(kept), root / RECORD),
-        )
-    todo = {file: state for file, state in todo.items() if state != "kept"}
-    if not todo:
-        return
-    with requests.Session() as session:
-        asked = [file for file, state in todo.items() if state != "packed"]
-        total = _announce(f"{name}: {n_files - len(todo)} of {n_files} files are there", asked, root, session, patience)
-        begun = sum(length(_part(file, root)) for file in asked)
-        with _progress(name, len(todo), total, begun) as advance:
-
-            def bring(file: Entry) -> None:
-                target = root / file.path
-                expected = file.hash or (None if overwrite else known.get(file.path, {}).get("hash"))
-                if todo[file] != "packed":
-                    host = urlsplit(file.url).netloc
-                    if host in unreachable:
-                        raise Failed(f"no connection to {host}")
+    def bring_all(self, files: dict[Entry, str]) -> list[str]:
+        """Bring every file; what failed, and why. Anything unforeseen, and an interrupt, ends all of them."""
+        failed = []
+        at_hub = any(url.startswith(SCHEME) for file in files for url in file.url)  # whose client has its own threads
+        with progress(len(files), self.name, "files") as advance, ThreadPoolExecutor(1 if at_hub else WORKERS) as pool:
+            jobs = {pool.submit(self.bring, file, state == "packed"): file for file, state in files.items()}
+            try:
+                for job in as_completed(jobs):
                     try:
-                        _transfer(file, expected, _part(file, root), session, patience, stop, advance)
-                    except Unreachable:
-                        unreachable.add(host)
-                        raise
-                    os.replace(_part(file, root), target)
-                    discard(_part(file, root))
-                expected = expected or file_hash(target, "sha256")  # of what `_transfer` found whole
-                if file.unpack:
-                    folder = Path(file.path).parent
-                    members = unpack(target, target.parent, overwrite)
-                    members = {(folder / member).as_posix(): facts for member, facts in members.items()}
-                    note(file, {"from": file.url, "hash": expected, "members": members})
-                    if not keep_archives:
-                        target.unlink()
-                elif not file.hash:
-                    note(file, {"from": file.url, "hash": expected})
-                advance(0, 1)
+                        job.result()
+                    except (Failed, InputError) as error:
+                        failed.append(f"{jobs[job].path} ({error})")
+                    advance(1)
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return sorted(failed)
 
-            failed = _in_parallel(bring, list(todo), stop, patience.workers)
-    if failed:
-        raise InputError(
-            f"{name}: {len(failed)} of {len(todo)} files did not arrive: {_some(failed)}; {len(todo) - len(failed)} "
-            f"are finished, the same command goes on from there; data.download=never does with what is in {root}"
-        )
-    unstated = sum(not file.hash for file in todo)
-    if unstated:
-        log.info("%s: the source states no hash of %d files: recorded in %s", name, unstated, root / RECORD)
-
-
-def _in_parallel(bring: Callable[[Entry], None], files: list[Entry], stop: threading.Event, workers: int) -> list[str]:
-    """Bring every file; what failed, and why. Anything unforeseen, and an interrupt, ends all of them."""
-    failed = []
-    with ThreadPoolExecutor(workers) as pool:
-        under_way = {pool.submit(bring, file): file for file in files}
+    def bring(self, file: Entry, packed: bool) -> None:
+        """Put a file, or what it holds, where it belongs, and record it."""
+        target, expected = self.root / file.path, file.hash if self.replace else self.record.expected(file)
         try:
-            for done in as_completed(under_way):
-                try:
-                    done.result()
-                except (Failed, InputError) as error:
-                    failed.append(f"{under_way[done].path} ({error})")
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return sorted(failed)
+            if not packed:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.transfer(file, expected)
+                os.replace(_part(target), target)
+                discard(_part(target))
+            facts: dict[str, object] = {"from": file.url[0], "hash": expected or file_hash(target, "sha256")}
+            if file.unpack:
+                members = unpack(target, target.parent, self.replace)
+                folder = Path(file.path).parent
+                facts["members"] = {(folder / name).as_posix(): member for name, member in members.items()}
+            if file.unpack or not file.hash or file.url[0].startswith(SCHEME):
+                self.record.note(file, facts)
+            if file.unpack and not self.keep_archives:
+                target.unlink()
+        except OSError as error:  # a full disk, no permission
+            raise Failed(error.strerror or str(error)) from None
 
+    def transfer(self, file: Entry, expected: str | None) -> None:
+        """Bring the right bytes of a file beside its place, from the first of its addresses that has them."""
+        part, reasons = _part(self.root / file.path), []
+        for url in file.url:
+            try:
+                self.copy(url, part, file.size)
+            except (Failed, InputError) as error:
+                reasons.append(str(error))
+                continue
+            problem = mismatch(part, file.size, expected)
+            if not problem:
+                return
+            discard(part)
+            reasons.append(f"wrong bytes {problem}")
+        raise Failed("; ".join(reasons))
 
-def _transfer(
-    file: Entry,
-    expected: str | None,
-    part: Path,
-    session: requests.Session,
-    patience: Patience,
-    stop: threading.Event,
-    advance: Callable[[int], None],
-) -> None:
-    """Bring the right bytes to `part`; wrong ones are thrown away and asked for once more."""
-    for last in (False, True):
-        if urlsplit(file.url).scheme in ("http", "https"):
-            download(session, file.url, part, patience, file.size, expected is not None, stop, advance)
+    def copy(self, url: str, part: Path, size: int | None) -> None:
+        host = urlsplit(url).netloc
+        if url.startswith(SCHEME):
+            download_from_hub(url, part)
+        elif urlsplit(url).scheme not in ("http", "https"):
+            if not Path(url).is_file():
+                raise Failed(f"{url} does not exist")
+            discard(part)
+            shutil.copyfile(url, part)
+        elif host in self.unreachable:
+            raise Failed(f"no connection to {host}")
         else:
             try:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file.url, part)
-            except FileNotFoundError:
-                raise Failed(f"{file.url} does not exist") from None
-            advance(length(part))
-        wrong = mismatch(part, file.size, expected) or ("" if expected else not_whole(part, file.path))
-        if not wrong:
-            return
-        advance(-length(part))
-        discard(part)
-        if last:
-            raise Failed(f"wrong bytes, twice {wrong}")
-        log.warning("%s: wrong bytes %s; asking once more", file.path, wrong)
+                download(url, part, size, self.patience, self.stop)
+            except Unreachable:
+                self.unreachable.add(host)
+                raise
 
 
-def _part(file: Entry, root: Path) -> Path:
-    target = root / file.path
+def _part(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
-
-
-def _as_it_is(file: Entry, root: Path) -> dict:
-    """The record of a file, or of what somebody unpacked of it, for want of anything to compare it with."""
-    if not file.unpack and (root / file.path).exists():
-        return {"hash": file_hash(root / file.path, "sha256")}
-    members = {}
-    for path in _by_hand(file, root):
-        digest = file_hash(path, "sha256").removeprefix("sha256:")
-        members[path.relative_to(root).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-    return {"members": members}
-
-
-def _announce(there: str, files: list[Entry], root: Path, session: requests.Session, patience: Patience) -> int | None:
-    """Say how much is to come, and refuse where it does not fit. Returns the bytes of all, where all are known."""
-    unreachable = set()
-
-    def size_of(file: Entry) -> int | None:
-        address = urlsplit(file.url)
-        if file.size is not None or address.netloc in unreachable:
-            return file.size
-        if address.scheme not in ("http", "https"):
-            return length(Path(file.url))
-        try:
-            return size_at(session, file.url, patience)
-        except Unreachable:  # which the download will say
-            unreachable.add(address.netloc)
-            return None
-
-    with ThreadPoolExecutor(patience.workers) as pool:
-        sizes = list(pool.map(size_of, files))
-    told = sum(size for size in sizes if size is not None)
-    left = max(0, told - sum(length(_part(file, root)) for file in files))
-    unknown = sizes.count(None)
-    free = shutil.disk_usage(root).free
-    more = f" and {unknown} of unknown size" if unknown else ""
-    to_come = f"{there}, {len(files)} are to come ({_bytes(left)}{more}); {_bytes(free)} are free in {root}"
-    if left > free:
-        raise InputError(to_come)
-    log.info(to_come)
-    return None if unknown else told
-
-
-@contextmanager
-def _progress(name: str, files: int, total: int | None, begun: int) -> Iterator[Callable[..., None]]:
-    """A function that is told of bytes and files: a bar on a terminal, else a line of the log now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console, telling = Console(stderr=True), threading.Lock()
-    done, finished, started, said = begun, 0, time.monotonic(), time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{name} 0/{files}", total=total, completed=begun)
-
-        def advance(n_bytes: int, n_files: int = 0) -> None:
-            nonlocal done, finished, said
-            with telling:
-                done, finished, now = done + n_bytes, finished + n_files, time.monotonic()
-                bar.update(task, completed=done, description=f"{name} {finished}/{files}")
-                if bar.disable and now - said > 10:
-                    said, speed = now, _bytes((done - begun) / (now - started))
-                    log.info("%s: %d of %d files, %s, %s/s", name, finished, files, _bytes(done), speed)
-
-        yield advance
 
 
 def _bytes(n: float) -> str:

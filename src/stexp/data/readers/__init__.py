@@ -1,1 +1,1 @@
-"""One file per data set layout, each with ``read(root, ...) -> list[Section]``."""
+"""One file per data set layout, each with ``read_<name>(root, ...) -> list[Section]``."""

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp.data.readers.visium import find_counts, find_image, read_section
+from stexp.data.readers.paths import choose_sections, data_folder
+from stexp.data.readers.spaceranger import find_counts
+from stexp.data.readers.text import read_table
+from stexp.data.readers.visium import find_image, read_section
 from stexp.data.section import Section
 from stexp.errors import InputError
 
@@ -26,7 +29,9 @@ PATIENTS = {"block1": "blockA", "block2": "blockA"}
 """Sections 1 and 2 were cut from one block; every other section is the only one of its patient."""
 
 
-def read(root: str | Path, sections: list[str] | None = None, gene_table: str | Path | None = None) -> list[Section]:
+def read_alex10x(
+    root: str | Path, sections: list[str] | None = None, gene_table: str | Path | None = None
+) -> list[Section]:
     """The sections that are there, in the order of the paper's folds.
 
     Parameters
@@ -52,12 +57,9 @@ def read(root: str | Path, sections: list[str] | None = None, gene_table: str | 
     InputError
         None of the sections is there, or a file does not hold what it should.
     """
-    root = Path(root)
-    known = [*WU, *TENX]
-    unknown = sorted(set(sections or ()) - set(known))
-    if unknown:
-        raise InputError(f"no section {', '.join(unknown)} in Alex+10x; it has {', '.join(known)}")
-    wanted = [name for name in known if sections is None or name in sections]
+    names = [*WU, *TENX]
+    root = data_folder(root, lambda folder: any(_folder(folder, name).is_dir() for name in names), below=("alex10x",))
+    wanted = choose_sections(names, sections, "Alex+10x")
     there = [name for name in wanted if _folder(root, name).is_dir()]
     if not there:
         raise InputError(
@@ -86,10 +88,10 @@ def _read_wu(root: Path, name: str, gene_table: str | Path | None) -> Section:
 def _read_labels(file: Path) -> pd.Series | None:
     if not file.is_file():
         return None
-    try:
-        labels = pd.read_csv(file, index_col=0, dtype=str)["Classification"]
-    except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"{file} is no table with a column Classification: {error}") from error
+    table = read_table(file, "labels", index_col=0, dtype=str)
+    if "Classification" not in table:
+        raise InputError(f"{file} is no table with a column Classification; it has {', '.join(map(str, table))}")
+    labels = table["Classification"]
     return labels[~labels.index.duplicated()]
 
 

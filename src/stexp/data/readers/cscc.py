@@ -13,10 +13,13 @@ from pathlib import Path
 import pandas as pd
 
 from stexp.data.gene_names import harmonise
-from stexp.data.readers.formats import read_counts, read_positions, um_per_px
-from stexp.data.section import Section, join
+from stexp.data.join import join
+from stexp.data.readers.formats import read_all_positions, read_counts, um_per_px
+from stexp.data.readers.paths import choose_sections, user_path
+from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
+from stexp.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ apart. So says the laboratory's own software (STUtility, R/image_processing.R, p
 SECTION = r"(?:.*_)?(P(\d+)_ST_rep(\d+))_stdata\.tsv(?:\.gz)?"
 
 
-def read(
+def read_cscc(
     root: str | Path,
     sections: list[str] | None = None,
     gene_table: str | Path | None = None,
@@ -62,18 +65,16 @@ def read(
     InputError
         Folder, section or file that is not there, that is there twice, or that does not hold what it should.
     """
-    root = Path(root)
+    root = user_path(root)
+    root = root.parent if root.is_file() else root
     files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")) if root.is_dir() else []
-    found = [match for path in files if (match := re.fullmatch(SECTION, path.name))]
-    found.sort(key=lambda match: (int(match[2]), int(match[3])))
-    names = list(dict.fromkeys(match[1] for match in found))
+    tables = [match for path in files if (match := re.fullmatch(SECTION, path.name))]
+    tables.sort(key=lambda match: (int(match[2]), int(match[3])))
+    names = list(dict.fromkeys(match[1] for match in tables))
     if not names:
         raise InputError(f"{root} has no <GEO number>_P<patient>_ST_rep<n>_stdata.tsv or .tsv.gz (data.root=)")
-    unknown = sorted(set(sections or ()) - set(names))
-    if unknown:
-        raise InputError(f"no section {', '.join(unknown)} in {root}; there are {', '.join(names)}")
-    wanted = [name for name in names if sections is None or name in sections]
-    return [_read_section(root, files, name, gene_table, Path(cache_dir)) for name in wanted]
+    wanted = choose_sections(names, sections, root)
+    return [_read_section(root, files, name, gene_table, user_path(cache_dir)) for name in wanted]
 
 
 def _read_section(root: Path, files: list[Path], name: str, gene_table: str | Path | None, cache_dir: Path) -> Section:
@@ -81,9 +82,10 @@ def _read_section(root: Path, files: list[Path], name: str, gene_table: str | Pa
     table = _one(files, f"{name}_stdata.tsv")
     selection = _one(files, f"spot_data-selection-{name}.tsv")
     image = _one(files, f"{name}.jpg")
+    assert table is not None  # it gave the section its name
     if selection is None:
         raise InputError(f"{where}: {root} has no spot_data-selection-{name}.tsv or .tsv.gz")
-    positions = read_positions(selection)
+    positions = read_all_positions(selection)
     counts = read_counts(table, positions.index)
     on_tissue = counts.obs_names.isin(positions.index)
     spots = harmonise(join(counts[on_tissue], positions, where), gene_table, where)
@@ -99,8 +101,8 @@ def _read_section(root: Path, files: list[Path], name: str, gene_table: str | Pa
 
 def _one(files: list[Path], ending: str) -> Path | None:
     """The file of this name, after a GEO number or alone; as it is rather than packed."""
-    found = [path for path in files if re.fullmatch(rf"(.*_)?{re.escape(ending)}(\.gz)?", path.name)]
-    plain = [path for path in found if path.suffix != ".gz"] or found
+    matching = [path for path in files if re.fullmatch(rf"(.*_)?{re.escape(ending)}(\.gz)?", path.name)]
+    plain = [path for path in matching if path.suffix != ".gz"] or matching
     if len(plain) > 1:
         raise InputError(f"{len(plain)} files are called {ending}: {', '.join(map(str, plain))}; keep one")
     return plain[0] if plain else None
@@ -128,13 +130,9 @@ def _unpacked(image: Path, cache_dir: Path) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with gzip.open(image) as packed, part.open("wb") as file:
+        with replacing(target) as part, gzip.open(image) as packed, part.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
-        os.replace(part, target)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"image {image} cannot be unpacked ({error}); fetch the file again") from None
-    finally:
-        part.unlink(missing_ok=True)
     return target

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from stexp.data.demo import write_demo
 from stexp.data.readers import samplesheet
+from stexp.data.readers.paths import user_path
 from stexp.data.section import Section
 
 
-def read(root: str | Path, seed: int = 0, patients: int = 4, sections_per_patient: int = 2) -> list[Section]:
+def read_demo(root: str | Path, seed: int = 0, patients: int = 4, sections_per_patient: int = 2) -> list[Section]:
     """Sections of the demo data in `root`; see `write_demo` for the arguments.
 
     Demo data made with other arguments is replaced; other files are not touched.
     """
-    sheet = write_demo(root, patients=patients, sections_per_patient=sections_per_patient, seed=seed)
-    return samplesheet.read(sheet)
+    sheet = write_demo(user_path(root), patients=patients, sections_per_patient=sections_per_patient, seed=seed)
+    return samplesheet.read_samplesheet(sheet)

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp.data.readers import formats as tables
-from stexp.data.section import Section, join
+from stexp.data.join import join
+from stexp.data.readers.formats import read_all_positions, read_counts, spot_ids, um_per_px
+from stexp.data.readers.paths import choose_sections, data_folder
+from stexp.data.readers.text import read_table
+from stexp.data.section import Section
+from stexp.data.slides.formats import SUFFIXES, is_litter, slide_name
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
 PITCH_UM = 200.0
 """Distance between neighbouring spots of the legacy Spatial Transcriptomics array, centre to centre."""
 
-IMAGES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
 
-
-def read(root: str | Path, sections: list[str] | None = None) -> list[Section]:
+def read_her2st(root: str | Path, sections: list[str] | None = None) -> list[Section]:
     """Sections of HER2+, in name order.
 
     Parameters
@@ -40,30 +42,26 @@ def read(root: str | Path, sections: list[str] | None = None) -> list[Section]:
     InputError
         Folder or section that is not there, or a file that does not hold what it should.
     """
-    root = _data_folder(Path(root))
+    root = data_folder(root, _is_data, below=("data", "her2st", "her2st/data"))
+    if not _is_data(root):
+        raise InputError(
+            f"{root} is not HER2+: need the folders ST-cnts and ST-spotfiles in it; name the folder that has them with "
+            f"data.root=, or set STEXP_DATA to the folder that holds her2st"
+        )
     counts = {path.name.split(".")[0]: path for path in _files(root / "ST-cnts") if ".tsv" in path.suffixes}
     if not counts:
         raise InputError(f"no counts in {root / 'ST-cnts'}: need <section>.tsv.gz or <section>.tsv")
-    unknown = sorted(set(sections or ()) - set(counts))
-    if unknown:
-        raise InputError(f"no section {', '.join(unknown)} in {root}; there are {', '.join(sorted(counts))}")
-    return [_read_section(root, name, counts[name]) for name in sorted(counts if sections is None else set(sections))]
+    return [_read_section(root, name, counts[name]) for name in choose_sections(sorted(counts), sections, root)]
 
 
-def _data_folder(root: Path) -> Path:
-    for folder in (root, root / "data"):
-        if (folder / "ST-cnts").is_dir() and (folder / "ST-spotfiles").is_dir():
-            return folder
-    raise InputError(
-        f"{root} is not HER2+: need the folders ST-cnts and ST-spotfiles in it; name the folder that has them with "
-        f"data.root=, or set STEXP_DATA to the folder that holds her2st"
-    )
+def _is_data(folder: Path) -> bool:
+    return (folder / "ST-cnts").is_dir() and (folder / "ST-spotfiles").is_dir()
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_file() and not is_litter(path))
 
 
 def _read_section(root: Path, name: str, table: Path) -> Section:
@@ -71,11 +69,12 @@ def _read_section(root: Path, name: str, table: Path) -> Section:
     labels = root / "ST-pat" / "lbl" / f"{name}_labeled_coordinates.tsv"
     image = _find_image(root / "ST-imgs", name)
 
-    positions = _read_columns(selection, ["x", "y", "new_x", "new_y", "pixel_x", "pixel_y"])
-    positions.index = tables.spot_ids(positions["x"], positions["y"])
-    um_per_px = tables.um_per_px(positions, PITCH_UM, selection)
-    positions = positions.rename(columns={"x": "array_x", "y": "array_y"})
-    spots = join(tables.read_counts(table), positions, f"section {name}")
+    if not selection.is_file():
+        raise InputError(f"{selection} does not exist; every section with counts needs it")
+    positions = read_all_positions(selection)
+    if not {"new_x", "new_y"} <= set(positions):
+        raise InputError(f"spots {selection} lacks new_x and new_y, of which the scale is fitted")
+    spots = join(read_counts(table, positions.index), positions, f"section {name}")
     if labels.is_file():
         spots.obs["label"] = _read_labels(labels).reindex(spots.obs_names)
     return Section(
@@ -83,7 +82,7 @@ def _read_section(root: Path, name: str, table: Path) -> Section:
         patient=name[0],
         spots=spots,
         slide=None if image is None else Slide(image),
-        um_per_px=um_per_px,
+        um_per_px=um_per_px(positions, PITCH_UM, selection),
         files=tuple(path for path in (table, selection, image, labels) if path is not None and path.is_file()),
     )
 
@@ -91,27 +90,16 @@ def _read_section(root: Path, name: str, table: Path) -> Section:
 def _find_image(folder: Path, name: str) -> Path | None:
     """The image of a section: the only one in a folder named like it, else a file named like it."""
     for parent in (folder / name[0], folder):
-        inside = [path for path in _files(parent / name) if path.suffix.lower() in IMAGES]
-        images = inside or [path for path in _files(parent) if path.stem == name and path.suffix.lower() in IMAGES]
+        inside = [path for path in _files(parent / name) if path.suffix.lower() in SUFFIXES]
+        images = inside or [
+            path for path in _files(parent) if slide_name(path) == name and path.suffix.lower() in SUFFIXES
+        ]
         if len(images) > 1:
-            found = ", ".join(path.name for path in images)
-            raise InputError(f"section {name}: {len(images)} images ({found}) in {images[0].parent}; need one")
+            names = ", ".join(path.name for path in images)
+            raise InputError(f"section {name}: {len(images)} images ({names}) in {images[0].parent}; need one")
         if images:
             return images[0]
     return None
-
-
-def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; every section with counts needs it")
-    try:
-        table = pd.read_csv(path, sep="\t")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a tab-separated table: {error}") from None
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    return table
 
 
 def _read_labels(path: Path) -> pd.Series:
@@ -121,8 +109,12 @@ def _read_labels(path: Path) -> pd.Series:
     ``pixel_x`` and ``pixel_y`` belong to a smaller, upside-down picture and join with nothing. Rows without
     coordinates (one in F1, eight in G2) name no spot and are left out.
     """
-    table = _read_columns(path, ["x", "y", "label"]).dropna(subset=["x", "y"])
-    labels = table["label"].set_axis(tables.spot_ids(table["x"], table["y"]))
+    table = read_table(path, "labels")
+    missing = [column for column in ("x", "y", "label") if column not in table]
+    if missing:
+        raise InputError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+    table = table.dropna(subset=["x", "y"])
+    labels = table["label"].set_axis(spot_ids(table["x"], table["y"]))
     if not labels.index.is_unique:
         raise InputError(f"{path}: {int(labels.index.duplicated().sum())} labels for spots that have one already")
     return labels

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
 from stexp.data.gene_names import harmonise
-from stexp.data.readers.formats import checked_csr
+from stexp.data.readers.h5ad import counts_of, read_h5ad
+from stexp.data.readers.paths import choose_sections, data_folder
+from stexp.data.readers.text import read_table
 from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
@@ -23,11 +23,8 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("id", "dataset_title", "species", "organ", "patient", "st_technology", "pixel_size_um_estimated")
 
-# what Xenium counts beside genes, to see its errors
-CONTROLS = r"^(?:NegControl|BLANK|UnassignedCodeword|DeprecatedCodeword|Intergenic_?Region|antisense_)"
 
-
-def read(
+def read_hest(
     root: str | Path,
     sections: list[str] | None = None,
     species: str | Sequence[str] | None = None,
@@ -61,17 +58,17 @@ def read(
     InputError
         Nothing passes the filters, more than one species does, or a file does not hold what it should.
     """
-    root = Path(root)
+    root = data_folder(root, lambda folder: (folder / "st").is_dir(), below=("hest",))
     if not (root / "st").is_dir():
         raise InputError(f"{root} is not HEST-1k: need the folders st and wsis, and HEST_v<version>.csv (data.root=)")
     table = read_metadata(root)
     patients = donors(table)
     there = {path.stem for path in (root / "st").glob("*.h5ad") if not path.name.startswith(".")}
-    asked = there if sections is None else set(sections)
-    for names, place in ((asked - there, root / "st"), (asked - set(table.index), "the metadata")):
-        if names:
-            raise InputError(f"no section {_some(names)} in {place}; there are {_some(there & set(table.index))}")
-    rows = table.loc[sorted(asked, key=_id_order)]
+    wanted = choose_sections(sorted(there, key=_id_order), sections, root / "st")
+    unlisted = set(wanted) - set(table.index)
+    if unlisted:
+        raise InputError(f"no section {_some(unlisted)} in the metadata; there are {_some(there & set(table.index))}")
+    rows = table.loc[wanted]
     for key, column, values in (
         ("species", "species", species),
         ("technology", "st_technology", technology),
@@ -80,8 +77,8 @@ def read(
         rows = _keep(rows, key, column, values)
     n = rows["species"].value_counts()
     if len(n) != 1 or not n.index[0]:
-        found = ", ".join(f"{name or 'none given'} ({count} sections)" for name, count in n.items())
-        raise InputError(f"sections of {len(n)} species: {found or 'none'}; choose one with data.species=")
+        counted = ", ".join(f"{name or 'none given'} ({count} sections)" for name, count in n.items())
+        raise InputError(f"sections of {len(n)} species: {counted or 'none'}; choose one with data.species=")
     log.info("%d sections of %s pass the filters; %d have counts in %s", len(rows), n.index[0], len(there), root / "st")
     return [_read_section(root, row, patients[row.name], gene_table) for _, row in rows.iterrows()]
 
@@ -91,10 +88,7 @@ def read_metadata(root: Path) -> pd.DataFrame:
     files = sorted(root.glob("HEST_v*.csv"), key=lambda path: [int(part) for part in re.findall(r"\d+", path.stem)])
     if not files:
         raise InputError(f"{root} has no HEST_v<version>.csv, which says species, patient and scale of the sections")
-    try:
-        table = pd.read_csv(files[-1], dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise InputError(f"{files[-1]} cannot be read as a table: {' '.join(str(error).split())}") from error
+    table = read_table(files[-1], "metadata", dtype=str, keep_default_na=False)
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise InputError(f"{files[-1]} lacks {', '.join(missing)}")
@@ -142,26 +136,14 @@ def _keep(rows: pd.DataFrame, key: str, column: str, values: str | Sequence[str]
 def _read_section(root: Path, row: pd.Series, patient: str, gene_table: str | Path | None) -> Section:
     name, file = row["id"], root / "st" / f"{row['id']}.h5ad"
     where = f"section {name}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # formats and names of older versions
-            stored = ad.read_h5ad(file)
-            xy = np.asarray(stored.obsm["spatial"], dtype=np.float64)
-            spots = ad.AnnData(
-                checked_csr(stored.X),
-                obs=pd.DataFrame(index=stored.obs_names.astype(str)),
-                var=stored.var[["gene_ids"]] if "gene_ids" in stored.var else pd.DataFrame(index=stored.var_names),
-                obsm={"spatial": xy},
-            )
-    except Exception as error:  # damaged files make h5py and anndata raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where}: {file} is no whole h5ad with counts and obsm spatial: {reason}") from error
+    stored = read_h5ad(file, f"{where}: counts")
+    if "spatial" not in stored.obsm:
+        raise InputError(f"{where}: {file} has no obsm spatial, the positions of the spots")
+    xy = np.asarray(stored.obsm["spatial"], dtype=np.float64)
+    spots = counts_of(stored, where)
     if xy.shape != (spots.n_obs, 2) or not np.isfinite(xy).all():
         raise InputError(f"{where}: obsm spatial of {file} must be {spots.n_obs} finite rows of (x, y), got {xy.shape}")
-    control = spots.var_names.str.match(CONTROLS)
-    if control.any():
-        log.info("%s: %d control features are no genes and left out", where, int(control.sum()))
-        spots = spots[:, ~control].copy()
+    spots.obsm["spatial"] = xy
     spots.obs[["array_x", "array_y"]] = array_coordinates(xy, stored.obs, where)
     slide = root / "wsis" / f"{name}.tif"
     if not slide.is_file():

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from stexp.data.gene_names import harmonise
-from stexp.data.readers.formats import TEXT, read_counts, read_positions, read_table
-from stexp.data.readers.spaceranger import files_of_counts
-from stexp.data.section import Section, join
+from stexp.data.join import join
+from stexp.data.readers.formats import TEXT, read_all_positions, read_counts
+from stexp.data.readers.paths import user_path
+from stexp.data.readers.spaceranger import files_of_counts, find_positions
+from stexp.data.readers.text import read_table
+from stexp.data.readers.visium_scale import bin_size_um, fit_um_per_px
+from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
@@ -28,13 +33,14 @@ _MEANT = {
 COLUMNS = ("section", "patient", "image", "counts", "spots", "um_per_px")
 
 
-def read(sheet: str | Path, gene_table: str | Path | None = None) -> list[Section]:
+def read_samplesheet(sheet: str | Path, gene_table: str | Path | None = None) -> list[Section]:
     """Read the sections that a sample sheet lists, in its order.
 
     Parameters
     ----------
     sheet
-        CSV (or TSV), one row per section; paths are relative to the sheet's folder. Columns, in any order:
+        CSV (or TSV), or a folder with ``sheet.csv`` in it; one row per section. Paths are relative to the sheet's
+        folder. Columns, in any order:
 
         - ``section``: unique name; ``patient``: donor
         - ``counts``: raw counts, a file or folder that `stexp.data.readers.formats.read_counts` reads
@@ -54,17 +60,41 @@ def read(sheet: str | Path, gene_table: str | Path | None = None) -> list[Sectio
         A column, cell or file that is missing or does not fit; the message names the line of the sheet, and the
         column.
     """
-    sheet = Path(sheet)
-    if not sheet.is_file():
-        raise InputError(f"sample sheet {sheet} does not exist; write one with the columns {', '.join(COLUMNS)}")
+    sheet = _sheet_file(user_path(sheet))
     rows = _rows(sheet)
-    sections = []
+    sections: list[Section] = []
     for index, row in rows.iterrows():
         try:
             sections.append(_section(row, sheet.parent, gene_table))
         except InputError as error:
             raise InputError(f"{sheet.name} line {index + 1}: {error}") from error
+    _say_shared_counts(sections, [sheet.parent / user_path(name) for name in rows["counts"]])
     return sections
+
+
+def _sheet_file(sheet: Path) -> Path:
+    """The sheet itself, where a user points at it, at its folder, or at it as ``data.root``."""
+    if sheet.is_file():
+        return sheet
+    if sheet.parent.is_file():  # data.root=my.csv, and so data.sheet=my.csv/sheet.csv
+        return sheet.parent
+    folder = sheet if sheet.is_dir() else sheet.parent
+    if sheet.is_dir() and (sheet / "sheet.csv").is_file():
+        return sheet / "sheet.csv"
+    tables = sorted(path.name for path in folder.glob("*.[ct]sv") if not path.name.startswith("."))
+    near = f"; in {folder} there are {', '.join(tables[:5])} (data.sheet=)" if tables else ""
+    raise InputError(f"sample sheet {sheet} does not exist; write one with the columns {', '.join(COLUMNS)}{near}")
+
+
+def _say_shared_counts(sections: list[Section], files: list[Path]) -> None:
+    """Warn of sections that took the same spots of one file: as a rule one of them should have had others."""
+    for (i, one), (j, other) in combinations(enumerate(sections), 2):
+        if files[i] == files[j]:
+            n = int(one.spots.obs_names.isin(other.spots.obs_names).sum())
+            if n:
+                log.warning(
+                    "sections %s and %s have the counts of the same %d spots of %s", one.name, other.name, n, files[i]
+                )
 
 
 def _rows(sheet: Path) -> pd.DataFrame:
@@ -107,12 +137,13 @@ def _section(row: pd.Series, folder: Path, gene_table: str | Path | None) -> Sec
         if not row[column]:
             raise InputError(f"column {column} is empty; only {' and '.join(OPTIONAL)} may be")
     where = f"section {row['section']}"
-    files = {column: folder / row[column] for column in ("image", "counts", "spots") if row[column]}
+    files = {column: folder / user_path(row[column]) for column in ("image", "counts", "spots") if row[column]}
     for column, file in files.items():
-        if not (file.is_file() or (file.is_dir() and column == "counts")):
+        if not (file.is_file() or (file.is_dir() and column != "image")):
             raise InputError(f"column {column}: {file} does not exist; paths are relative to {folder.absolute()}")
     with _column("spots"):
-        positions = read_positions(files["spots"])
+        spots_file = find_positions(files["spots"]) if files["spots"].is_dir() else files["spots"]
+        positions = read_all_positions(spots_file)
     with _column("counts"):
         counts = harmonise(read_counts(files["counts"], positions.index), gene_table, where)
     with _column("image"):
@@ -120,16 +151,40 @@ def _section(row: pd.Series, folder: Path, gene_table: str | Path | None) -> Sec
         if slide is not None:
             slide.size  # noqa: B018  opens it, so that a damaged image is refused here
     spots = join(counts, positions, where)
+    um_per_px = _um_per_px(row["um_per_px"])
+    fitted = _scale_of_array(positions, spots_file, where)
+    if fitted is not None and um_per_px is None and (slide is None or slide.um_per_px is None):
+        um_per_px = fitted
+        log.warning("%s: um_per_px is empty; %.4g follows from the array of the positions", where, fitted)
+    elif fitted is not None and um_per_px is not None and not 1 / 1.1 < fitted / um_per_px < 1.1:
+        log.warning(
+            "%s: um_per_px %.4g was given, the array of the positions says %.4g; the given one counts",
+            where,
+            um_per_px,
+            fitted,
+        )
     spots.uns["metadata"] = {name: row[name] for name in row.index if name not in COLUMNS}
-    read_from = [*([files["image"]] if slide else []), *files_of_counts(files["counts"]), files["spots"]]
+    read_from = [*([files["image"]] if slide else []), *files_of_counts(files["counts"]), spots_file]
     return Section(
         name=row["section"],
         patient=row["patient"],
         spots=spots,
         slide=slide,
-        um_per_px=_um_per_px(row["um_per_px"]),
+        um_per_px=um_per_px,
         files=tuple(read_from),
     )
+
+
+def _scale_of_array(positions: pd.DataFrame, path: Path, where: str) -> float | None:
+    """Micrometres per pixel by the array of SpaceRanger's positions; None for other positions, and for too few."""
+    if positions.attrs.get("array") != "visium":
+        return None
+    bin_um = bin_size_um(positions, {}, path.absolute().parent.parent, where)
+    try:
+        return fit_um_per_px(positions, {}, bin_um, where)
+    except InputError as error:
+        log.info("%s; the scale is not fitted", error)
+        return None
 
 
 @contextmanager

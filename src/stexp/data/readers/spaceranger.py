@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import scipy.io
 import scipy.sparse as sp
 
+from stexp.data.readers.features import genes_of
+from stexp.data.readers.hdf5 import open_hdf5
+from stexp.data.readers.memory import check_fits, one_line_without_memory
+from stexp.data.readers.text import decimal_points, find_dialect, read_text
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -21,7 +27,8 @@ log = logging.getLogger(__name__)
 POSITIONS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 """Columns of SpaceRanger's table of positions; ``tissue_positions_list.csv`` has them in this order, unnamed."""
 
-GENES = "Gene Expression"
+BYTES_PER_ENTRY = 40
+"""Memory per entry while a matrix.mtx is read: row, column and value twice."""
 
 MTX = (("matrix.mtx",), ("features.tsv", "genes.tsv"), ("barcodes.tsv",))
 """Files of a matrix folder, by what they may be called."""
@@ -34,96 +41,184 @@ def read_10x_counts(path: str | Path) -> ad.AnnData:
     ----------
     path
         HDF5 file (version 2, one group named by the genome; version 3 and later, the group ``matrix``), or a
-        folder with ``matrix.mtx``, ``features.tsv`` (or ``genes.tsv``) and ``barcodes.tsv``, each also as ``.gz``.
+        folder with ``matrix.mtx``, ``features.tsv`` (or ``genes.tsv``) and ``barcodes.tsv``, each also as ``.gz`` and
+        after a prefix; that ``matrix.mtx``; or an ``outs`` with either in it.
 
     Returns
     -------
     AnnData, n_spots x n_genes
         ``X`` CSR float32, rows named by barcode, columns by symbol (one symbol may occur twice), ids in
-        ``var["gene_ids"]``. Features of another type than "Gene Expression" are left out, and counted in the log.
+        ``var["gene_ids"]``. Features that are no genes are left out, and counted in the log; see `genes_of`.
 
     Raises
     ------
     InputError
-        Something is missing, damaged, or of another shape than features x barcodes.
+        Something is missing, damaged, of another shape than features x barcodes, in another file, or larger than
+        memory allows.
     """
-    path = Path(path)
+    path = matrix_of(Path(path))
     if not path.exists():
         raise InputError(f"counts {path} do not exist")
-    matrix, ids, symbols, types, barcodes = _read_mtx(path) if path.is_dir() else _read_h5(path)
-    if matrix.shape != (len(barcodes), len(ids)):
-        raise InputError(
-            f"counts {path} hold {matrix.shape[1]} features x {matrix.shape[0]} barcodes, but "
-            f"{len(ids)} features and {len(barcodes)} barcodes are named"
+    with one_line_without_memory(f"counts {path}"):
+        matrix = _read_mtx(path) if path.is_dir() else _read_h5(path)
+        return genes_of(
+            matrix.values, matrix.barcodes, matrix.symbols, matrix.ids, matrix.types, matrix.genomes, f"counts {path}"
         )
-    genes = np.array([kind == GENES for kind in types], dtype=bool)
-    if not genes.all():
-        if not genes.any():
-            raise InputError(f"counts {path} have no feature of type {GENES}, only {', '.join(sorted(set(types)))}")
-        log.info("counts %s: %d features are not %s and left out", path, int((~genes).sum()), GENES)
-        matrix = matrix[:, genes]
-    var = pd.DataFrame({"gene_ids": np.asarray(ids, dtype=object)[genes]}, index=np.asarray(symbols, object)[genes])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # names that occur twice: whoever joins decides about them
-        return ad.AnnData(matrix, obs=pd.DataFrame(index=np.asarray(barcodes, dtype=object)), var=var)
 
 
-def _read_h5(path: Path) -> tuple[sp.csr_matrix, list[str], list[str], list[str], list[str]]:
+@dataclass(frozen=True)
+class _Matrix:
+    values: sp.csr_matrix  # barcodes x features
+    barcodes: list[str]
+    ids: list[str]
+    symbols: list[str]
+    types: list[str] | None = None
+    genomes: list[str] | None = None
+
+
+def _check_shape(path: Path, shape: tuple[int, int], n_barcodes: int, n_features: int) -> None:
+    if shape != (n_barcodes, n_features):
+        raise InputError(
+            f"counts {path} hold {shape[1]} features x {shape[0]} barcodes, but {n_features} features and "
+            f"{n_barcodes} barcodes are named"
+        )
+
+
+def _read_h5(path: Path) -> _Matrix:
     try:
-        with h5py.File(path) as file:
-            if "matrix" in file:
-                group, features = file["matrix"], file["matrix/features"]
-                ids, symbols, types = (_text(features[key]) for key in ("id", "name", "feature_type"))
-            else:
-                genomes = [name for name, item in file.items() if isinstance(item, h5py.Group) and "gene_names" in item]
-                if len(genomes) != 1:
-                    found = f"the genomes {', '.join(genomes)}" if genomes else f"{', '.join(file) or 'nothing'}"
-                    raise InputError(f"counts {path} hold {found}; the group matrix, or one genome, would fit")
-                group = file[genomes[0]]
-                ids, symbols = _text(group["genes"]), _text(group["gene_names"])
-                types = [GENES] * len(ids)
+        with open_hdf5(path, "counts") as file:
+            group, is_old = _matrix_group(path, file)
+            features = group if is_old else group["features"]
+            ids = _text(features["genes" if is_old else "id"])
+            symbols = _text(features["gene_names" if is_old else "name"])
+            types = None if is_old else _text(features["feature_type"])
+            genomes = _text(features["genome"]) if not is_old and "genome" in features else None
+            barcodes = _text(group["barcodes"])
             n_features, n_barcodes = (int(n) for n in group["shape"][:])
+            _check_shape(path, (n_barcodes, n_features), len(barcodes), len(ids))
             # compressed by barcode: CSC of features x barcodes is CSR of barcodes x features
             parts = group["data"][:].astype(np.float32), group["indices"][:], group["indptr"][:]
-            matrix = sp.csr_matrix(parts, shape=(n_barcodes, n_features))
-            matrix.check_format(full_check=True)  # indices beyond the shape would be read from foreign memory
-            return matrix, ids, symbols, types, _text(group["barcodes"])
+            values = sp.csr_matrix(parts, shape=(n_barcodes, n_features))
+            values.check_format(full_check=True)  # indices beyond the shape would be read from foreign memory
+            return _Matrix(values, barcodes, ids, symbols, types, genomes)
+    except InputError:
+        raise
     except (OSError, KeyError, ValueError) as error:  # how h5py and scipy say that something is not there or broken
         raise InputError(f"counts {path} are no complete 10x HDF5 file: {' '.join(str(error).split())}") from error
+
+
+def _matrix_group(path: Path, file: h5py.File) -> tuple[h5py.Group, bool]:
+    """The group of the matrix, and whether it is that of a genome, as in version 2."""
+    if "matrix" in file:
+        return file["matrix"], False
+    genomes = [name for name, item in file.items() if isinstance(item, h5py.Group) and "gene_names" in item]
+    if len(genomes) == 1:
+        return file[genomes[0]], True
+    if genomes:
+        raise InputError(
+            f"counts {path} hold {len(genomes)} genomes ({', '.join(genomes)}); a matrix of one of them would fit"
+        )
+    raise InputError(f"counts {path} hold {', '.join(file) or 'nothing'}; the group matrix, or one genome, would fit")
 
 
 def _text(dataset: h5py.Dataset) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]
 
 
-def _read_mtx(folder: Path) -> tuple[sp.csr_matrix, list[str], list[str], list[str], list[str]]:
+def _read_mtx(folder: Path) -> _Matrix:
     files = files_of_counts(folder)
-    try:
-        matrix = sp.csr_matrix(scipy.io.mmread(files[0]).T, dtype=np.float32)
-        # a gene may be called NA
-        features, barcodes = (
-            pd.read_csv(file, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3) for file in files[1:]
-        )
-    except (ValueError, OSError, EOFError, OverflowError, zlib.error) as error:
-        raise InputError(f"counts {folder} cannot be read: {' '.join(str(error).split())}") from error
+    features, barcodes = (_read_names(file) for file in files[1:])
     ids = features[0].tolist()
     symbols = features[1].tolist() if features.shape[1] > 1 else ids
-    types = features[2].tolist() if features.shape[1] > 2 else [GENES] * len(ids)
-    return matrix, ids, symbols, types, barcodes[0].tolist()
+    types = features[2].tolist() if features.shape[1] > 2 else None
+    names = barcodes[0].tolist()
+    try:
+        rows, columns, n_entries = _announced(files[0])
+        _check_shape(folder, (columns, rows), len(names), len(ids))
+        check_fits(BYTES_PER_ENTRY * n_entries, f"counts {files[0]}")
+        values = sp.csr_matrix(scipy.io.mmread(files[0]).T, dtype=np.float32)
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, OverflowError, zlib.error) as error:
+        raise InputError(f"counts {folder} cannot be read: {' '.join(str(error).split())}") from error
+    return _Matrix(values, names, ids, symbols, types)
+
+
+def _announced(path: Path) -> tuple[int, int, int]:
+    """Rows, columns and entries that the head of a ``matrix.mtx`` announces."""
+    rows, columns, entries, *_ = scipy.io.mminfo(path)
+    # an entry has at least two bytes, and gzip packs no more than 1032 into one
+    most = path.stat().st_size * (1032 if path.suffix == ".gz" else 1) // 2
+    if entries > most:
+        raise InputError(f"counts {path} announce {entries} entries, more than its size can hold; is it damaged?")
+    return rows, columns, entries
+
+
+def _read_names(path: Path) -> pd.DataFrame:
+    """The columns of ``features.tsv`` or ``barcodes.tsv``, all text; a gene may be called NA."""
+    content = read_text(path, "counts")
+    try:
+        return pd.read_csv(io.BytesIO(content), sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+    except ValueError as error:
+        raise InputError(f"counts {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def find_counts(folder: Path) -> Path:
+    """The matrix of a folder: filtered before raw (only spots in tissue are used of either), HDF5 before mtx."""
+    for kind in ("filtered", "raw"):
+        # files as 10x offers them for download start with the name of the data set
+        files = sorted(path for path in folder.glob(f"*{kind}_feature_bc_matrix.h5") if not path.name.startswith("."))
+        if len(files) > 1:
+            raise InputError(f"{folder} has {len(files)} matrices: {', '.join(path.name for path in files)}; keep one")
+        files += [path for path in sorted(folder.glob(f"*{kind}_feature_bc_matrix")) if path.is_dir()]
+        if files:
+            return files[0]
+    raise InputError(f"{folder} has no filtered_feature_bc_matrix.h5, nor a folder filtered_feature_bc_matrix")
+
+
+def find_positions(spatial: Path) -> Path:
+    names = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+    for name in names:
+        if (spatial / name).is_file():
+            return spatial / name
+    raise InputError(f"{spatial} has none of {', '.join(names)}")
+
+
+def matrix_of(path: Path) -> Path:
+    """The matrix that a user means by a file or folder: itself, or that of ``outs``, or of ``matrix.mtx``."""
+    if path.name.removesuffix(".gz").endswith("matrix.mtx") and path.is_file():
+        return path.parent
+    if path.is_dir() and not _named(path, *MTX[0]):
+        for folder in (path, path / "outs"):
+            if any(folder.glob("*_feature_bc_matrix*")):
+                return find_counts(folder)
+    return path
 
 
 def files_of_counts(path: Path) -> list[Path]:
     """The files behind a matrix: itself, or what :func:`read_10x_counts` reads of a folder."""
+    path = matrix_of(path)
     return [_one_of(path, *names) for names in MTX] if path.is_dir() else [path]
 
 
 def _one_of(folder: Path, *names: str) -> Path:
-    """The first of these files that is there, as it is or with ``.gz``."""
+    """The only file of a folder that is called so, as it is or with ``.gz``, alone or after a prefix."""
+    files = _named(folder, *names)
+    if not files:
+        raise InputError(f"{folder} has no {' or '.join(names)} (nor with .gz)")
+    if len(files) > 1:
+        raise InputError(f"{folder} has {len(files)} matrices ({', '.join(file.name for file in files)}); keep one")
+    return files[0]
+
+
+def _named(folder: Path, *names: str) -> list[Path]:
+    """Files called by the first of the names that occurs; GEO sets a prefix before each."""
     for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise InputError(f"{folder} has no {' or '.join(names)} (nor with .gz)")
+        for pattern in (name, f"{name}.gz", f"*[_.-]{name}", f"*[_.-]{name}.gz"):
+            files = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+            if files:
+                return files
+    return []
 
 
 def read_visium_positions(path: str | Path) -> pd.DataFrame:
@@ -147,29 +242,18 @@ def read_visium_positions(path: str | Path) -> pd.DataFrame:
         Missing file, missing column, or a value that is not a number.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"positions {path} do not exist")
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path).reset_index()
-        else:
-            table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-            if table.shape[1] == len(POSITIONS) and _is_number(table.iloc[0, 1]):
-                table.columns = list(POSITIONS)
-            else:
-                table = table.iloc[1:].set_axis(table.iloc[0].astype(str).str.strip(), axis=1)
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # pandas' and pyarrow's own errors are ValueErrors
-        raise InputError(f"positions {path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    table = _read_positions_table(path)
     missing = [name for name in POSITIONS if name not in table.columns]
     if missing:
         raise InputError(
             f"positions {path} lack {', '.join(missing)}; {', '.join(POSITIONS)} would fit, or six columns in this "
             f"order without a header"
         )
-    barcodes = pd.Index(table["barcode"].astype(str).to_numpy(dtype=object), name="barcode")
+    barcodes = pd.Index(table["barcode"].astype(str).str.strip().to_numpy(dtype=object), name="barcode")
+    table = table.assign(in_tissue=flags(table["in_tissue"]))
     values = table[list(POSITIONS[1:])].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     in_tissue, row, column, y, x = values.T
-    bad = ~np.isfinite(values).all(axis=1) | ~np.isin(in_tissue, (0, 1))
+    bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         raise InputError(
             f"positions {path}: {int(bad.sum())} rows hold no number where one is needed, or in_tissue other than "
@@ -178,6 +262,46 @@ def read_visium_positions(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(
         {"in_tissue": in_tissue == 1, "array_x": column, "array_y": row, "pixel_x": x, "pixel_y": y}, index=barcodes
     )
+
+
+def _read_positions_table(path: Path) -> pd.DataFrame:
+    """The table as it is in the file, text or numbers, with the names of its columns."""
+    if not path.is_file():
+        raise InputError(f"positions {path} do not exist")
+    try:
+        if path.suffix.lower() == ".parquet":
+            check_parquet(path)
+            table = pd.read_parquet(path).reset_index()
+        else:
+            content, dialect = find_dialect(read_text(path, "positions"), path, "positions", expected=",")
+            table = pd.read_csv(
+                io.BytesIO(content), sep=dialect.separator, header=None, dtype=str, keep_default_na=False
+            )
+            if dialect.decimal_comma:
+                table = decimal_points(table)
+            if table.shape[1] == len(POSITIONS) and _is_number(table.iloc[0, 1]):
+                table.columns = list(POSITIONS)
+            else:
+                table = table.iloc[1:].set_axis(table.iloc[0].astype(str).str.strip(), axis=1)
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors
+        raise InputError(f"positions {path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    return table
+
+
+def flags(column: pd.Series) -> pd.Series:
+    """1 for 1 and true, 0 for 0 and false (in any case), NaN for whatever else stands in a column of flags."""
+    text = column.astype(str).str.strip().str.lower()
+    numbers = pd.to_numeric(text, errors="coerce")
+    return text.map({"true": 1.0, "false": 0.0}).fillna(numbers.where(numbers.isin((0, 1))))
+
+
+def check_parquet(path: Path) -> None:
+    """Raise InputError where what a parquet file announces does not fit into memory; ValueError where it is none."""
+    metadata = pq.read_metadata(path)
+    n_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    check_fits(3 * max(n_bytes, metadata.num_rows * metadata.num_columns), f"positions {path}")
 
 
 def _is_number(text: str) -> bool:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from pathlib import Path
 
-import anndata as ad
-import numpy as np
 import pandas as pd
 
 from stexp.data.gene_names import harmonise
-from stexp.data.readers.spaceranger import files_of_counts, read_10x_counts, read_visium_positions
-from stexp.data.section import Section, join
+from stexp.data.join import join
+from stexp.data.readers.formats import TEXT
+from stexp.data.readers.paths import choose_sections, user_path
+from stexp.data.readers.spaceranger import (
+    files_of_counts,
+    find_counts,
+    find_positions,
+    read_10x_counts,
+    read_visium_positions,
+)
+from stexp.data.readers.text import read_table
+from stexp.data.readers.visium_scale import bin_size_um, fit_um_per_px, read_factors
+from stexp.data.section import Section
+from stexp.data.slides.formats import SUFFIXES, is_litter, slide_name
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
-
-PITCH_UM = 100.0
-"""Centre to centre of neighbouring spots, each with six neighbours: columns of the array are half of it apart."""
-
-NOMINAL_SPOT_UM = 65.0
-"""What SpaceRanger takes for the diameter of a spot in ``spot_diameter_fullres``; the printed spot has 55 um."""
-
-IMAGES = {".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".jpg", ".jpeg", ".png"}
 
 HIRES = "tissue_hires_image.png"
 
@@ -38,7 +40,7 @@ WRITTEN_BY_SPACERANGER = {
 }
 
 
-def read(
+def read_visium(
     root: str | Path,
     sections: list[str] | None = None,
     image: str | Path | None = None,
@@ -49,8 +51,9 @@ def read(
     Parameters
     ----------
     root
-        One ``outs`` folder (with ``spatial`` in it), or a folder of several, each directly or as ``<section>/outs``.
-        Of Visium HD, one folder ``binned_outputs/square_<n>um``. A section is called like its folder, ``outs`` like
+        One ``outs`` folder (with ``spatial`` in it), the folder around it, a file or folder in it, or a folder of
+        several, each directly or as ``<section>/outs``. Of Visium HD, one folder ``binned_outputs/square_<n>um``, or
+        what is around it where it is the only one. A section is called like its folder, ``outs`` like
         the folder around it. The patient stands in ``root/patients.csv`` (columns section, patient); without this
         file every section counts as a patient of its own.
     sections
@@ -74,12 +77,9 @@ def read(
     InputError
         A file that is missing or does not hold what it should, or several that could be the image.
     """
-    root = Path(root)
+    root = _folder_around(user_path(root))
     folders = _section_folders(root)
-    unknown = sorted(set(sections or ()) - set(folders))
-    if unknown:
-        raise InputError(f"no section {', '.join(unknown)} in {root}; there are {', '.join(sorted(folders))}")
-    names = sorted(folders if sections is None else set(sections))
+    names = choose_sections(sorted(folders), sections, root)
     patients = _read_patients(root / "patients.csv", names)
     return [
         read_section(
@@ -87,7 +87,7 @@ def read(
             patients[name],
             find_counts(folders[name]),
             folders[name] / "spatial",
-            _given_image(Path(image), name, len(names)) if image else _find_image(root, folders[name], name),
+            _given_image(user_path(image), name, len(names)) if image else _find_image(root, folders[name], name),
             gene_table,
         )
         for name in names
@@ -108,16 +108,17 @@ def read_section(
     `labels`, by barcode, become ``spots.obs["label"]``.
     """
     where = f"section {name}"
-    positions_file = _find_positions(spatial)
+    positions_file = find_positions(spatial)
     positions = read_visium_positions(positions_file)
     factors_file = spatial / "scalefactors_json.json"
-    factors = _read_factors(factors_file)
-    um_per_px = _um_per_px(positions, factors, where)
+    factors = read_factors(factors_file)
+    bin_um = bin_size_um(positions, factors, Path(os.path.abspath(spatial)).parent, where)
+    um_per_px = fit_um_per_px(positions, factors, bin_um, where)
     scale = 1.0
     if image is None and (spatial / HIRES).is_file():
-        image, scale = spatial / HIRES, factors.get("tissue_hires_scalef")
-        if scale is None:
+        if "tissue_hires_scalef" not in factors:
             raise InputError(f"{where}: without tissue_hires_scalef in {factors_file} positions do not fit {HIRES}")
+        image, scale = spatial / HIRES, factors["tissue_hires_scalef"]
         log.warning(
             "%s: no full-resolution image, so %s is used: %.3g um/px instead of %.3g; data.tile_um= lets "
             "tiles show as much tissue as elsewhere",
@@ -128,7 +129,7 @@ def read_section(
         )
     elif image is None:
         log.warning("%s: neither a full-resolution image nor %s; its spots can only be referred to", where, HIRES)
-    spots = _in_tissue(harmonise(read_10x_counts(counts), gene_table, where), positions, where)
+    spots = join(harmonise(read_10x_counts(counts), gene_table, where), positions, where, complete=True)
     spots.obsm["spatial"] = spots.obsm["spatial"] * scale
     if labels is not None:
         spots.obs["label"] = labels.reindex(spots.obs_names)
@@ -146,24 +147,32 @@ def read_section(
     )
 
 
+def _folder_around(root: Path) -> Path:
+    """The folder of a section where `root` is a file or folder that SpaceRanger wrote into it; else `root`."""
+    if not root.exists():
+        raise InputError(f"folder {root} does not exist (data.root=)")
+    folder = root if root.is_dir() else root.absolute().parent
+    while folder.name == "spatial" or folder.name.endswith("_feature_bc_matrix") or folder.name == "analysis":
+        folder = folder.absolute().parent
+    if folder != root:
+        log.info("data.root=%s: the section lies in %s", root, folder)
+    return folder
+
+
 def _section_folders(root: Path) -> dict[str, Path]:
     """Folders that hold ``spatial``, by the section's name."""
-    if not root.is_dir():
-        raise InputError(f"folder {root} does not exist (data.root=)")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     candidates = [root, root / "outs"] + [path for folder in inside for path in (folder, folder / "outs")]
-    for folder in candidates:
-        bins = folder if folder.name == "binned_outputs" else folder / "binned_outputs"
-        if bins.is_dir():
-            sizes = ", ".join(path.name for path in sorted(bins.glob("square_*")))
-            raise InputError(f"{folder} is Visium HD; choose one size of bins: data.root={bins}/ and one of {sizes}")
-    found = [folder for folder in candidates if (folder / "spatial").is_dir()]
-    if root in found:
-        found = [root]  # what lies deeper belongs to it
-    if not found:
+    candidates = [_only_bins(folder) for folder in dict.fromkeys(candidates)]
+    with_spatial = [folder for folder in dict.fromkeys(candidates) if (folder / "spatial").is_dir()]
+    for own in (_only_bins(root), _only_bins(root / "outs")):
+        if own in with_spatial:
+            with_spatial = [own]  # what lies deeper belongs to it
+            break
+    if not with_spatial:
         raise InputError(f"{root} has no folder spatial, nor has one of its folders; outs of SpaceRanger would fit")
     folders: dict[str, Path] = {}
-    for folder in found:
+    for folder in with_spatial:
         name = _name(folder)
         if name in folders:
             raise InputError(f"{folders[name]} and {folder} would both be section {name}; rename one")
@@ -171,8 +180,23 @@ def _section_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
+def _only_bins(folder: Path) -> Path:
+    """Where the bins of Visium HD lie, if they have one size; `folder` itself if it is none of Visium HD."""
+    bins = folder if folder.name == "binned_outputs" else folder / "binned_outputs"
+    if not bins.is_dir():
+        return folder
+    sizes = sorted(path for path in bins.glob("square_*") if path.is_dir())
+    if len(sizes) == 1:
+        log.info("%s is Visium HD with one size of bins: %s", folder, sizes[0].name)
+        return sizes[0]
+    raise InputError(
+        f"{folder} is Visium HD; choose one size of bins: data.root={bins}/ and one of "
+        f"{', '.join(path.name for path in sizes)}"
+    )
+
+
 def _name(folder: Path) -> str:
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # resolve() would call a link by what it leads to
     while folder.name in ("outs", "binned_outputs") or folder.name.startswith("square_"):
         folder = folder.parent
     return folder.name
@@ -183,10 +207,8 @@ def _read_patients(file: Path, names: list[str]) -> dict[str, str]:
         if len(names) > 1:
             log.warning("no %s (section,patient): each of %d sections counts as a patient of its own", file, len(names))
         return {name: name for name in names}
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read as a table: {' '.join(str(error).split())}") from error
+    table = read_table(file, "patients", skipinitialspace=True, **TEXT).fillna("")
+    table.columns = table.columns.str.strip()
     if not {"section", "patient"} <= set(table.columns):
         raise InputError(f"{file} has the columns {', '.join(table.columns)}; it needs section and patient")
     patients = dict(zip(table["section"].str.strip(), table["patient"].str.strip(), strict=True))
@@ -198,39 +220,18 @@ def _read_patients(file: Path, names: list[str]) -> dict[str, str]:
     return patients
 
 
-def find_counts(folder: Path) -> Path:
-    """The matrix of a folder: filtered before raw (only spots in tissue are used of either), HDF5 before mtx."""
-    for kind in ("filtered", "raw"):
-        # files as 10x offers them for download start with the name of the data set
-        files = sorted(path for path in folder.glob(f"*{kind}_feature_bc_matrix.h5") if not path.name.startswith("."))
-        if len(files) > 1:
-            raise InputError(f"{folder} has {len(files)} matrices: {', '.join(path.name for path in files)}; keep one")
-        files += [path for path in sorted(folder.glob(f"*{kind}_feature_bc_matrix")) if path.is_dir()]
-        if files:
-            return files[0]
-    raise InputError(f"{folder} has no filtered_feature_bc_matrix.h5, nor a folder filtered_feature_bc_matrix")
-
-
-def _find_positions(spatial: Path) -> Path:
-    names = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
-    for name in names:
-        if (spatial / name).is_file():
-            return spatial / name
-    raise InputError(f"{spatial} has none of {', '.join(names)}")
-
-
 def find_image(folder: Path, stems: tuple[str, ...] = ()) -> Path | None:
     """The only image of a folder that SpaceRanger did not write; with `stems`, of those called so."""
-    found = [
+    images = [
         path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if path.suffix.lower() in IMAGES and path.is_file() and not path.name.startswith(".")
-        if path.name not in WRITTEN_BY_SPACERANGER and (not stems or path.stem in stems)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not is_litter(path)
+        if path.name not in WRITTEN_BY_SPACERANGER and (not stems or slide_name(path) in stems)
     ]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise InputError(f"{folder} has {len(found)} images ({names}); keep one, or name it (data=visium data.image=)")
-    return found[0] if found else None
+    if len(images) > 1:
+        names = ", ".join(path.name for path in images)
+        raise InputError(f"{folder} has {len(images)} images ({names}); keep one, or name it (data=visium data.image=)")
+    return images[0] if images else None
 
 
 def _find_image(root: Path, folder: Path, name: str) -> Path | None:
@@ -244,92 +245,15 @@ def _find_image(root: Path, folder: Path, name: str) -> Path | None:
 
 def _given_image(image: Path, name: str, n_sections: int) -> Path:
     if image.is_dir():
-        found = find_image(image, (name, f"{name}_image"))
-        if found is None:
+        own = find_image(image, (name, f"{name}_image"))
+        if own is None:
             raise InputError(f"data.image={image} has no image called {name}")
-        return found
+        return own
     if n_sections > 1:
         raise InputError(
             f"data.image={image} is one file for {n_sections} sections; a folder of <section>.tif would fit"
         )
     return image
-
-
-def _read_factors(file: Path) -> dict[str, float]:
-    if not file.is_file():
-        log.warning("%s does not exist: nothing to compare the pitch of the spots with", file)
-        return {}
-    try:
-        factors = json.loads(file.read_text())
-        return {key: float(value) for key, value in factors.items() if isinstance(value, int | float) and value > 0}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"scale factors {file} are no JSON object: {error}") from error
-
-
-def _um_per_px(positions: pd.DataFrame, factors: dict[str, float], where: str) -> float:
-    """Scale of the full-resolution image, from an affine fit of pixel to array positions.
-
-    Raises
-    ------
-    InputError
-        The spots lie in one line, their pixel positions do not follow the array, or its axes are swapped.
-    """
-    bin_um = factors.get("bin_size_um")  # Visium HD, on a square array
-    step_um = np.array([bin_um, bin_um] if bin_um else [PITCH_UM / 2, PITCH_UM * np.sqrt(3) / 2])
-    array = np.column_stack([positions[["array_x", "array_y"]], np.ones(len(positions))])
-    pixels = positions[["pixel_x", "pixel_y"]].to_numpy()
-    fit, _, rank, _ = np.linalg.lstsq(array, pixels, rcond=None)
-    step_px = np.linalg.norm(fit[:2], axis=1)
-    if rank < 3 or not step_px.all():
-        raise InputError(
-            f"{where}: {len(positions)} spots in one line, or at one place; a Visium array has rows and columns"
-        )
-    off_px = float(np.sqrt(np.square(array @ fit - pixels).sum(axis=1).mean()))
-    if off_px > step_px.min():
-        raise InputError(
-            f"{where}: pixel positions do not follow the array; they are {off_px:.0f} px off a regular one"
-        )
-    along_x, along_y = step_um / step_px
-    if not 1 / 2 < along_x / along_y < 2:
-        raise InputError(
-            f"{where}: {along_x:.3g} um/px along the array's columns, {along_y:.3g} along its rows: "
-            f"are array_row and array_col swapped?"
-        )
-    um_per_px = float(np.sqrt(along_x * along_y))
-    if np.linalg.det(fit[:2]) < 0:
-        log.warning(
-            "%s: the positions mirror the array: unless the picture is mirrored, pixel row and column are swapped",
-            where,
-        )
-    if "spot_diameter_fullres" in factors:
-        stated = (bin_um or NOMINAL_SPOT_UM) / factors["spot_diameter_fullres"]
-        if not 0.95 < stated / um_per_px < 1.05:
-            log.warning(
-                "%s: the pitch of the spots gives %.3g um/px, spot_diameter_fullres %.3g; the pitch counts",
-                where,
-                um_per_px,
-                stated,
-            )
-    return um_per_px
-
-
-def _in_tissue(counts: ad.AnnData, positions: pd.DataFrame, where: str) -> ad.AnnData:
-    inside = positions[positions["in_tissue"]]
-    if inside.empty:
-        raise InputError(f"{where}: none of {len(positions)} spots is in tissue")
-    outside = counts.obs_names.isin(positions.index[~positions["in_tissue"]])
-    if outside.all():
-        raise InputError(f"{where}: all {len(outside)} spots with counts are outside the tissue")
-    nowhere = ~counts.obs_names.isin(positions.index)
-    if nowhere.any() and not nowhere.all():
-        raise InputError(
-            f"{where}: {int(nowhere.sum())} of {len(nowhere)} barcodes with counts are not in the table of positions "
-            f"(first: {counts.obs_names[nowhere][0]}), which lists every place of an array: is it cut?"
-        )
-    if outside.any():
-        log.info("%s: %d spots with counts are outside the tissue and left out", where, int(outside.sum()))
-        counts = counts[~outside]
-    return join(counts, inside, where)
 
 
 def _check_full_size(slide: Slide, hires: Path, scale: float | None, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.readers.formats import POSITIONS, TEXT, read_positions, read_table
+from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.section import n_outside, what_would_fit
 from stexp.data.slides.slide import Slide
+from stexp.data.slides.spacing import spacing
 from stexp.data.slides.tissue import Tissue
 from stexp.errors import InputError
-from stexp.evaluation.predictions import spacing
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ def read_coordinates(path: str | Path, slide: Slide | None = None) -> Grid:
         A column is missing, a position no number or outside the image, an id occurs twice, array coordinates are no
         whole numbers >= 0.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise InputError(f"coordinates {path} do not exist")
     table, named = _read_h5ad(path) if path.suffix == ".h5ad" else _read_table(path)
@@ -175,26 +177,32 @@ def read_coordinates(path: str | Path, slide: Slide | None = None) -> Grid:
 
 def _read_h5ad(path: Path) -> tuple[pd.DataFrame, bool]:
     try:
-        found = ad.read_h5ad(path, backed="r")
+        with open_hdf5(path, "coordinates"):  # refuses what leads to other files
+            pass
+        source = ad.read_h5ad(path, backed="r")
+    except InputError:
+        raise
     except Exception as error:  # damaged files make h5py and anndata raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"coordinates {path} cannot be read as h5ad ({reason})") from error
     try:
-        xy = found.obsm.get("spatial")
+        xy = source.obsm.get("spatial")
         if xy is None or np.ndim(xy) != 2 or np.shape(xy)[1] != 2:
             raise InputError(f"coordinates {path} lack obsm['spatial'] with rows of (x, y)")
-        table = pd.DataFrame(np.asarray(xy, dtype=np.float64), index=found.obs_names, columns=["pixel_x", "pixel_y"])
+        table = pd.DataFrame(np.asarray(xy, dtype=np.float64), index=source.obs_names, columns=["pixel_x", "pixel_y"])
         for pair in (("array_x", "array_y"), ("array_col", "array_row")):
-            if "array_x" not in table and set(pair) <= set(found.obs):
-                table[["array_x", "array_y"]] = found.obs[list(pair)].to_numpy(np.float64)
+            if "array_x" not in table and set(pair) <= set(source.obs):
+                table[["array_x", "array_y"]] = source.obs[list(pair)].to_numpy(np.float64)
         return table, True
     finally:
-        found.file.close()
+        source.file.close()
 
 
 def _read_table(path: Path) -> tuple[pd.DataFrame, bool]:
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path, "coordinates", **TEXT)
+    except InputError:
+        raise
     except (ValueError, OSError) as error:  # pyarrow's own errors are
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"coordinates {path} cannot be read as a table: {reason}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from stexp.data.hdf5 import new_hdf5
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
@@ -80,7 +80,8 @@ class Sheet:
 def picture(slide: Slide, xy_px: np.ndarray, side_px: float, budget: int = SLIDE_BYTES) -> SlidePicture:
     """A slide around the spots (N, 2), in at most `budget` bytes where its coarsest level is not larger by itself."""
     width, height = slide.size
-    downsample, levels, left = 1 << max(0, math.ceil(math.log2(max(width, height) / CELL))), [], budget
+    levels: list[Level] = []
+    downsample, left = 1 << max(0, math.ceil(math.log2(max(width, height) / CELL))), budget
     at_once = 1 << max(0, math.ceil(math.log2(max(width, height) / (8 * CELL))))
     # coarse levels are reduced from one image, so that a large slide is not resampled whole for each
     small = Image.fromarray(slide.thumbnail(math.ceil(max(width, height) / at_once))[0])
@@ -161,8 +162,7 @@ def write(path: Path, slides: dict[str, SlidePicture], references: Sheet | None 
     slides
         Section -> its slide.
     """
-    part = path.with_name(f".{path.name}.part")
-    with h5py.File(part, "w") as file:
+    with new_hdf5(path) as file:
         for number, (name, slide) in enumerate(slides.items()):
             group = file.create_group(f"slides/{number}")
             group.attrs.update(name=name, width=slide.width, height=slide.height, side_px=slide.side_px)
@@ -177,7 +177,6 @@ def write(path: Path, slides: dict[str, SlidePicture], references: Sheet | None 
             group = file.create_group("references")
             group["names"] = np.array(references.names, dtype=h5py.string_dtype())
             group["jpeg"] = np.frombuffer(references.jpeg, dtype=np.uint8)
-    os.replace(part, path)
 
 
 def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
@@ -194,7 +193,8 @@ def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
     try:
         with h5py.File(path) as file:
             for group in file.get("slides", {}).values():
-                jpeg, at, levels = group["jpeg"][:].tobytes(), 0, {}
+                jpeg, at = group["jpeg"][:].tobytes(), 0
+                levels: dict[int, dict[tuple[int, int], bytes]] = {}
                 for downsample, column, row, n in group["cells"][:].tolist():
                     levels.setdefault(downsample, {})[column, row] = jpeg[at : at + n]
                     at += n

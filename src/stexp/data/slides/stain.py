@@ -9,23 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stexp.data.slides.store import JpegTiles
 from stexp.errors import InputError
 
-METHODS = ("reinhard", "macenko")
+METHODS = ("macenko",)
 
 GLASS = 95  # percentile of a channel that is taken for glass: few tiles of a section show none
 TISSUE = np.exp(-0.15)  # of the glass, below which a pixel is tissue: the density of 0.15 of Macenko et al.
 MIN_PIXELS = 500  # of tissue: five above the 99th percentile
 MIN_ANGLE = np.deg2rad(5)  # between two stains; haematoxylin and eosin are some 30 degrees apart
-MIN_SD = 0.1  # of a channel of Lab; a difference of 1 can just be seen
 CHUNK = 4  # tiles that a CPU maps at once, so that they stay in its cache
-
-_LEVELS = torch.arange(256, dtype=torch.float64) / 255
-_LINEAR = torch.where(_LEVELS > 0.04045, ((_LEVELS + 0.055) / 1.055) ** 2.4, _LEVELS / 12.92)  # IEC 61966-2-1
-_RGB_TO_XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).double()
-_RGB_TO_XYZ /= _RGB_TO_XYZ.sum(1, keepdim=True)  # relative to white, which so has a* = b* = 0
-_XYZ_TO_RGB = torch.linalg.inv(_RGB_TO_XYZ)
-_LAB_OF_ROOTS, _LAB_OF_BLACK = np.array([[0.0, 116, 0], [500, -500, 0], [0, 200, -200]]), np.array([-16.0, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -38,14 +31,11 @@ class StainNormaliser:
         ``"macenko"`` (Macenko et al. 2009, ISBI): glass, the two stain vectors and the 99th percentiles of their
         concentrations become those of the target; what lies outside the plane of the two stains is dropped.
         Density is relative to the section's own glass, which is rarely white; the original takes it for white.
-        ``"reinhard"`` (Reinhard et al. 2001, IEEE CG&A 21(5), here in CIE Lab under D65): mean and standard
-        deviation of L*, a*, b* of the tissue become those of the target. Lighter pixels fade from there to a
-        scaling that makes the glass that of the target; the original maps them like tissue.
     target
-        ``glass`` (3,) in 0..255; ``mean``, ``sd`` (3,) of L*, a*, b*; or ``stains`` (2, 3), for haematoxylin and
-        eosin a unit vector of optical density in R, G, B, and ``strength`` (2,), their 99th percentiles.
+        ``glass`` (3,) in 0..255; ``stains`` (2, 3), for haematoxylin and eosin a unit vector of optical density in
+        R, G, B, and ``strength`` (2,), their 99th percentiles.
     matrix, offset : (S, 3, 3), (S, 3) float32
-        Per section, of optical density (Macenko) or of the cube roots that Lab is linear in (Reinhard).
+        Per section, of optical density.
     glass : (S, 3) float32
         Of the sections.
     """
@@ -58,7 +48,7 @@ class StainNormaliser:
 
     @classmethod
     def fit(
-        cls, method: str, names: Sequence[str], stores: Sequence[np.ndarray], training: Sequence[np.ndarray]
+        cls, method: str, names: Sequence[str], stores: Sequence[np.ndarray | JpegTiles], training: Sequence[np.ndarray]
     ) -> StainNormaliser:
         """Measure every section and the target.
 
@@ -82,16 +72,16 @@ class StainNormaliser:
             A section with too little tissue, or whose colours do not determine its stain. It is not passed through
             unchanged: its colours would then differ from those of all others.
         """
+        check_method(method)
         own, trained_on = [], []
         for name, tiles, used in zip(names, stores, training, strict=True):
             own.append(_measure(method, name, tiles, np.arange(len(tiles))))
             if used.any():
                 trained_on.append(own[-1] if used.all() else _measure(method, name, tiles, np.flatnonzero(used)))
-        target = {key: np.median([found[key] for found in trained_on], axis=0) for key in own[0]}
-        if method == "macenko":
-            target["stains"] /= np.linalg.norm(target["stains"], axis=1, keepdims=True)
-        maps = [(_reinhard_map if method == "reinhard" else _macenko_map)(found, target) for found in own]
-        parts = *zip(*maps, strict=True), [found["glass"] for found in own]
+        target = {key: np.median([stain[key] for stain in trained_on], axis=0) for key in own[0]}
+        target["stains"] /= np.linalg.norm(target["stains"], axis=1, keepdims=True)
+        maps = [_macenko_map(stain, target) for stain in own]
+        parts = *zip(*maps, strict=True), [stain["glass"] for stain in own]
         return cls(method, target, *(torch.from_numpy(np.stack(part)).float() for part in parts))
 
     @classmethod
@@ -107,25 +97,21 @@ class StainNormaliser:
         tiles
             Those of its `n_tiles` tiles that `measured_tiles` names, by their number.
         """
-        method = state["method"]
+        method = check_method(state["method"])
         target = {key: np.array(value) for key, value in state["target"].items()}
         own = _measure(method, name, tiles, np.arange(n_tiles))
-        maps = *(_reinhard_map if method == "reinhard" else _macenko_map)(own, target), own["glass"]
+        maps = *_macenko_map(own, target), own["glass"]
         return cls(method, target, *(torch.from_numpy(part[None]).float() for part in maps))
 
     def __call__(self, tiles: torch.Tensor, section: torch.Tensor) -> torch.Tensor:
         """Tiles (B, px, px, 3) uint8 of the sections `section` (B,; on the CPU) in the colours of the target."""
-        matrix, offset, glass = (x[section].to(tiles.device) for x in (self.matrix, self.offset, self.glass))
-        target_glass = torch.from_numpy(self.target["glass"]).to(glass)
+        matrix, offset = (x[section].to(tiles.device) for x in (self.matrix, self.offset))
         out = torch.empty_like(tiles)
         chunk = CHUNK if tiles.device.type == "cpu" else max(len(tiles), 1)
         for start in range(0, len(tiles), chunk):
             part = slice(start, start + chunk)
             planes = tiles[part].flatten(1, 2).mT.contiguous()
-            if self.method == "macenko":
-                mapped = _through_density(planes, matrix[part], offset[part])
-            else:
-                mapped = _through_lab(planes, matrix[part], offset[part], glass[part], target_glass)
+            mapped = _through_density(planes, matrix[part], offset[part])
             out[part] = mapped.round_().clamp_(0, 255).to(torch.uint8).mT.reshape(out[part].shape)
         return out
 
@@ -142,6 +128,21 @@ class StainNormaliser:
         return digest.hexdigest()
 
 
+def check_method(method: str) -> str:
+    """The name of a method that there is.
+
+    Raises
+    ------
+    InputError
+        There is none of this name; ``reinhard`` there was, see experiments/results/stain-her2st.json.
+    """
+    if method == "reinhard":
+        raise InputError("data.stain=reinhard is no longer there; data.stain=macenko, or null for none, would fit")
+    if method not in METHODS:
+        raise InputError(f"data.stain={method}: choose {' or '.join(METHODS)}, or null for none")
+    return method
+
+
 def optical_density(pixels: torch.Tensor) -> torch.Tensor:
     """-ln((I + 1) / 256) of intensities in 0..255, uint8 or float: 0 for white, finite for black."""
     return (pixels + 1.0).div_(256).log_().neg_()
@@ -152,7 +153,10 @@ def intensity(density: torch.Tensor) -> torch.Tensor:
     return density.neg().exp_().mul_(256).sub_(1)
 
 
-def _measure(method: str, name: str, tiles: np.ndarray | Mapping, rows: np.ndarray) -> dict[str, np.ndarray]:
+Tiles = np.ndarray | JpegTiles | Mapping
+
+
+def _measure(method: str, name: str, tiles: Tiles, rows: np.ndarray) -> dict[str, np.ndarray]:
     pixels = _sample(tiles, rows)
     glass = np.percentile(pixels, GLASS, axis=0)
     tissue = pixels[pixels.mean(axis=1) < TISSUE * glass.mean()]
@@ -162,10 +166,10 @@ def _measure(method: str, name: str, tiles: np.ndarray | Mapping, rows: np.ndarr
             f"section {name}: {len(tissue)} of {len(pixels)} sampled pixels show tissue, its stain is measured on "
             f"{MIN_PIXELS} at least; {way_out}"
         )
-    found = _reinhard(tissue) if method == "reinhard" else _macenko(tissue, glass)
-    if found is None:
+    stain = _macenko(tissue, glass)
+    if stain is None:
         raise InputError(f"section {name}: the colours of its tissue do not determine its stain; {way_out}")
-    return {"glass": glass, **found}
+    return {"glass": glass, **stain}
 
 
 def measured_tiles(n_tiles: int) -> np.ndarray:
@@ -177,7 +181,7 @@ def _choose(draws: np.random.Generator, rows: np.ndarray, n_tiles: int = 256) ->
     return np.sort(draws.choice(rows, min(n_tiles, len(rows)), replace=False))
 
 
-def _sample(tiles: np.ndarray | Mapping, rows: np.ndarray, n_pixels: int = 1024) -> np.ndarray:
+def _sample(tiles: Tiles, rows: np.ndarray, n_pixels: int = 1024) -> np.ndarray:
     """Pixels (n, 3) of some of the tiles `rows`, the same every time."""
     draws = np.random.default_rng(0)
     chosen = _choose(draws, rows)
@@ -186,19 +190,6 @@ def _sample(tiles: np.ndarray | Mapping, rows: np.ndarray, n_pixels: int = 1024)
 
 def _density(pixels: np.ndarray) -> np.ndarray:
     return optical_density(torch.from_numpy(np.asarray(pixels, dtype=np.float64))).numpy()
-
-
-def _reinhard(tissue: np.ndarray) -> dict[str, np.ndarray] | None:
-    planes = torch.from_numpy(tissue).mT[None].contiguous()
-    lab = _lab_roots(planes, torch.float64)[0].mT.numpy() @ _LAB_OF_ROOTS.T + _LAB_OF_BLACK
-    found = {"mean": lab.mean(axis=0), "sd": lab.std(axis=0)}
-    return found if found["sd"].min() >= MIN_SD else None
-
-
-def _reinhard_map(own: dict[str, np.ndarray], target: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    scale, back = np.diag(target["sd"] / own["sd"]), np.linalg.inv(_LAB_OF_ROOTS)
-    shift = target["mean"] - _LAB_OF_BLACK - scale @ (own["mean"] - _LAB_OF_BLACK)
-    return back @ scale @ _LAB_OF_ROOTS, back @ shift
 
 
 def _macenko(tissue: np.ndarray, glass: np.ndarray) -> dict[str, np.ndarray] | None:
@@ -222,31 +213,6 @@ def _macenko_map(own: dict[str, np.ndarray], target: dict[str, np.ndarray]) -> t
     return matrix, _density(target["glass"]) - matrix @ _density(own["glass"])
 
 
-# planes are (n, 3, pixels) uint8; mapped, they are float in 0..255 and a little beyond
-
-
 def _through_density(planes: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Planes (n, 3, pixels) uint8, mapped: float in 0..255 and a little beyond."""
     return intensity(torch.baddbmm(offset[:, :, None], matrix, optical_density(planes)))
-
-
-def _through_lab(
-    planes: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor, glass: torch.Tensor, target_glass: torch.Tensor
-) -> torch.Tensor:
-    roots = torch.baddbmm(offset[:, :, None], matrix, _lab_roots(planes, matrix.dtype))
-    # both curves are a power above a threshold and a line below it
-    xyz = roots.clamp(min=6 / 29).pow_(3).add_((roots - 6 / 29).clamp_(max=0), alpha=3 * (6 / 29) ** 2)
-    linear = torch.matmul(_XYZ_TO_RGB.to(xyz), xyz).clamp_(0, 1)
-    mapped = linear.clamp(min=0.0031308).pow_(1 / 2.4).mul_(1.055).sub_(0.055)
-    mapped.add_((linear - 0.0031308).clamp_(max=0), alpha=12.92).mul_(255)
-    pixels, light = planes.to(xyz), glass.mean(1)[:, None, None]
-    tissue = ((light - pixels.mean(1, keepdim=True)) / (light * (1 - TISSUE))).clamp_(0, 1)
-    return torch.lerp(pixels * (target_glass / glass)[:, :, None], mapped, tissue)
-
-
-def _lab_roots(planes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The roots of X, Y, Z that L* + 16, a*, b* are linear in, of sRGB."""
-    table = _LINEAR.to(planes.device, dtype)
-    linear = table.index_select(0, planes.flatten().int()).view(planes.shape)
-    xyz = torch.matmul(_RGB_TO_XYZ.to(linear), linear)
-    least = (6 / 29) ** 3
-    return xyz.clamp(min=least).pow_(1 / 3).add_((xyz - least).clamp_(max=0), alpha=1 / (3 * (6 / 29) ** 2))

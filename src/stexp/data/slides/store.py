@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import logging
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import torch
+from PIL import Image
 
 from stexp.errors import InputError
 
@@ -62,7 +63,13 @@ class JpegTiles:
         self._places = np.frombuffer(self._bytes[end:-16].tobytes(), np.int64).reshape(n, 2)
         if (self._places[:, 0] < 0).any() or (self._places[:, 1] < 1).any() or (self._places.sum(axis=1) > end).any():
             raise ValueError("tiles beyond the end of the file")
-        self.shape = (n, *self._decode(0).shape)
+        # of the header alone: a decoder believes it, and takes memory for what it says
+        offset, length = self._places[0]
+        try:
+            with Image.open(io.BytesIO(self._bytes[offset : offset + length].tobytes()), formats=["JPEG"]) as first:
+                self.shape = (n, first.height, first.width, 3)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError("not a JPEG tile") from error
         self._rows = np.arange(n)
 
     def __len__(self) -> int:
@@ -97,25 +104,39 @@ class JpegTiles:
     def _decode(self, row: int) -> np.ndarray:
         offset, length = self._places[row]
         try:
-            return imagecodecs.jpeg8_decode(self._bytes[offset : offset + length].tobytes())
-        except imagecodecs.Jpeg8Error as error:
+            tile = np.empty(self.shape[1:], dtype=np.uint8)
+            return imagecodecs.jpeg8_decode(self._bytes[offset : offset + length].tobytes(), out=tile)
+        except (imagecodecs.Jpeg8Error, ValueError) as error:
             raise InputError(f"tile {row} of {self.filename} is damaged ({error}); delete the file") from error
 
 
-def open_store(path: Path, shape: tuple[int, ...]) -> np.ndarray | JpegTiles | None:
+TileStore = np.memmap | JpegTiles
+"""Tiles of a section in a file, (n, px, px, 3) uint8."""
+
+
+def file_of(store: TileStore) -> Path:
+    """Where a tile store lies."""
+    if store.filename is None:
+        raise ValueError("a store without a file")
+    return Path(store.filename)
+
+
+def open_store(path: Path, shape: tuple[int, ...]) -> TileStore | None:
     """The store at `path`, memory-mapped; None where there is none, or one that something damaged."""
     if not (path.exists() and path.with_suffix(".json").exists()):
         return None
     try:
         if not isinstance(json.loads(path.with_suffix(".json").read_text()), dict):
             raise ValueError("no facts beside it")
-        tiles = JpegTiles(path) if path.suffix == SUFFIXES["jpeg"] else np.load(path, mmap_mode="r")
+        tiles: TileStore = (
+            JpegTiles(path) if path.suffix == SUFFIXES["jpeg"] else np.lib.format.open_memmap(path, mode="r")
+        )
+        if tiles.shape == shape and tiles.dtype == np.uint8:
+            return tiles
     except (ValueError, EOFError, OSError, InputError):
-        tiles = None
-    if tiles is None or tiles.shape != shape or tiles.dtype != np.uint8:
-        log.warning("tile store %s is damaged; cutting it again", path)
-        return None
-    return tiles
+        pass
+    log.warning("tile store %s is damaged; cutting it again", path)
+    return None
 
 
 class StoreInTheMaking:
@@ -151,8 +172,9 @@ class StoreInTheMaking:
         self._tile_bytes = int(np.prod(shape[1:]))
         self._places = np.zeros((shape[0], 2), dtype=np.int64)
         self._new: list[tuple[int, int, int]] = []
-        self._resume() or self._begin()
-        self._start = np.load(self._part, mmap_mode="r").offset if self._raw else 0
+        if not self._resume():
+            self._begin()
+        self._start = np.lib.format.open_memmap(self._part, mode="r").offset if self._raw else 0
         self._file = self._part.open("r+b")
         self.done = self._places[:, 1] > 0
 
@@ -170,7 +192,7 @@ class StoreInTheMaking:
         try:
             size = self._part.stat().st_size
             journal = self._journal.read_bytes()
-            if self._raw and np.load(self._part, mmap_mode="r").shape != self.shape:
+            if self._raw and np.lib.format.open_memmap(self._part, mode="r").shape != self.shape:
                 return False
         except (OSError, ValueError, EOFError):
             return False
@@ -236,11 +258,6 @@ class StoreInTheMaking:
         self.path.with_suffix(".json").write_text(json.dumps(facts))  # half of it is noticed by `open_store`
         os.replace(self._part, self.path)
         self._journal.unlink(missing_ok=True)
-
-
-def is_full(error: OSError) -> bool:
-    """Whether the disk, or the user's share of it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _reserve(path: Path) -> None:

@@ -13,7 +13,8 @@ from threading import Lock
 import numpy as np
 import torch
 
-from stexp.data.slides.formats import BLOCK_PX, PillowImage
+from stexp.data.slides.formats import PillowImage
+from stexp.data.slides.pixels import BLOCK_PX
 from stexp.data.slides.slide import Slide, SlideReader
 from stexp.data.slides.tiles import by_region, corners, cut_tile
 from stexp.errors import InputError
@@ -119,7 +120,8 @@ class _Region:
     def read(self, low: np.ndarray, size: np.ndarray) -> np.ndarray:
         reader = self._readers.get()
         try:
-            return reader.read(*low.tolist(), *size.tolist(), self._level)
+            (x, y), (width, height) = low.tolist(), size.tolist()
+            return reader.read(x, y, width, height, self._level)
         finally:
             self._readers.put(reader)
 
@@ -165,16 +167,18 @@ def _batches(
         corner, side = np.round(corner / scale).astype(np.int64), round(side_px / scale)
     # strips are read whole; between the pixels of level 0 OpenSlide interpolates, from where a region begins
     by_tile = image.block == (BLOCK_PX, BLOCK_PX) and scale == round(scale)
-    rows, parts, skip = [], [], start
-    for here in by_region(corner, image.block) if len(xy_px) else ():
-        low = np.maximum(corner[here].min(axis=0), 0)
-        high = np.minimum(corner[here].max(axis=0) + side, image.sizes[level])
+    rows: list[np.ndarray] = []
+    parts: list[_Part] = []
+    skip = start
+    for in_block in by_region(corner, image.block) if len(xy_px) else ():
+        low = np.maximum(corner[in_block].min(axis=0), 0)
+        high = np.minimum(corner[in_block].max(axis=0) + side, image.sizes[level])
         region = _Region(readers, low, high, level)
-        sparse = by_tile and region.is_sparse(len(here), side)
-        here, skip = here[skip:], max(0, skip - len(here))
-        while len(here):
-            place = sum(map(len, rows))
-            now, here = np.split(here, [batch_size - place])
+        sparse = by_tile and region.is_sparse(len(in_block), side)
+        in_block, skip = in_block[skip:], max(0, skip - len(in_block))
+        while len(in_block):
+            place = sum(len(part) for part in rows)
+            now, in_block = np.split(in_block, [batch_size - place])
             rows.append(now)
             parts.append(_Part(region, sparse, corner[now], side, px, place))
             if place + len(now) == batch_size:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from torch.nn import functional as F
 
+from stexp.data.cache import locked
+from stexp.data.digests import file_digest
+from stexp.data.progress import track
 from stexp.data.section import Section
-from stexp.data.slides.formats import WHITE
+from stexp.data.slides.pixels import WHITE, free_memory
 from stexp.data.slides.slide import SlideReader
-from stexp.data.slides.store import SUFFIXES, JpegTiles, StoreInTheMaking, is_full, open_store
+from stexp.data.slides.store import SUFFIXES, StoreInTheMaking, TileStore, open_store
 from stexp.errors import InputError
+from stexp.files import naming
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +114,15 @@ def cut_tile(image: np.ndarray, corner: np.ndarray, side_px: int, px: int, out: 
         out[i] = tile
 
 
-def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path, store: str = "raw") -> np.ndarray | JpegTiles:
+def warn_of_scales(sections: Iterable[Section], spec: TileSpec) -> None:
+    """Say that tiles of raw pixels show more tissue in some sections than in others."""
+    scales = [section.um_per_px for section in sections if section.um_per_px]
+    if spec.um is None and scales and max(scales) > 1.1 * min(scales):
+        text = "tiles of %d raw pixels show between %.0f and %.0f um of tissue; data.tile_um gives them one size"
+        log.warning(text, spec.px, spec.px * min(scales), spec.px * max(scales))
+
+
+def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path, store: str = "raw") -> TileStore:
     """The section's tiles, (n_spots, px, px, 3) uint8, memory-mapped; cut first where the store lacks them.
 
     Parameters
@@ -148,33 +154,25 @@ def open_tiles(section: Section, spec: TileSpec, cache_dir: str | Path, store: s
     shape = (len(section), spec.px, spec.px, 3)
     tiles = open_store(path, shape)
     if tiles is None:
-        with _locked(path):
+        with locked(path):
             tiles = open_store(path, shape)
             if tiles is None:
                 _write_tiles(section, side, path, shape)
                 tiles = open_store(path, shape)
+    if tiles is None:
+        raise OSError(f"tile store {path} is damaged as soon as it is written")
     return tiles
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("waiting for another process that is cutting %s", path.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]) -> None:
     px = shape[1]
     corner = corners(section.xy_px, side)
     try:
-        with StoreInTheMaking(path, shape) as store, section.slide.open() as image:
+        with (
+            naming(path, path.with_suffix(".part")),
+            StoreInTheMaking(path, shape) as store,
+            section.image.open() as image,
+        ):
             padded = _n_padded(corner, side, image.sizes[0])
             if store.done.any():
                 log.info("section %s: %d of %d tiles are there already", section.name, store.done.sum(), len(section))
@@ -185,9 +183,13 @@ def _write_tiles(section: Section, side: int, path: Path, shape: tuple[int, ...]
             facts = {"section": section.name, "n": len(section), "side_px": side, "px": px, "padded": padded}
             store.finish({**facts, "downsample": scale})
     except OSError as error:
-        if is_full(error):
-            raise InputError(f"disk full while cutting tiles of section {section.name} into {path.parent}") from None
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        reason = "file too large" if error.errno == errno.EFBIG else "disk full"
+        raise InputError(
+            f"{reason} while cutting tiles of section {section.name} into {path}; what is cut stays, and the same "
+            f"command goes on from there"
+        ) from None
     log.info(
         "section %s: cut %d tiles of %d px (from %d px%s)%s",
         section.name,
@@ -208,10 +210,12 @@ def _read(
         scale = image.downsamples[level]
         corner, side = np.round(corner / scale).astype(np.int64), round(side / scale)
     regions = [rows[wanted[rows]] for rows in by_region(corner, image.block)]
-    for rows in shown(regions, what):
+    regions = [rows for rows in regions if len(rows)]
+    for rows in track(regions, sum(map(len, regions)), what, size=len):
         low = np.maximum(corner[rows].min(axis=0), 0)
         high = np.minimum(corner[rows].max(axis=0) + side, image.sizes[level])
-        region = image.read(*low.tolist(), *(high - low).tolist(), level)
+        (x, y), (width, height) = low.tolist(), (high - low).tolist()
+        region = image.read(x, y, width, height, level)
         for part in np.array_split(rows, -(-len(rows) // _AT_ONCE)):
             tiles = np.empty((len(part), px, px, 3), dtype=np.uint8)
             cut_tile(region, corner[part] - low, side, px, tiles)
@@ -232,14 +236,14 @@ def around(section: Section, spec: TileSpec, k: int) -> tuple[np.ndarray, np.nda
     steps = np.arange(k) - k // 2
     offset = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
     corner = corners(section.xy_px, side)[:, None] + side * offset
-    beyond = ((offset < 0) & (corner < 0)) | ((offset > 0) & (corner + side > np.array(section.slide.size)))
-    return corner, ~beyond.any(axis=2)
+    beyond: np.ndarray = ((offset < 0) & (corner < 0)) | ((offset > 0) & (corner + side > np.array(section.image.size)))
+    return corner, np.logical_not(beyond.any(axis=2))
 
 
 def tiles_around(section: Section, spec: TileSpec, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tiles of `around` that lie inside: rows of the flattened (n_spots * k * k) and their tiles, not kept."""
     corner, inside = around(section, spec, k)
-    with section.slide.open() as image:
+    with section.image.open() as image:
         what = f"section {section.name}: tiles around spots"
         yield from _read(image, corner.reshape(-1, 2), spec.side_px(section), spec.px, inside.ravel(), what)
 
@@ -250,60 +254,6 @@ def by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray
     order = np.lexsort((corner[:, 0], corner[:, 1], cell[:, 0], cell[:, 1]))
     starts = np.flatnonzero((np.diff(cell[order], axis=0) != 0).any(axis=1)) + 1
     yield from np.split(order, starts)
-
-
-def shown(regions: list[np.ndarray], what: str) -> Iterator[np.ndarray]:
-    """Go through the regions that have rows left; work longer than seconds shows how far it is."""
-    total, n, begun = sum(map(len, regions)), 0, time.monotonic()
-    said, bar = begun, None
-    console = Console(stderr=True)
-    try:
-        for rows in regions:
-            if not len(rows):
-                continue
-            yield rows
-            n, now = n + len(rows), time.monotonic()
-            if console.is_terminal:
-                if bar is None and now - begun > 2:
-                    bar = Progress(
-                        *Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True
-                    )
-                    task = bar.add_task(what, total=total)
-                    bar.start()
-                if bar is not None:
-                    bar.update(task, completed=n)
-            elif now - said > 15:
-                log.info("%s: %d of %d", what, n, total)
-                said = now
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def file_digest(path: str | Path) -> str:
-    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder."""
-    path = Path(path)
-    stat = path.stat()
-    own = _file_digest(path, stat.st_size, stat.st_mtime_ns)
-    if path.suffix.lower() != ".mrxs":
-        return own
-    parts = sorted(part for part in path.with_suffix("").glob("*") if part.is_file())
-    together = " ".join([own, *(f"{part.name} {file_digest(part)}" for part in parts)])
-    return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        if size <= 256 << 20:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        else:
-            for start in np.linspace(0, size - (1 << 20), 64, dtype=np.int64):
-                file.seek(int(start))
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()
 
 
 class TileBank:
@@ -319,7 +269,7 @@ class TileBank:
         fits in half of what is free; on a CPU that is always ``"disk"``, which costs one copy.
     """
 
-    def __init__(self, stores: list[np.ndarray | JpegTiles], placement: str = "auto") -> None:
+    def __init__(self, stores: list[TileStore], placement: str = "auto") -> None:
         if placement not in ("auto", "device", "pinned", "disk"):
             raise InputError(f"data.placement={placement}: choose auto, device, pinned or disk")
         self.stores = stores
@@ -350,12 +300,13 @@ class TileBank:
         need = sum(store.nbytes for store in self.stores)
         if need < torch.cuda.mem_get_info(device)[0] / 2:
             return "device"
-        return "pinned" if need < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 else "disk"
+        free = free_memory()
+        return "pinned" if free is not None and need < free / 2 else "disk"
 
     def _read(self, index: np.ndarray) -> np.ndarray:
         out = np.empty((len(index), *self.stores[0].shape[1:]), dtype=np.uint8)
         which = np.searchsorted(self.starts, index, side="right") - 1
         for store in np.unique(which):
-            here = np.flatnonzero(which == store)
-            out[here] = self.stores[store][index[here] - self.starts[store]]
+            in_store = np.flatnonzero(which == store)
+            out[in_store] = self.stores[store][index[in_store] - self.starts[store]]
         return out

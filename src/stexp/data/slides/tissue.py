@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from stexp.data.quality import CELL_UM, GREENEST, INK_GREY, INK_OD
 from stexp.data.slides.slide import Slide
+from stexp.data.tile_measures import CELL_UM, GREENEST, INK_GREY, INK_OD
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -91,9 +91,10 @@ def find_tissue(image: np.ndarray, um_per_px: float) -> np.ndarray:
     Tissue is where optical density varies: by `TEXTURE` within 40 um. Glass does not, whatever its tint, and neither
     does eosin that bled into it, on which thresholds of colour fail (on five images of HER2+ and one of mouse colon
     half the glass varies by less than 0.004, nine tenths of the spots by 0.028 and more). Tissue without texture
-    counts where green is `DENSE` above glass. Ink is told by colour, as `stexp.data.quality.measure` does: red ink,
-    which looks like eosin, is not. Pieces below 0.02 mm2 are dust, or the frame of a Visium slide, even in numbers;
-    what is left below 0.1 mm2 once holes up to 0.02 mm2 (fat cells) are filled is left out too.
+    counts where green is `DENSE` above glass. Blue, green and black ink is told by colour; other ink, which lets
+    tissue be seen through it, is a flag of tiles (`stexp.data.tile_measures.ink`). Pieces below 0.02 mm2 are dust, or
+    the frame of a Visium slide, even in numbers; what is left below 0.1 mm2 once holes up to 0.02 mm2 (fat cells) are
+    filled is left out too.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(f"an image must be (height, width, 3) uint8, got {image.shape} {image.dtype}")
@@ -107,7 +108,7 @@ def find_tissue(image: np.ndarray, um_per_px: float) -> np.ndarray:
     # a border shows in all squares that reach over it: back to where the middle of the square is
     tissue = ndimage.minimum_filter(textured, _odd(TEXTURE_UM / 2, um_per_px))
     colours = [ndimage.uniform_filter(to_density[image[..., i]], max(1, round(CELL_UM / um_per_px))) for i in range(3)]
-    ink = _ink(*colours, um_per_px)
+    ink = _ink(colours[0], colours[1], colours[2], um_per_px)
     glass = ~textured & ~ink
     if glass.any():
         red, green, blue = (colour - np.median(colour[glass]) for colour in colours)

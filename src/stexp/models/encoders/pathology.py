@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import timm
 import torch
@@ -17,12 +18,14 @@ class ConvStem(PatchEmbed):
 
     def __init__(self, *, embed_dim: int, device: torch.device | None = None, **of_patches) -> None:
         super().__init__(embed_dim=embed_dim, device=device, **of_patches)
-        layers, width = [], 3
+        layers: list[nn.Module] = []
+        width = 3
         for out in (embed_dim // 8, embed_dim // 4):
             layers += [nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False, device=device)]
             layers += [nn.BatchNorm2d(out, device=device), nn.ReLU(inplace=True)]
             width = out
-        self.proj = nn.Sequential(*layers, nn.Conv2d(width, embed_dim, 1, device=device))
+        # where timm has one convolution
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, embed_dim, 1, device=device))  # type: ignore[assignment]
 
 
 def ctranspath(**model_args) -> nn.Module:
@@ -61,6 +64,7 @@ class ConchV15(nn.Module):
     """
 
     num_features = 768
+    trunk: Any  # a timm model: they have much in common, but no class
 
     def __init__(self, **model_args) -> None:
         super().__init__()

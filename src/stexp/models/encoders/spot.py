@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from stexp.errors import InputError
 from stexp.models.blocks import TransformerBlock
 
-POSITIONS = ("none", "sinusoid", "naive", "learnable")
+Position = Literal["none", "sinusoid", "naive", "learnable"]
 
 LARGEST_TABLE = 1 << 16  # rows, as in the published code
 
@@ -37,15 +38,13 @@ class SpotEncoder(nn.Module):
         n_genes: int,
         n_positions: int,
         *,
-        position: str = "learnable",
+        position: Position = "learnable",
         depth: int = 2,
         heads: int = 8,
         head_dim: int = 64,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if position not in POSITIONS:
-            raise InputError(f"model.position={position}: choose {', '.join(POSITIONS)}")
         if position == "learnable" and n_positions > LARGEST_TABLE:
             raise InputError(
                 f"array coordinates go up to {n_positions - 1}; a learned table for each would be too large. Are they "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +59,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
         raise InputError("image_encoder.tuning=lora is for attention, and this encoder has none; all or last would fit")
     model.requires_grad_(False)
     for module in attention:
-        module.qkv, module.proj = LoRALinear(module.qkv, rank, alpha), LoRALinear(module.proj, rank, alpha)
+        for name in ("qkv", "proj"):
+            setattr(module, name, LoRALinear(getattr(module, name), rank, alpha))
 
 
-def train_last(model: nn.Module, n: int) -> None:
+def train_last(model: Any, n: int) -> None:
     """Freeze a timm model but for its last `n` blocks, and what follows them.
 
     Raises

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -59,6 +61,7 @@ class PositionEncoding(nn.Module):
     def forward(self, x: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
         """Tokens (N, D) of a section, `around` as :func:`array_neighbours` has it -> (N, D)."""
         padded = torch.cat([x, torch.zeros_like(x[:1])])
+        assert self.conv.bias is not None  # Conv2d has one unless it is told not to
         return x + self.conv.bias + torch.einsum("nkd,dk->nd", padded[around], self.conv.weight.flatten(1))
 
 
@@ -73,8 +76,8 @@ def array_neighbours(array_xy: np.ndarray, size: int) -> np.ndarray:
     steps = np.arange(size) - size // 2
     offset = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
     row = {place: i for i, place in enumerate(map(tuple, array_xy.tolist()))}
-    asked = (array_xy[:, None] + offset).reshape(-1, 2).tolist()
-    return np.array([row.get(place, len(array_xy)) for place in map(tuple, asked)]).reshape(len(array_xy), -1)
+    places = (array_xy[:, None] + offset).reshape(-1, 2).tolist()
+    return np.array([row.get(place, len(array_xy)) for place in map(tuple, places)]).reshape(len(array_xy), -1)
 
 
 class GlobalEncoder(nn.Module):
@@ -127,15 +130,15 @@ def feature_map(encoder: ImageEncoder, image: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in 0..1 to the features (B, T, F) that the encoder pools, without class tokens."""
     model = map_model(encoder)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder.frozen):
-        found = model.forward_features(encoder.prepare(image))
-    if found.ndim == 4 and found.shape[1] == model.num_features:
-        return found.flatten(2).transpose(1, 2)
-    if found.ndim == 4:
-        return found.flatten(1, 2)
-    return found[:, getattr(model, "num_prefix_tokens", 0) :]
+        features = model.forward_features(encoder.prepare(image))
+    if features.ndim == 4 and features.shape[1] == model.num_features:
+        return features.flatten(2).transpose(1, 2)
+    if features.ndim == 4:
+        return features.flatten(1, 2)
+    return features[:, getattr(model, "num_prefix_tokens", 0) :]
 
 
-def map_model(encoder: ImageEncoder) -> nn.Module:
+def map_model(encoder: ImageEncoder) -> Any:
     """The timm model that makes an encoder's feature map; CONCH v1.5 has one inside."""
     return encoder.model.trunk if isinstance(encoder.model, ConchV15) else encoder.model
 
@@ -150,9 +153,9 @@ def nearest_spots(xy: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.nd
         nearest spots.
     """
     itself = np.arange(len(xy))[:, None]
-    found = nearest(xy, n - 1)
-    missing = np.repeat(itself, n - 1 - found.shape[1], axis=1)
-    rows = np.concatenate([itself, found, missing], axis=1)
-    seen = np.arange(n)[None].repeat(len(xy), axis=0) <= found.shape[1]
-    step = np.median(np.linalg.norm(xy[found[:, 0]] - xy, axis=1)) if found.shape[1] else 1.0
+    others = nearest(xy, n - 1)
+    missing = np.repeat(itself, n - 1 - others.shape[1], axis=1)
+    rows = np.concatenate([itself, others, missing], axis=1)
+    seen = np.arange(n)[None].repeat(len(xy), axis=0) <= others.shape[1]
+    step = np.median(np.linalg.norm(xy[others[:, 0]] - xy, axis=1)) if others.shape[1] else 1.0
     return rows, seen, (xy[rows] / step).astype(np.float32)

@@ -8,7 +8,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import yaml
 
-from stexp.errors import InputError
+from stexp.errors import InputError, did_you_mean
 
 SOURCES = Path(__file__).parent
 
@@ -19,8 +19,10 @@ class Entry:
 
     Parameters
     ----------
-    path, url
-        Where it belongs, relative to the root, and where it comes from: an address, or a file of a mirror.
+    path
+        Where it belongs, relative to the root.
+    url
+        Where it comes from: addresses, or files of a mirror, in the order in which they are tried.
     size, hash
         Bytes, and ``git-sha1:``, ``md5:`` or ``sha256:`` with the hex digest; None where the source states none.
     sections
@@ -32,7 +34,7 @@ class Entry:
     """
 
     path: str
-    url: str
+    url: tuple[str, ...]
     size: int | None = None
     hash: str | None = None
     sections: tuple[str, ...] = ()
@@ -48,37 +50,49 @@ class Source:
     ----------
     nested
         Folder that holds them in a clone of the source, where that may be the root.
-    by_hand
-        How to get them where a program may not.
-    needs
-        What is in the root once they were got by hand.
+    hub
+        Data set of the Hugging Face hub that has them, ``owner/name``, in place of `files`.
+    common, of_section
+        Files at the hub: patterns of those that every section needs, and of those that are a ``{section}``'s.
     """
 
     files: tuple[Entry, ...] = ()
     nested: str | None = None
-    by_hand: str | None = None
-    needs: str = ""
+    hub: str = ""
+    common: tuple[str, ...] = ()
+    of_section: tuple[str, ...] = ()
 
 
 def read_source(name: str) -> Source:
     """The source of a data set; the yaml's ``base`` stands before addresses that are relative, and before paths."""
     file = SOURCES / f"{name}.yaml"
     if not file.is_file():
-        there = ", ".join(sorted(path.stem for path in SOURCES.glob("*.yaml")))
-        raise InputError(f"no public source of {name} is known; there are {there}")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        names = sorted(path.stem for path in SOURCES.glob("*.yaml"))
+        raise InputError(
+            f"no public source of {name} is known; there are {', '.join(names)}{did_you_mean(name, names)}"
+        )
+    content = _tuples(yaml.safe_load(file.read_text(encoding="utf-8")))
     base, listed = content.pop("base", ""), content.pop("files", {})
     files = []
     for path, facts in listed.items():
-        facts["url"] = urljoin(base, facts.get("url", quote(path)))
-        files.append(Entry(path, **{key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}))
+        facts = _tuples(facts)
+        url = facts.pop("url", quote(path))
+        files.append(Entry(path, tuple(urljoin(base, u) for u in ([url] if isinstance(url, str) else url)), **facts))
     return Source(tuple(files), **content)
 
 
-def mirrored(files: list[Entry], mirror: str) -> list[Entry]:
-    """The same files at an address, or in a folder, that has them under the same relative paths."""
-    if urlsplit(mirror).scheme in ("http", "https"):
-        return [replace(file, url=f"{mirror.rstrip('/')}/{quote(file.path)}") for file in files]
-    if not Path(mirror).is_dir():
-        raise InputError(f"data.mirror={mirror}: neither a folder nor an address with http:// or https://")
-    return [replace(file, url=str(Path(mirror) / file.path)) for file in files]
+def mirrored(files: list[Entry], mirrors: list[str]) -> list[Entry]:
+    """The same files at addresses, or in folders, that have them under the same relative paths."""
+    for mirror in mirrors:
+        if urlsplit(mirror).scheme not in ("http", "https") and not Path(mirror).is_dir():
+            raise InputError(f"data.mirror={mirror}: neither a folder nor an address with http:// or https://")
+    return [replace(file, url=tuple(_under(mirror, file.path) for mirror in mirrors)) for file in files]
+
+
+def _under(mirror: str, path: str) -> str:
+    is_address = urlsplit(mirror).scheme in ("http", "https")
+    return f"{mirror.rstrip('/')}/{quote(path)}" if is_address else str(Path(mirror) / path)
+
+
+def _tuples(facts: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}

@@ -1,0 +1,140 @@
+"""A data set as its config describes it: which sections, read how, and how they are served to a method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stexp.arguments import Positive, check
+from stexp.construct import build
+from stexp.data.genes import read_panel
+from stexp.data.section import Section
+from stexp.errors import InputError, UnknownName
+from stexp.protocol import Protocol
+
+if TYPE_CHECKING:
+    from stexp.data.datamodule import SpotDataModule
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Sections of one source, and the settings of the data module that serves them.
+
+    Parameters
+    ----------
+    config
+        ``conf/data/<name>.yaml`` with every value in place, as plain data.
+    """
+
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.config["name"])
+
+    @property
+    def root(self) -> str:
+        return str(self.config["root"])
+
+    def section_names(self, protocol: Protocol) -> list[str] | None:
+        """Sections to read: ``sections``, the paper's under its protocol, or None for all there are."""
+        names = self.config["sections"]
+        if isinstance(names, str | int):
+            names = [names]
+        if names is not None and len(names) == 0:
+            raise InputError("data.sections is empty; name some, or leave it out for all")
+        if names is None and protocol.published:
+            names = self.config["published_sections"]
+        return None if names is None else [str(name) for name in names]
+
+    def read_sections(self, protocol: Protocol) -> list[Section]:
+        """Read the sections a protocol asks for, at the stated scale, without the spots that are to be left out.
+
+        Raises
+        ------
+        InputError
+            A name that no section has, two sections with the same counts, or what the reader refuses.
+        """
+        names = self.section_names(protocol)
+        reader = dict(self.config["reader"])
+        if "sections" in reader:
+            reader["sections"] = names
+        sections = build(reader)
+        if names is not None:
+            choices = [section.name for section in sections]
+            unknown = [name for name in names if name not in choices]
+            if unknown:
+                message = f"data.sections: {', '.join(unknown)} not in {self.name}; there are {', '.join(choices)}"
+                raise UnknownName(message, unknown, choices, typed="data.sections=[{}]")
+            sections = [section for section in sections if section.name in names]
+        _refuse_copies(sections)
+        um_per_px = self.config["um_per_px"]
+        if um_per_px is not None:
+            check("data.um_per_px", um_per_px, Positive)
+            sections = [replace(section, um_per_px=float(um_per_px)) for section in sections]
+        return self._leave_out(sections) if self.config["leave_out"] else sections
+
+    def _leave_out(self, sections: list[Section]) -> list[Section]:
+        # these import torch, which reading sections does without
+        from stexp.data.quality import leave_out
+        from stexp.data.slides.tiles import TileSpec, open_tiles
+
+        flags = self.config["leave_out"]
+        flags = [flags] if isinstance(flags, str) else [str(flag) for flag in flags]
+        tile = TileSpec(self.config["tile_px"], self.config["tile_um"])
+        cache = (self.config["cache_dir"], self.config["tile_store"])
+        thresholds = build(self.config["quality"])
+        return leave_out(sections, flags, thresholds, tile, lambda section: open_tiles(section, tile, *cache))
+
+    def panel(self, protocol: Protocol) -> list[str] | None:
+        """The gene list named by the data set, or the paper's under its protocol; None where genes are chosen."""
+        file = self.config["panel_file"] or (self.config["published_panel_file"] if protocol.published else None)
+        return None if file is None else read_panel(file)
+
+    def serve(
+        self,
+        sections: list[Section],
+        protocol: Protocol,
+        fold: str,
+        seed: int,
+        panel: list[str] | None = None,
+        **more: Any,
+    ) -> SpotDataModule:
+        """The data module of one fold.
+
+        Parameters
+        ----------
+        panel
+            Genes in place of those that the data set names or the protocol chooses.
+        more
+            Further arguments of :class:`~stexp.data.datamodule.SpotDataModule`, such as ``encoder``.
+        """
+        from stexp.data.datamodule import SpotDataModule  # imports torch, which reading sections does without
+
+        # a reader's own options stand in the data set's config under the names that the reader gives them
+        of_module = set(inspect.signature(SpotDataModule).parameters)
+        of_reader = set(self.config["reader"]) - of_module - {"_target_"}
+        node = {key: value for key, value in self.config.items() if key not in BEFORE_THE_MODULE | of_reader}
+        panel = panel or self.panel(protocol)
+        return build(node, sections=sections, protocol=protocol, fold=fold, seed=seed, panel=panel, **more)
+
+
+BEFORE_THE_MODULE = {
+    *("name", "root", "source", "download", "mirror", "keep_archives", "reader", "licence"),
+    *("sections", "sections_of", "published_sections", "panel_file", "published_panel_file"),
+    *("um_per_px", "quality", "leave_out"),
+}
+"""Keys of a data set that are for what comes before the data module."""
+
+
+def _refuse_copies(sections: list[Section]) -> None:
+    """A section listed twice could train and be tested, and no split by name would see it."""
+    seen: dict[tuple, str] = {}
+    for section in sections:
+        counts = section.spots.X
+        key = (counts.shape, float(counts.sum()), hash(counts.data.tobytes()), hash(counts.indices.tobytes()))
+        if key in seen and counts.nnz:
+            raise InputError(f"sections {seen[key]} and {section.name} hold the same counts; list them once")
+        seen[key] = section.name

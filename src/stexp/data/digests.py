@@ -1,0 +1,39 @@
+"""Content hashes of files, by which a changed input is seen."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from stexp.data.progress import track
+
+WHOLE_BYTES = 256 << 20
+"""Size up to which a file is hashed whole."""
+
+
+def file_digest(path: str | Path) -> str:
+    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder."""
+    path = Path(path)
+    stat = path.stat()
+    own = _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    if path.suffix.lower() != ".mrxs":
+        return own
+    parts = sorted(part for part in path.with_suffix("").glob("*") if part.is_file())
+    together = " ".join([own, *(f"{part.name} {file_digest(part)}" for part in parts)])
+    return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    whole = size <= WHOLE_BYTES
+    starts = range(0, size, 1 << 22) if whole else np.linspace(0, size - (1 << 20), 64, dtype=np.int64).tolist()
+    length = 1 << 22 if whole else 1 << 20
+    with path.open("rb") as file:
+        for start in track(starts, len(starts), f"hashing {path.name}: blocks"):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Features of tiles by a frozen image encoder, laid out by the spots of a data module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from stexp.data.augment import Augmentation
+from stexp.data.section import Section
+from stexp.data.slides.stain import StainNormaliser
+from stexp.data.slides.store import TileStore
+from stexp.data.slides.tiles import TileSpec, around
+
+Stain = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
+"""A stain normalisation of one section: its key in the cache, and what it makes of tiles (B, px, px, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One augmentation of all tiles, drawn once, so that features of it can be kept; see `augment`."""
+
+    augmentation: Augmentation
+    hed_sigma: float
+    number: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache."""
+        sigma = f"{self.hed_sigma:g}" if self.augmentation == "hed" else ""
+        return f"{self.augmentation}{sigma}-view{self.number}"
+
+
+class TileEncoder(Protocol):
+    """A frozen image encoder; a context manager, inside of which it encodes."""
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        ...
+
+    def of_tiles(
+        self, section: Section, store: TileStore, stain: Stain | None = None, view: View | None = None
+    ) -> np.ndarray:
+        """Features of a section's tiles as they are, or of an augmented view, (n_spots, F) float32."""
+        ...
+
+    def of_surroundings(
+        self, section: Section, store: TileStore, spec: TileSpec, k: int, stain: Stain | None = None
+    ) -> np.ndarray:
+        """Features of the k x k tiles around each spot, (n_spots, k * k, F) float32; zero beyond the image."""
+        ...
+
+    def __enter__(self) -> TileEncoder: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class TiledSection:
+    """A section with an image, as a data module serves it."""
+
+    section: Section
+    rows: np.ndarray  # (n_spots,) of SpotDataModule.spots
+    store: TileStore
+    stain: Stain | None
+
+
+class Surroundings:
+    """Frozen features of the k x k tiles around each spot of a data module, read from the cache as asked for.
+
+    Attributes
+    ----------
+    inside : (n_spots, k * k) bool
+        Which of the tiles lie inside the image; False for all of a spot without an image.
+    """
+
+    def __init__(self, parts: list[np.ndarray], inside: np.ndarray) -> None:
+        self._parts, self.inside = parts, inside
+        self._starts = np.cumsum([0] + [len(part) for part in parts])
+        self._row = np.cumsum(inside.any(axis=1)) - 1  # among the spots with an image: the middle is always inside
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the spots `rows` (B,) of ``data.spots``, all with an image: (B, k * k, F) float32."""
+        out = np.empty((len(rows), *self._parts[0].shape[1:]), dtype=np.float32)
+        with_image = self._row[rows]
+        section = np.searchsorted(self._starts, with_image, side="right") - 1
+        for i in np.unique(section):
+            in_section = section == i
+            out[in_section] = self._parts[i][with_image[in_section] - self._starts[i]]
+        return out
+
+
+def tiled_sections(
+    sections: Sequence[Section],
+    stores: Sequence[TileStore],
+    section_of_spot: np.ndarray,
+    normaliser: StainNormaliser | None,
+) -> Iterator[TiledSection]:
+    """Sections with an image and their tiles, in order; their stain normalised where there is a normaliser of them."""
+    for i, (section, store) in enumerate(zip(sections, stores, strict=True)):
+        stain = None if normaliser is None else (normaliser.key(i), partial(_normalise, normaliser, i))
+        yield TiledSection(section, np.flatnonzero(section_of_spot == section.name), store, stain)
+
+
+def _normalise(normaliser: StainNormaliser, i: int, tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles of the i-th section, in the stain of the others."""
+    return normaliser(tiles, torch.full((len(tiles),), i))
+
+
+def encode_tiles(
+    encoder: TileEncoder, sections: Iterable[TiledSection], n_spots: int, view: View | None = None
+) -> np.ndarray:
+    """Features of every spot's tile, (n_spots, F) float32; NaN for spots of other sections."""
+    out = np.full((n_spots, encoder.num_features), np.nan, dtype=np.float32)
+    with encoder:
+        for tiled in sections:
+            out[tiled.rows] = encoder.of_tiles(tiled.section, tiled.store, tiled.stain, view)
+    return out
+
+
+def draw_views(views: np.ndarray, rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Features of spots, (B, F), each from one of its views (V, n_spots, F); the draws depend on `seed` alone."""
+    draws = torch.randint(len(views), (len(rows),), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(views[draws.numpy(), rows.numpy()])
+
+
+def encode_views(
+    encoder: TileEncoder,
+    sections: Sequence[TiledSection],
+    n_spots: int,
+    augmentation: Augmentation,
+    hed_sigma: float,
+    n_views: int,
+) -> np.ndarray:
+    """Features of `n_views` augmented views of every spot's tile, (n_views, n_spots, F) float32."""
+    views = [View(augmentation, hed_sigma, number) for number in range(n_views)]
+    return np.stack([encode_tiles(encoder, sections, n_spots, view) for view in views])
+
+
+def encode_surroundings(
+    encoder: TileEncoder, sections: Iterable[TiledSection], n_spots: int, spec: TileSpec, k: int
+) -> Surroundings:
+    """Features of the k x k tiles around every spot, its own in the middle (k odd)."""
+    parts, inside = [], np.zeros((n_spots, k * k), dtype=bool)
+    with encoder:
+        for tiled in sections:
+            inside[tiled.rows] = around(tiled.section, spec, k)[1]
+            parts.append(encoder.of_surroundings(tiled.section, tiled.store, spec, k, tiled.stain))
+    return Surroundings(parts, inside)

@@ -1,0 +1,62 @@
+"""The references that a run retrieves from, as a bank; and fewer of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.spatial import cKDTree
+from sklearn.cluster import MiniBatchKMeans
+
+from stexp.errors import InputError
+from stexp.inference.bank import Bank
+from stexp.runs.finished import FinishedRun
+
+
+def bank_of(run: FinishedRun) -> Bank | None:
+    """The references of a run that retrieves, with all genes that they and every section that trained measure."""
+    if run.retrieval is None:
+        return None
+    embeddings, how = run.for_retrieval
+    data, rows = run.data, run.references(how.reference)
+    spots = data.spots.iloc[rows]
+    used = {*spots["section"], *data.names("train", "validation")}
+    genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
+    counts, rest = [], []
+    for section in data.sections:
+        chosen = np.isin(np.flatnonzero(data.spots["section"].to_numpy() == section.name), rows)
+        if chosen.any():
+            x = section.spots.X[:, section.genes.get_indexer(genes)]
+            counts.append(x[chosen])
+            rest.append(sp.csr_matrix(x[~chosen].sum(axis=0)))
+    return Bank(
+        embedding=embeddings.obsm["spot_embedding"][rows].astype(np.float32),
+        section=spots["section"].to_numpy(str),
+        patient=spots["patient"].to_numpy(str),
+        spot=spots["spot"].to_numpy(str),
+        counts=sp.vstack(counts, format="csr"),
+        total_counts=spots["total_counts"].to_numpy(np.float64),
+        genes=genes,
+        rest=sp.vstack(rest, format="csr") if run.protocol.truth == "gene" else None,
+    )
+
+
+def compress(bank: Bank, dtype: str, prototypes: int | None) -> Bank:
+    """A bank as it comes back from a file of smaller embeddings, or of fewer references.
+
+    Parameters
+    ----------
+    dtype
+        Of the embeddings.
+    prototypes
+        Keep only those nearest to the centres of as many clusters of the embeddings; None: all.
+    """
+    if prototypes is not None:
+        if isinstance(prototypes, bool) or not (isinstance(prototypes, int) and 1 <= prototypes <= len(bank)):
+            raise InputError(
+                f"prototypes={prototypes}: a whole number from 1 to {len(bank)}, the references, would fit"
+            )
+        clusters = MiniBatchKMeans(prototypes, random_state=0, n_init=1, batch_size=4096).fit(bank.embedding)
+        bank = bank.take(np.unique(cKDTree(bank.embedding).query(clusters.cluster_centers_)[1]))
+    return replace(bank, embedding=bank.embedding.astype(dtype).astype(np.float32))

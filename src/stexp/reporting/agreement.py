@@ -1,0 +1,100 @@
+"""Whether runs belong into one table, and which of them it lacks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from stexp.errors import InputError
+from stexp.runs.scored import ScoredRun
+
+FINISH = (
+    "stexp-train -cp {} -cn config +overwrite=false hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none"
+)
+"""Command that goes on with the config of a run folder as it stands."""
+
+
+class Gap(NamedTuple):
+    """What a method, with one of its seeds, has no run of.
+
+    Parameters
+    ----------
+    method
+        Label and seed.
+    missing
+        Fold, or sections of one.
+    fill
+        What to do, with the command.
+    """
+
+    method: str
+    missing: str
+    fill: str
+
+
+def check_agreement(runs: list[ScoredRun]) -> None:
+    """InputError where two runs mean something else by one section: other files, patient, spots or genes."""
+    first: dict[tuple, tuple[Any, ScoredRun]] = {}
+
+    def agree(what: tuple, value: Any, run: ScoredRun, otherwise: str) -> None:
+        before, other = first.setdefault(what, (value, run))
+        if before != value:
+            raise InputError(f"{other.folder} and {run.folder} do not belong into one table: {otherwise}")
+
+    for run in runs:
+        for section, files in run.provenance["data_manifest"].items():
+            for file, digest in files.items():
+                agree((section, file), digest, run, f"section {section} was read from another {file}")
+        for section in run.sections:
+            cell, n_spots = f"fold {run.fold}, section {section}", run.metrics["sections"][section]["n_spots"]
+            agree((section,), run.patient_of[section], run, f"section {section} is of different patients")
+            agree((cell, "spots"), n_spots, run, f"they predict other spots ({cell})")
+            agree((cell, "genes"), run.genes, run, f"they predict other genes ({cell}); a table has one panel")
+
+
+def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
+    """Folds and sections that other runs have and a method, with one of its seeds, has not.
+
+    Raises
+    ------
+    InputError
+        Two runs of the same method, seed and fold.
+    """
+    cells: dict[tuple[str, int], dict[str, ScoredRun]] = {}
+    tested: dict[str, dict[str, ScoredRun]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        before = cells.setdefault((label, run.seed), {}).setdefault(run.fold, run)
+        if before is not run:
+            raise InputError(
+                f"{before.folder} and {run.folder} are the same method, seed {run.seed} and fold {run.fold}; name one"
+            )
+        for section in run.sections:
+            tested.setdefault(run.fold, {}).setdefault(section, run)
+    gaps = []
+    for (label, seed), by_fold in sorted(cells.items()):
+        method = f"{label}, seed {seed},"
+        for fold in sorted(tested):
+            if fold not in by_fold:
+                fill = f"fill it with: {_command(next(iter(by_fold.values())), fold)}"
+                gaps.append(Gap(method, f"fold {fold}", fill))
+            elif missing := [section for section in tested[fold] if section not in by_fold[fold].sections]:
+                other = tested[fold][missing[0]].folder
+                fill = f"{other} has; train {by_fold[fold].folder} anew with the same data.sections"
+                gaps.append(Gap(method, f"section {', '.join(missing)} of fold {fold}", fill))
+    return gaps
+
+
+def _command(run: ScoredRun, fold: str) -> str:
+    """The command of a run, for another fold, into a folder of its own."""
+    words = run.provenance.get("trained_by", run.provenance["command"]).split()
+    named = any(word.startswith("output_dir=") for word in words)
+    dropped = ("-m", "--multirun", "fold=", "seed=", "output_dir=", "overwrite=")
+    words = [word for word in words if not word.startswith(dropped)] + [f"fold={fold}"]
+    if run.seed:
+        words.append(f"seed={run.seed}")
+    if named:
+        name = re.sub(rf"(?<![^\W_]){re.escape(run.fold)}(?![^\W_])", fold, run.folder.name)
+        words.append(f"output_dir={run.folder.parent / (name if name != run.folder.name else f'{name}-{fold}')}")
+    if "trained_by" in run.provenance:
+        words += ["and then", re.sub(r"run=\S+", "run=<that run>", run.provenance["command"])]
+    return " ".join(words)

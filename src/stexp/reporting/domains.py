@@ -1,0 +1,154 @@
+"""Spatial domains: clusters of spots by image and predicted expression, and their agreement with labels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from stexp.errors import InputError
+from stexp.reporting.places import spot_ids
+from stexp.reporting.spatial import adjacency, rows_to_one
+
+DOMAINS = ("image", "expression", "joint")
+METHODS = ("kmeans", "leiden")
+COMPONENTS, VARIABLE = 30, 2000  # principal components; genes they are of, at most
+LEIDEN_NEIGHBOURS = 15
+
+
+def spatial_domains(
+    adata: ad.AnnData,
+    by: str = "joint",
+    *,
+    method: str = "kmeans",
+    n_domains: int = 6,
+    resolution: float = 1.0,
+    smooth: bool = True,
+    seed: int = 0,
+) -> pd.Categorical:
+    """Clusters of spots, of all sections together; "1" is the largest.
+
+    Parameters
+    ----------
+    by
+        ``image``: the tiles' embeddings; ``expression``: the prediction (its 2,000 most variable genes); ``joint``:
+        both, with the same total variance. Each as its first 30 principal components.
+    method, n_domains, resolution
+        ``kmeans`` into `n_domains`, or ``leiden`` at `resolution` on the 15 nearest in the space of the components.
+    smooth
+        Average the components of a spot with those of the spots it touches, so that domains hang together.
+
+    Raises
+    ------
+    InputError
+        Unknown or impossible arguments, no image embedding, or leiden without the package igraph.
+    """
+    if by not in DOMAINS:
+        raise InputError(f"downstream.domains={by}: choose {', '.join(DOMAINS)}")
+    blocks = []
+    if by != "expression":
+        if "image_embedding" not in adata.obsm:
+            raise InputError(f"downstream.domains={by}: this method gives no image embedding; take expression")
+        blocks.append(np.asarray(adata.obsm["image_embedding"], dtype=np.float64))
+    if by != "image":
+        predicted = np.asarray(adata.layers["predicted"])
+        most = np.argsort(-predicted.var(axis=0), kind="stable")[:VARIABLE]
+        blocks.append(predicted[:, np.sort(most)].astype(np.float64))
+    features = np.concatenate([_components(block, seed) for block in blocks], axis=1)
+    if smooth:
+        features = rows_to_one(sp.csr_matrix(adjacency(adata) + sp.eye(len(features)))) @ features
+    if method == "leiden":
+        labels = _leiden(features, resolution, seed)
+    elif method == "kmeans":
+        from sklearn.cluster import KMeans  # scikit-learn takes a second to import, here and below
+
+        if not (isinstance(n_domains, int) and 1 <= n_domains <= len(features)):
+            raise InputError(f"downstream.n_domains={n_domains}: a whole number from 1 to {len(features)} would fit")
+        labels = KMeans(n_domains, n_init=10, random_state=seed).fit_predict(features)
+    else:
+        raise InputError(f"downstream.method={method}: choose {' or '.join(METHODS)}")
+    by_size = np.argsort(-np.bincount(labels), kind="stable")
+    rank = np.argsort(by_size)[labels] + 1
+    return pd.Categorical(rank.astype(str), categories=[str(i + 1) for i in range(len(by_size))])
+
+
+def agreement(domains: Sequence[str], labels: pd.Series, section: np.ndarray) -> pd.DataFrame:
+    """Adjusted Rand index and normalised mutual information with labels (NaN: none), per section that has any."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    rows, labelled, names = [], labels.notna().to_numpy(), np.asarray(domains)
+    for name in pd.unique(section[labelled]):
+        spots = labelled & (section == name)
+        pair = labels.to_numpy(str)[spots], names[spots]
+        scores = {"ari": adjusted_rand_score(*pair), "nmi": normalized_mutual_info_score(*pair)}
+        rows.append({"section": name, "n_spots": int(spots.sum()), "n_labels": len(set(pair[0])), **scores})
+    return pd.DataFrame(rows, columns=["section", "n_spots", "n_labels", "ari", "nmi"])
+
+
+def read_labels(adata: ad.AnnData, source: str | None) -> pd.Series | None:
+    """Labels of the spots: a column of obs, a table with spot, label and (of several sections) section, or ``label``.
+
+    Raises
+    ------
+    InputError
+        Neither a column nor a table, or one that no spot is in.
+    """
+    if source is None or source in adata.obs:
+        column = source or "label"
+        return adata.obs[column].astype(object) if column in adata.obs else None
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"downstream.labels={source}: no column of obs ({', '.join(adata.obs)}) and no file")
+    table = pd.read_csv(path, sep=None, engine="python", dtype=str)
+    if not {"spot", "label"} <= set(table):
+        raise InputError(f"{path} has the columns {', '.join(map(str, table))}; spot and label would fit")
+    keys = ["section", "spot"] if "section" in table else ["spot"]
+    spots = pd.DataFrame({"section": adata.obs["section"].astype(str), "spot": spot_ids(adata)}, adata.obs_names)
+    if table.duplicated(keys).any() or ("section" not in keys and spots["section"].nunique() > 1):
+        raise InputError(f"{path} names a spot twice, or lacks the column section that tells spots apart")
+    label = spots.merge(table[[*keys, "label"]], how="left", on=keys)["label"].to_numpy(object)
+    if pd.isna(label).all():
+        raise InputError(f"{path}: none of its spots ({', '.join(table['spot'][:3])}) is predicted here")
+    return pd.Series(label, adata.obs_names)
+
+
+def _components(values: np.ndarray, seed: int) -> np.ndarray:
+    """First principal components, scaled so that all together have variance 1."""
+    from sklearn.decomposition import PCA
+
+    n = min(COMPONENTS, *values.shape)
+    solver = "full" if n == min(values.shape) else "randomized"
+    components = PCA(n, svd_solver=solver, random_state=seed).fit_transform(values)
+    total = components.var(axis=0).sum()
+    return components / np.sqrt(total) if total > 0 else components
+
+
+def _leiden(features: np.ndarray, resolution: float, seed: int) -> np.ndarray:
+    """Leiden communities of the nearest neighbours, weighted by the share of neighbours that two spots have in common.
+
+    Not scanpy's: that compiles umap first, a minute on a small machine.
+    """
+    from sklearn.neighbors import kneighbors_graph
+
+    if not (isinstance(resolution, int | float) and 0 < resolution < np.inf):
+        raise InputError(f"downstream.resolution={resolution}: a number above 0 would fit")
+    try:
+        import igraph  # optional
+    except ImportError:
+        raise InputError("downstream.method=leiden needs a package: pip install 'stexp[leiden]'") from None
+    near = kneighbors_graph(features, min(LEIDEN_NEIGHBOURS, len(features) - 1)) + sp.eye(len(features))
+    common = sp.csr_matrix(near @ near.T)
+    common.data /= 2 * near[0].sum() - common.data  # Jaccard: every spot has the same number
+    i, j = (edges := sp.triu((near + near.T).multiply(common), 1).tocoo()).coords
+    graph = igraph.Graph(len(features), np.column_stack([i, j]).tolist())
+    igraph.set_random_number_generator(random.Random(seed))
+    try:
+        communities = graph.community_leiden("modularity", edges.data.tolist(), resolution, n_iterations=-1)
+    finally:
+        igraph.set_random_number_generator(random)
+    return np.asarray(communities.membership)

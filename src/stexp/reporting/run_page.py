@@ -1,0 +1,152 @@
+"""The page of a run: scores beside floors and ceiling, audit, maps, genes, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+
+from stexp.data.slides import pictures
+from stexp.errors import InputError
+from stexp.evaluation.predictions import CHANGED, changed_since_run, protocol_of, read, read_genes, read_json
+from stexp.evaluation.verdict import best_floor, has_more_than_highest, is_oracle, label, verdict
+from stexp.reporting.maps import make_maps
+from stexp.reporting.page import render_report, unit
+from stexp.reporting.plots import score_chart
+
+# columns of the score table: key, heading, whether less is better
+SCORES = [
+    ("pearson_acg", "Pearson ACG", False),
+    ("pearson_heg50", "Pearson HEG50", False),
+    ("pearson_given_depth", "Pearson given depth", False),
+    ("spearman_acg", "Spearman", False),
+    ("mse", "MSE", True),
+    ("mae", "MAE", True),
+    ("rmse", "RMSE", True),
+    ("r2", "R2", False),
+    ("ccc", "CCC", False),
+    ("rvd", "RVD", True),
+]
+
+
+# columns of the gene table that every run has
+GENE_COLUMNS = [
+    ("gene", "Gene"),
+    ("pearson", "Pearson"),
+    ("spearman", "Spearman"),
+    ("mse", "MSE"),
+    ("mean_observed", "Mean"),
+    ("heg50", "HEG50"),
+    ("n_sections", "Sections"),
+]
+
+
+PREDICTIONS = (
+    *(f"layers/{key}" for key in ("observed", "predicted")),
+    *(f"obs/{key}" for key in ("section", "patient", "spot")),
+    *(f"uns/stexp/{key}" for key in ("protocol", "config")),
+    "obsm/spatial",
+)
+METRICS = (
+    *("protocol", "fold", "model", "data", "n_spots", "n_genes", "scores", "floors", "ceiling"),
+    *(f"sections/*/{key}" for key in ("scores", "floors", "ceiling", "n_spots", "n_constant_genes")),
+)
+AUDIT = ("leaks", *(f"items/*/{key}" for key in ("name", "leak", "detail")))
+PROVENANCE = ("command", "commit", "dirty", "date", "seconds", "hardware", "versions", "data_manifest")
+"""Parts of the files of a run that its page shows; a file without them is refused where it is read."""
+
+
+FLOORS = {
+    "mean": "mean of the training and validation spots, the same for every spot",
+    "nearest_section": "mean of the training section whose colours are nearest",
+    "depth_oracle": "log total counts of the test spot itself, the same number for every gene",
+    "coordinates": "ridge on the position in the section, no image",
+    "colour_ridge": "ridge on nine colour statistics of the tile",
+    "knn_features": "mean of the 50 nearest training and validation spots in frozen features",
+    "ridge_features": "ridge on frozen image features (256 principal components)",
+}
+
+
+def run_page(run: Path) -> str:
+    """The page of a run, from the files in its folder; see :func:`~stexp.reporting.report.write_report`."""
+    metrics = read_json(run / "metrics.json", *METRICS)
+    audit = read_json(run / "audit.json", *AUDIT)
+    provenance = read_json(run / "provenance.json", *PROVENANCE)
+    genes = read_genes(run / "per_gene.csv", *(key for key, _ in GENE_COLUMNS), "ceiling")
+    predictions = read(run / "predictions.h5ad", *PREDICTIONS)
+    again = f"score the run again (stexp-score run={run})"
+    if len(genes) != metrics["n_genes"]:
+        raise InputError(f"{run / 'per_gene.csv'} has {len(genes)} of {metrics['n_genes']} genes; {again}")
+    patient_of = audit.get("facts", {}).get("patient_of", {})  # runs of before had it only there
+    sections = {name: {"patient": patient_of.get(name), **section} for name, section in metrics["sections"].items()}
+    slides, references = pictures.read(run / pictures.NAME)
+    by_worth = sorted(genes, key=lambda row: math.inf if row["pearson"] is None else -row["pearson"])
+    return _render(
+        {**metrics, "sections": sections},
+        audit,
+        provenance,
+        genes,
+        predictions,
+        maps=make_maps(predictions, slides, references, by_worth=[row["gene"] for row in by_worth]),
+        notice=f"{CHANGED}." if changed_since_run(run) else "",
+    )
+
+
+def changes(metrics: dict[str, Any]) -> str:
+    """Settings of a run that was retrieved from again, as they are typed: ``k=50, genes=FASN+ERBB2``; else empty."""
+    parts = []
+    for key, value in metrics.get("chosen", {}).get("changed", {}).items():
+        names = value if isinstance(value, list) else [value]
+        parts.append(f"{key}={'+'.join(map(str, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    return ", ".join(parts)
+
+
+def _render(
+    metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData, **content: Any
+) -> str:
+    best, judged = best_floor(metrics), verdict(metrics)
+    heg = "Pearson HEG50" if has_more_than_highest(metrics) else f"Pearson HEG50 (all {metrics['n_genes']})"
+    charts = [score_chart(metrics, "pearson_acg", "Pearson, all considered genes (ACG)")]
+    if has_more_than_highest(metrics):
+        charts.append(score_chart(metrics, "pearson_heg50", "Pearson, 50 highest genes (HEG50)"))
+    return render_report(
+        "run.html.j2",
+        gene_columns=_columns(genes, best),
+        gene_rows=genes,
+        metrics=metrics,
+        audit=audit,
+        provenance=provenance,
+        unit=unit(protocol_of(predictions)),
+        numbers=judged.numbers,
+        statement=judged.statement,
+        outcome=judged.outcome,
+        best=best,
+        is_oracle=is_oracle,
+        charts=charts,
+        columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
+        heg=heg,
+        changes=changes(metrics),
+        floor_notes=FLOORS,
+        config=str(predictions.uns["stexp"]["config"]),
+        manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
+        **content,
+    )
+
+
+def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:
+    """Columns of the gene table; its rows get their gain over the best floor."""
+    columns = list(GENE_COLUMNS)
+    floor = f"floor_{best}"
+    if best and all(floor in row for row in genes):
+        for row in genes:
+            row["gain"] = None if None in (row["pearson"], row[floor]) else row["pearson"] - row[floor]
+        columns += [(floor, f"Floor: {label(best)}"), ("gain", "Above floor")]
+    oracles = [key for key in (genes[0] if genes else {}) if is_oracle(key)]
+    columns += [(key, label(key.removeprefix("floor_")).capitalize()) for key in oracles]
+    columns.append(("ceiling", "Ceiling"))
+    kinds = {"gene": "text", "heg50": "flag", "n_sections": "count"}
+    return [{"key": key, "label": heading, "kind": kinds.get(key, "number")} for key, heading in columns]

@@ -1,0 +1,144 @@
+"""The folder of a run: which files it holds, when it is finished, and whose it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stexp.construct import build
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.files import write_atomically
+from stexp.protocol import Protocol
+
+RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
+"""Without one of these a run is not finished; the same command makes it from the checkpoints."""
+ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath")
+"""How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk.
+
+    Parameters
+    ----------
+    path
+        The folder; it need not exist yet.
+    """
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether every result is there."""
+        return all((self.path / name).exists() for name in RESULTS)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the run predicts with: the best checkpoint, or the last where nothing was validated."""
+        for path in (self.best_checkpoint, self.last_checkpoint):
+            if path.is_file():
+                return path
+        raise InputError(f"{self.path} has no checkpoint; {predictions.AGAIN}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The run's config, every value in place; plain data, nothing in it is executed."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise InputError(f"{self.path} is no run folder: it has no config.yaml")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
+        if not isinstance(config, dict) or not config:
+            raise InputError(f"{path} cannot be read: it holds no keys; train again with overwrite=true")
+        cut = [key for key in ("seed", "protocol", "data", "model") if key not in config]
+        if cut:
+            raise InputError(f"{path} lacks {', '.join(cut)}: it is not whole")
+        return config
+
+    def require(self) -> RunFolder:
+        """The folder itself; InputError where it holds no run."""
+        _ = self.config
+        return self
+
+    @property
+    def protocol(self) -> Protocol:
+        return build(self.config["protocol"])
+
+    def claim(self, config: Mapping[str, Any], overwrite: bool) -> bool:
+        """Take the folder for a run; True where it already holds this run, finished.
+
+        Parameters
+        ----------
+        config
+            Of the run, every value in place.
+        overwrite
+            Whether a run with another config, or this one, may be deleted to start anew.
+
+        Raises
+        ------
+        InputError
+            The folder holds a run with another config, or its config is gone or damaged.
+        """
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        path = self.path / "config.yaml"
+        started = (self.path / "checkpoints").exists() or (self.path / "predictions.h5ad").exists()
+        if started and not path.exists():
+            raise InputError(
+                f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
+            )
+        if started and not overwrite:
+            differing = sorted(differing_keys(self.config, yaml.safe_load(text)))
+            differing = [key for key in differing if not key.startswith(ELSEWHERE)]
+            if differing:
+                raise InputError(
+                    f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "
+                    f"output_dir, or overwrite=true to start anew"
+                )
+            return self.finished
+        if overwrite and path.exists():
+            self.clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        self.__dict__.pop("config", None)
+        return False
+
+    def clear(self) -> None:
+        """Delete what a run left, but for its config and the log that this process may be writing."""
+        for name in ("checkpoints", "rescored"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for logged in (self.path / "logs").glob("*"):
+            if logged.is_dir():
+                shutil.rmtree(logged, ignore_errors=True)
+        for name in (*RESULTS, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys by which two configs differ."""
+    keys = []
+    for key in {*a, *b}:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            keys.append(f"{prefix}{key}")
+    return keys

@@ -1,0 +1,40 @@
+"""The best cell of a search, fold by fold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from stexp.errors import InputError
+from stexp.evaluation.predictions import read_json
+from stexp.sweeps.jobs import Job
+
+SCORES = ("pearson_acg", "pearson_heg50")
+
+
+def choose(cells: Sequence[Job], by: str) -> pd.DataFrame:
+    """The best cell of every fold by a value of ``provenance.json``, with its scores on the held-out side.
+
+    Returns
+    -------
+    DataFrame
+        A row for each data set, protocol, model, seed and fold: the values of the axes that were chosen, `by`,
+        and ``pearson_acg`` and ``pearson_heg50`` of the test spots, which had no part in the choice.
+
+    Raises
+    ------
+    InputError
+        A run has no such value.
+    """
+    rows = []
+    for job in cells:
+        value = read_json(job.output_dir / "provenance.json").get(by)
+        if value is None:
+            raise InputError(f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots")
+        scores = read_json(job.output_dir / "metrics.json", "scores")["scores"]
+        where = {"data": job.data, "protocol": job.protocol, "model": job.model, "seed": job.seed, "fold": job.fold}
+        rows.append({**where, **job.cell, by: value, **{key: scores[key] for key in SCORES}})
+    table = pd.DataFrame(rows)
+    best = table.groupby(["data", "protocol", "model", "seed", "fold"], sort=False)[by].idxmax()
+    return table.loc[best].reset_index(drop=True)

@@ -1,0 +1,78 @@
+"""CPU threads of a fit: as asked for, or as many as cores are free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stexp import hardware
+from stexp.training import machine as module
+from stexp.training.machine import Machine, free_threads
+
+TRAINER = {"accelerator": "cpu", "devices": 1}
+
+
+@pytest.fixture(autouse=True)
+def threads_kept():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("most", "cores", "busy", "threads"),
+    [(8, 8, 0, 8), (8, 8, 0.3, 8), (8, 8, 6, 2), (8, 8, 7.9, 1), (8, 8, 14, 1), (2, 64, 3, 2), (2, 64, 63.2, 1)],
+)
+def test_threads_fit_the_cores_that_are_free(most, cores, busy, threads):
+    assert free_threads(most, cores, busy) == threads
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "busy", "threads"),
+    [(None, None, 0.0, 8), (None, None, 6.0, 2), (5, None, 6.0, 5), (None, "8", 6.0, 8)],
+)
+def test_what_is_asked_for_is_taken_and_what_others_take_is_said(asked, environment, busy, threads, monkeypatch):
+    monkeypatch.setattr(module, "all_threads", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(hardware, "busy_cores", lambda: busy)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    said = Machine(TRAINER, threads=asked).set_threads()
+    assert torch.get_num_threads() == threads and said.startswith(f"{threads} CPU thread")
+    assert ("6.0 cores busy" in said) == (threads == 2)
+
+
+def test_several_processes_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(module, "all_threads", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(hardware, "busy_cores", lambda: 2.0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Machine({"accelerator": "cpu", "devices": 3}).set_threads().startswith("2 CPU threads")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured by /proc/stat")
+def test_a_busy_process_is_seen():
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as other:
+        try:
+            other.stdout.readline()
+            assert 0.2 < hardware.busy_cores() <= (os.cpu_count() or 1)
+        finally:
+            other.kill()
+
+
+def test_without_proc_the_load_average_counts_without_this_process(monkeypatch):
+    def missing():
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(hardware, "_core_ticks", missing)
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 0.0, 0.0), raising=False)
+    assert hardware.busy_cores(0) == 2.5
+    monkeypatch.delattr(os, "getloadavg")
+    assert hardware.busy_cores(0) == 0
