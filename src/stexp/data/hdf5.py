@@ -8,7 +8,7 @@ from pathlib import Path
 
 import h5py
 
-from stexp.files import replacing
+from stexp.files import naming, replacing
 
 
 @contextmanager
@@ -22,7 +22,8 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
     OSError
         The disk is full, or does not take the file; it is raised when the block ends.
     """
-    with h5py.File(path.name, "w", driver="core", backing_store=False, block_size=1 << 20) as file:
+    memory = {"driver": "core", "backing_store": False, "block_size": 1 << 20}
+    with naming(path), h5py.File(path.name, "w", **memory) as file:
         yield file
         file.flush()
         image = file.id.get_file_image()
