@@ -52,3 +52,19 @@ def test_a_terminal_gets_a_bar_that_goes_with_an_error_too(clock, caplog, monkey
         raise KeyError
     assert "cutting: 5 of 10" in shown.getvalue() and not caplog.records
     assert shown.getvalue().endswith("\x1b[2K")  # wiped away
+
+
+def test_work_within_work_is_shown_beside_it(clock, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda stderr: Console(file=shown, force_terminal=True, width=100))
+    with progress(10, "sections") as advance:
+        clock[0] = 3
+        advance(1)
+        with progress(5, "hashing") as inner:
+            clock[0] = 6
+            inner(2)
+            (bar,) = set(module._bars)  # a terminal shows one display
+            assert [task.description for task in bar.tasks] == ["sections: 1 of 10", "hashing: 2 of 5"]
+        advance(1)
+        assert [task.description for task in bar.tasks] == ["sections: 2 of 10"]
+    assert module._bars == []

@@ -63,12 +63,12 @@ class DataSet:
             reader["sections"] = names
         sections = build(reader)
         if names is not None:
-            choices = [section.name for section in sections]
+            choices, wanted = {section.name: section for section in sections}, set(names)
             unknown = [name for name in names if name not in choices]
             if unknown:
                 message = f"data.sections: {', '.join(unknown)} not in {self.name}; there are {', '.join(choices)}"
                 raise UnknownName(message, unknown, choices, typed="data.sections=[{}]")
-            sections = [section for section in sections if section.name in names]
+            sections = [section for section in sections if section.name in wanted]
         _refuse_copies(sections)
         um_per_px = self.config["um_per_px"]
         if um_per_px is not None:

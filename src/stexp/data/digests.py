@@ -37,3 +37,12 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
             file.seek(start)
             digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def checksum(path: Path, digest: hashlib._Hash) -> str:
+    """Hex digest of all of a file, which continues what `digest` holds."""
+    size, block = path.stat().st_size, 1 << 22
+    with path.open("rb") as file:
+        for _ in track(range(0, size, block), -(-size // block), f"hashing {path.name}: blocks"):
+            digest.update(file.read(block))
+    return digest.hexdigest()

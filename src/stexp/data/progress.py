@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,6 +15,10 @@ from rich.progress import Progress, TaskID
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+
+_bars: list[Progress] = []
+"""The one display of bars that a terminal has, once for every piece of work in it; work may lie within work."""
+_lock = Lock()
 
 PATIENCE_S, LINE_EVERY_S = 2.0, 15.0  # before a bar appears; between lines of the log
 
@@ -51,9 +56,8 @@ def progress(total: int, what: str, unit: str = "") -> Iterator[Callable[[int], 
                 last_line = now
             return
         if bar is None and now - begun >= PATIENCE_S:
-            bar = Progress(*Progress.get_default_columns(), console=console, transient=True)
+            bar = _join_bars(console)
             task = bar.add_task(what, total=total)
-            bar.start()
         if bar is not None:
             bar.update(task, completed=done, description=f"{what}: {done} of {total}{unit and f' {unit}'}")
 
@@ -61,6 +65,26 @@ def progress(total: int, what: str, unit: str = "") -> Iterator[Callable[[int], 
         yield advance
     finally:
         if bar is not None:
+            _leave_bars(bar, task)
+
+
+def _join_bars(console: Console) -> Progress:
+    with _lock:
+        if not _bars:
+            bar = Progress(*Progress.get_default_columns(), console=console, transient=True)
+            bar.start()
+        else:
+            bar = _bars[0]
+        _bars.append(bar)
+        return bar
+
+
+def _leave_bars(bar: Progress, task: TaskID) -> None:
+    with _lock:
+        _bars.remove(bar)
+        if _bars:
+            bar.remove_task(task)
+        else:
             bar.stop()
 
 

@@ -17,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.hdf5 import new_hdf5
+from stexp.data.readers.memory import check_fits
 from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.spacing import spacing as spacing
+from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation.metrics import top_genes
 from stexp.files import restore
@@ -203,7 +205,10 @@ def read_json(path: Path, *needs: str) -> dict:
         raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
         # NaN is not JSON, but Python writes it; both mean "no value"
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        check_fits(20 * path.stat().st_size, str(path))
+        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except InputError:
+        raise
     except ValueError as error:
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
@@ -282,15 +287,21 @@ def is_of_a_slide(path: Path) -> bool:
         return False  # missing or damaged: what reads it next says so
 
 
+def read_fact(adata: ad.AnnData, key: str) -> dict[str, Any]:
+    """A JSON object that predictions hold in ``uns["stexp"]``; InputError where it is none."""
+    try:
+        fact = parse_json(str(adata.uns["stexp"][key]))
+    except ValueError as error:
+        raise InputError(f"these predictions do not say their {key} ({error}); they are not whole") from None
+    if not isinstance(fact, dict):
+        raise InputError(f"these predictions do not say their {key} (no JSON object); they are not whole")
+    return fact
+
+
 def protocol_of(adata: ad.AnnData) -> Protocol:
     """The protocol that predictions were made under, from its fields."""
     facts = adata.uns.get("stexp", {})
-    try:
-        fields = json.loads(facts["protocol"]) if "protocol" in facts else {}
-    except ValueError as error:
-        raise InputError(f"these predictions do not say their protocol ({error}); they are not whole") from None
-    if not isinstance(fields, dict):
-        raise InputError("these predictions do not say their protocol (no JSON object); they are not whole")
+    fields = read_fact(adata, "protocol") if "protocol" in facts else {}
     unknown = set(fields) - {field.name for field in dataclasses.fields(Protocol)}
     if "name" not in fields or unknown:
         reason = f"unknown fields {', '.join(sorted(unknown))}" if unknown else "no name"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stexp.data.slides.stain import METHODS as STAINS
+from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.inference.bank import LONGEST
 from stexp.inference.tensors import AGAIN
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict:
     if path.stat().st_size > LARGEST:
         raise InputError(f"{path} is damaged: it has {path.stat().st_size / 1e6:.0f} MB; {AGAIN}")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
         depth = _depth(facts)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}); {AGAIN}") from None

@@ -33,6 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 
+from stexp.data.digests import checksum
 from stexp.data.slides.pictures import BANK_TILES, SHEET_COLUMNS, SHEET_PX, Sheet
 from stexp.errors import InputError
 from stexp.files import naming, restore, write_atomically, write_csv
@@ -154,7 +155,11 @@ def _fill(
     for path in part.iterdir():
         path.chmod(0o644)  # safetensors lets no one else read
     write_csv(genes, part / "genes.csv", index="gene")
-    facts = {"format": FORMAT, **facts, "files": {path.name: _sha256(path) for path in sorted(part.iterdir())}}
+    facts = {
+        "format": FORMAT,
+        **facts,
+        "files": {path.name: checksum(path, hashlib.sha256()) for path in sorted(part.iterdir())},
+    }
     facts["digest"] = _digest(facts)
     write_atomically(part / "model.json", json.dumps(facts, indent=1))
     return facts
@@ -210,10 +215,10 @@ def _check_files(folder: Path, files: object) -> None:
     """Refuse a folder that lacks a file of its list, or holds another than was written."""
     if not isinstance(files, dict) or not {"model.safetensors", "genes.csv"} <= set(files) <= set(FILES):
         raise InputError(f"{folder / 'model.json'} does not name its files, which are of {', '.join(FILES)}; {AGAIN}")
-    for name, checksum in files.items():
+    for name, recorded in files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")
-        if _sha256(folder / name) != checksum:
+        if checksum(folder / name, hashlib.sha256()) != recorded:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 
@@ -269,8 +274,3 @@ def _read_sheet(path: Path, names: object) -> Sheet:
 def _digest(facts: dict) -> str:
     rest = {key: value for key, value in facts.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from stexp.documents import parse_yaml
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_or_none, pearson_per_gene
 
@@ -42,7 +43,7 @@ def _parse_gene_sets(path: Path, text: str) -> dict[str, list[str]]:
         rows = [line.split("\t") for line in text.splitlines() if line.strip()]
         return {row[0]: [gene.strip() for gene in row[2:] if gene.strip()] for row in rows}
     if suffix in (".yaml", ".yml", ".json"):
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
         if not isinstance(content, dict) or not all(isinstance(genes, list) for genes in content.values()):
             raise InputError(f"gene sets {path} cannot be read: it is no mapping of names to lists of genes")
         return {str(name): [str(gene) for gene in genes] for name, genes in content.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -73,7 +72,7 @@ class FinishedRun:
             path / "predictions.h5ad", "uns/stexp/chosen", "uns/stexp/fold", "layers/predicted"
         )
         self.provenance = predictions.read_json(path / "provenance.json", "command", "precision", "data_manifest")
-        self.chosen: dict[str, Any] = json.loads(self.predictions.uns["stexp"]["chosen"])
+        self.chosen: dict[str, Any] = predictions.read_fact(self.predictions, "chosen")
         self.sections: list[Section] = self.dataset.read_sections(self.protocol)
         changed = changed_sections(path, self.sections)
         if changed:

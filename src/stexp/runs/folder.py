@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from stexp.construct import build
+from stexp.documents import parse_yaml
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.files import write_atomically
@@ -63,8 +64,8 @@ class RunFolder:
         if not path.is_file():
             raise InputError(f"{self.path} is no run folder: it has no config.yaml")
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            config = parse_yaml(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
         if not isinstance(config, dict) or not config:

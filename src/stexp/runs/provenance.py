@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stexp import hardware
 from stexp.data.digests import file_digest
+from stexp.data.progress import track
 from stexp.data.section import Section
 from stexp.evaluation.predictions import read_json
 from stexp.files import write_atomically
@@ -93,7 +94,8 @@ def changed_sections(run: Path, sections: list[Section]) -> list[str]:
 
 def manifest(sections: list[Section]) -> dict[str, dict[str, str]]:
     """Content hash of every file that the sections were read from, by section and file name."""
-    return {section.name: {path.name: file_digest(path) for path in section.files} for section in sections}
+    hashing = track(sections, len(sections), "hashing files of sections")
+    return {section.name: {path.name: file_digest(path) for path in section.files} for section in hashing}
 
 
 def git_state() -> dict:

@@ -54,7 +54,7 @@ def score_run(run: Path) -> dict:
         "n_spots": observed.n_obs,
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
-        "chosen": json.loads(facts["chosen"]),
+        "chosen": predictions.read_fact(observed, "chosen"),
         "sections": mine["sections"],
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()

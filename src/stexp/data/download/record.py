@@ -9,6 +9,7 @@ import threading
 import zlib
 from pathlib import Path
 
+from stexp.data.digests import checksum
 from stexp.data.download.sources import Entry
 from stexp.errors import InputError
 from stexp.files import write_atomically
@@ -83,8 +84,7 @@ def file_hash(path: Path, kind: str) -> str:
     digest = hashlib.new(kind.removeprefix("git-"), usedforsecurity=False)
     if kind == "git-sha1":
         digest.update(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        return f"{kind}:{hashlib.file_digest(file, lambda: digest).hexdigest()}"
+    return f"{kind}:{checksum(path, digest)}"
 
 
 def mismatch(path: Path, size: int | None, expected: str | None) -> str:

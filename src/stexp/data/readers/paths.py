@@ -70,4 +70,5 @@ def choose_sections(names: Iterable[str], wanted: Iterable[str] | None, place: o
             f"no section {', '.join(unknown)} in {place}; there are {', '.join(names[:50])}"
             f"{f' and {len(names) - 50} more' if len(names) > 50 else ''}{did_you_mean(unknown[0], names)}"
         )
-    return [name for name in names if name in set(wanted)]
+    chosen = set(wanted)
+    return [name for name in names if name in chosen]

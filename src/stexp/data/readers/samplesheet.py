@@ -13,6 +13,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
+from stexp.data.progress import track
 from stexp.data.readers.formats import TEXT, read_all_positions, read_counts
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.spaceranger import files_of_counts, find_positions
@@ -63,7 +64,7 @@ def read_samplesheet(sheet: str | Path, gene_table: str | Path | None = None) ->
     sheet = _sheet_file(user_path(sheet))
     rows = _rows(sheet)
     sections: list[Section] = []
-    for index, row in rows.iterrows():
+    for index, row in track(rows.iterrows(), len(rows), f"reading {sheet.name}: sections"):
         try:
             sections.append(_section(row, sheet.parent, gene_table))
         except InputError as error:
@@ -88,12 +89,15 @@ def _sheet_file(sheet: Path) -> Path:
 
 def _say_shared_counts(sections: list[Section], files: list[Path]) -> None:
     """Warn of sections that took the same spots of one file: as a rule one of them should have had others."""
-    for (i, one), (j, other) in combinations(enumerate(sections), 2):
-        if files[i] == files[j]:
+    of_file: dict[Path, list[Section]] = {}
+    for section, file in zip(sections, files, strict=True):
+        of_file.setdefault(file, []).append(section)
+    for file, sharing in of_file.items():
+        for one, other in combinations(sharing, 2):
             n = int(one.spots.obs_names.isin(other.spots.obs_names).sum())
             if n:
                 log.warning(
-                    "sections %s and %s have the counts of the same %d spots of %s", one.name, other.name, n, files[i]
+                    "sections %s and %s have the counts of the same %d spots of %s", one.name, other.name, n, file
                 )
 
 

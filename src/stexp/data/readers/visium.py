@@ -10,6 +10,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
+from stexp.data.progress import track
 from stexp.data.readers.formats import TEXT
 from stexp.data.readers.paths import choose_sections, user_path
 from stexp.data.readers.spaceranger import (
@@ -90,7 +91,7 @@ def read_visium(
             _given_image(user_path(image), name, len(names)) if image else _find_image(root, folders[name], name),
             gene_table,
         )
-        for name in names
+        for name in track(names, len(names), "reading sections")
     ]
 
 
