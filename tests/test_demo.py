@@ -161,18 +161,35 @@ def test_two_at_once_write_once(tmp_path, monkeypatch):
     assert sheets[0] == sheets[1] and sheets[0].is_file()
 
 
-def test_reader_makes_what_is_not_there_and_replaces_other_demo_data(tmp_path, caplog):
-    caplog.set_level("INFO", logger="stexp.data.demo")
-    demo.write_demo(tmp_path / "demo", **SMALL)
-    names = [
-        section.name for section in reader.read_demo(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)
-    ]
-    assert names == ["A1", "A2"]
-    said = [record for record in caplog.records if record.name == "stexp.data.demo"]
-    assert len(said) == 2 and "'sections_per_patient': 2" in caplog.text
-    before = (tmp_path / "demo" / "sheet.csv").stat().st_mtime_ns
-    reader.read_demo(tmp_path / "demo", seed=1, patients=1, sections_per_patient=2)
-    assert (tmp_path / "demo" / "sheet.csv").stat().st_mtime_ns == before
+def test_demos_of_other_arguments_lie_side_by_side(tmp_path):
+    root = tmp_path / "demo"
+    first = demo.write_demo(root, **SMALL)
+    before = files(root)
+    sections = reader.read_demo(root, seed=1, patients=1, sections_per_patient=2)
+    assert [section.name for section in sections] == ["A1", "A2"]
+    assert sections[0].files[0].is_relative_to(root / "1x2-seed1")
+    assert {name: files(root)[name] for name in before} == before
+    kept = files(root)
+    reader.read_demo(root, seed=1, patients=1, sections_per_patient=2)
+    assert files(root) == kept and demo.write_demo(root, **SMALL) == first
+
+
+def test_no_demo_is_written_beside_the_data_sets_of_others(tmp_path, monkeypatch):
+    (tmp_path / "her2st").mkdir()
+    monkeypatch.setenv("STEXP_DATA", str(tmp_path))
+    size = {"patients": 1, "sections_per_patient": 1}
+    with pytest.raises(InputError, match=r"STEXP_DATA=.* holds her2st; give data\.root=data/demo"):
+        reader.read_demo(tmp_path / "demo", **size)
+    assert [path.name for path in tmp_path.iterdir()] == ["her2st"]
+    (tmp_path / "her2st").rmdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="is read-only"):
+        reader.read_demo(tmp_path / "demo", **size)
+    monkeypatch.undo()
+    assert len(reader.read_demo(tmp_path / "demo", **size)) == 1
+    monkeypatch.setenv("STEXP_DATA", str(tmp_path))
+    (tmp_path / "her2st").mkdir()  # which came later: the demo is there
+    assert len(reader.read_demo(tmp_path / "demo", **size)) == 1
 
 
 @pytest.mark.parametrize("name", ["thesis.docx", "demo.json"])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.linear_model import Ridge
@@ -276,3 +278,18 @@ def test_ceiling_on_her2st(her2st_sections, name, acg, heg):
     ceiling = ceiling_per_gene(counts, total, STRICT)
     highest = top_genes(normalise(counts, total, STRICT).mean(axis=0))
     assert (np.nanmean(ceiling), np.nanmean(ceiling[highest])) == pytest.approx((acg, heg), abs=0.02)
+
+
+def test_the_command_leaves_its_table(tmp_path, monkeypatch, capsys) -> None:
+    from stexp.cli import floors as command
+
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    arguments = [f"data.root={tmp_path / 'demo'}", "data.reader.patients=2", "data.reader.sections_per_patient=1"]
+    monkeypatch.setattr("sys.argv", ["stexp-floors", *arguments, f"output_dir={tmp_path / 'out'}"])
+    command.main()
+    facts = json.loads((tmp_path / "out" / "floors.json").read_text())
+    assert facts["sections"] == ["A1", "B1"] and facts["protocol"]["name"] == "strict"
+    table = pd.read_csv(tmp_path / "out" / "floors.csv", index_col="floor")
+    assert list(table.index) == list(facts["scores"]) and "ceiling" in table.index
+    assert table.loc["mean", "mse"] == pytest.approx(facts["scores"]["mean"]["mse"], rel=1e-5)
+    assert f"{facts['scores']['mean']['mse']:.4f}" in capsys.readouterr().out

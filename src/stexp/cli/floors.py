@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
 from omegaconf import DictConfig
 
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
 from stexp.data.dataset import DataSet
+from stexp.data.section import Section
 from stexp.evaluation.floors import ORACLES, floors_without_images
+from stexp.files import write_atomically, write_csv
+from stexp.protocol import Protocol
 
 
 @entry("floors")
@@ -16,6 +24,9 @@ def main(cfg: DictConfig) -> None:
         protocol, dataset = build(cfg.protocol), DataSet(to_plain(cfg.data))
         sections = dataset.read_sections(protocol)
         scores = floors_without_images(sections, protocol, dataset.panel(protocol))
+        written = (
+            [] if cfg.output_dir is None else write(dataset.name, sections, protocol, scores, Path(cfg.output_dir))
+        )
         what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
         print(
             f"{dataset.name}, protocol {protocol.name}: {len(sections)} sections, "
@@ -29,6 +40,20 @@ def main(cfg: DictConfig) -> None:
                 f"  {name + (' (oracle)' if name in ORACLES else ''):<28}"
                 + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
             )
+        for path in written:
+            print(f"wrote {path}")
+
+
+def write(
+    data: str, sections: list[Section], protocol: Protocol, scores: dict[str, dict], folder: Path
+) -> tuple[Path, Path]:
+    """Write ``floors.json``, with the protocol and the names of the sections, and ``floors.csv``, a row a floor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [section.name for section in sections]
+    facts = {"data": data, "protocol": asdict(protocol), "sections": names, "oracles": sorted(ORACLES & set(scores))}
+    write_atomically(folder / "floors.json", json.dumps(facts | {"scores": scores}, indent=1))
+    write_csv(pd.DataFrame.from_dict(scores, orient="index"), folder / "floors.csv", index="floor")
+    return folder / "floors.json", folder / "floors.csv"
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
+ARGUMENTS = ("patients", "sections_per_patient", "seed", "image_px")
+IMAGE_PX = 1750
 VERSION = 2  # raise when the same arguments give other files
 # how many genes answer to what, in the family "full"; the others are counted in `_genes`
 PROGRAMS = {"tumour": 18, "stroma": 18, "immune": 16, "fat": 8, "nuclei": 12}
@@ -71,14 +73,15 @@ ARRAYS = (Array(200, 100, False, 2.0, 6000), Array(100, 55, True, 1.25, 4000))  
 
 
 def write_demo(
-    folder: str | Path, *, patients: int = 4, sections_per_patient: int = 2, seed: int = 0, image_px: int = 1750
+    folder: str | Path, *, patients: int = 4, sections_per_patient: int = 2, seed: int = 0, image_px: int = IMAGE_PX
 ) -> Path:
     """Write the demo data set, unless it is there already with the same arguments.
 
     Parameters
     ----------
     folder
-        Appears whole or not at all; a demo data set of other arguments is replaced.
+        Appears whole or not at all. Where a demo data set of other arguments is there already, this one is written to
+        a folder in it, such as ``4x2-seed0``.
     patients
         Named A, B, ...; A, C, ... have square arrays (100 um spots at 200 um, as ST) at 2 um per pixel,
         B, D, ... hexagonal ones (55 um at 100 um, as Visium) at 1.25 um per pixel.
@@ -109,20 +112,34 @@ def write_demo(
         "sections_per_patient": sections_per_patient,
         "image_px": image_px,
     }
-    if _made_from(folder) == made_from:
+    found = _made_from(folder)
+    if found == made_from:
         return folder / "sheet.csv"
+    if found is not None and {**found, "version": VERSION} != made_from:
+        folder = folder / _name(made_from)
+        log.info("a demo of other arguments is there; this one is in %s", folder)
+        if _made_from(folder) == made_from:
+            return folder / "sheet.csv"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             found = _made_from(folder)
             if found == made_from:  # another process was faster
                 return folder / "sheet.csv"
+            if found is not None and {**found, "version": VERSION} != made_from:  # of another process, meanwhile
+                return write_demo(folder, **{key: made_from[key] for key in ARGUMENTS})
             if found is None and folder.exists() and any(folder.iterdir()):
                 raise InputError(f"{folder} holds files that are not demo data; give an empty or a new folder")
             _replace(folder, made_from)
     except OSError as error:
         raise InputError(f"demo data cannot be written to {folder} ({error}); give another folder") from error
     return folder / "sheet.csv"
+
+
+def _name(made_from: dict) -> str:
+    px = made_from["image_px"]
+    size = f"{made_from['patients']}x{made_from['sections_per_patient']}-seed{made_from['seed']}"
+    return size if px == IMAGE_PX else f"{size}-{px}px"
 
 
 def _made_from(folder: Path) -> dict | None:

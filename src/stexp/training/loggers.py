@@ -52,6 +52,11 @@ class WandbRun(WandbLogger):
         Genes that are drawn on each test section: those with the highest training mean, for all methods the same.
     finish_seconds
         To wait at the end for what was not yet uploaded; it stays on disk.
+
+    Notes
+    -----
+    Offline, nothing is looked up on the network; W&B's reports of its own errors, which would be, are off unless
+    ``WANDB_ERROR_REPORTING`` says otherwise.
     """
 
     @checked("logger")
@@ -70,6 +75,8 @@ class WandbRun(WandbLogger):
         maps: Whole = 6,
         finish_seconds: NotNegative = 300,
     ) -> None:
+        # W&B's reports of its own errors look a server up, offline too
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         super().__init__(name=name, save_dir=save_dir, project=project)
         self.folder = Path(save_dir)
         self.about = {"entity": entity, "group": group, "job_type": job_type, "tags": tags}
