@@ -14,7 +14,7 @@ import torch
 from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.inference import model_folder
-from stexp.inference.model_folder import ACCURACY, Bank
+from stexp.inference.model_folder import ACCURACY, Bank, ExportedModel
 from stexp.protocol import Protocol
 
 RNG = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def write(folder, bank=None, **facts) -> dict:
     genes[list(ACCURACY)] = np.nan
     genes.iloc[3, genes.columns.get_loc("expected_pearson")] = 0.25
     weights = {"model.w": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "model.n": torch.tensor(7)}
-    model_folder.write(folder, {"method": "x", **facts}, weights, bank, genes)
+    model_folder.write(folder, ExportedModel({"method": "x", **facts}, weights, bank, genes))
     return weights
 
 
@@ -151,7 +151,7 @@ def test_embeddings_beyond_float16_are_refused(tmp_path):
     bank = make_bank()
     bank.embedding[3, 2] = 1e6
     with pytest.raises(InputError, match="beyond what float16 holds; take bank=float32"):
-        model_folder.write(tmp_path / "m", {}, {}, bank, pd.DataFrame(index=GENES), "float16")
+        model_folder.write(tmp_path / "m", ExportedModel({}, {}, bank, pd.DataFrame(index=GENES)), "float16")
 
 
 def test_the_digest_tells_models_apart(tmp_path):

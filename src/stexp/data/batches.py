@@ -110,11 +110,15 @@ class ShuffledBatches(Sampler):
     ----------
     share
         Rank and number of devices; each batch is split among them, as :func:`part_of` says.
+    image
+        Whether batches come with tiles.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, rows: np.ndarray, batch_size: int, seed: int, share: tuple[int, int] = (0, 1), *, image: bool = True
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.epoch = torch.from_numpy(rows), batch_size, seed, 0
-        self.share = share
+        self.share, self.image = share, image
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -130,7 +134,7 @@ class ShuffledBatches(Sampler):
         starts = torch.arange(1, len(self)) * self.batch_size
         for rows in shuffled.tensor_split(starts):
             seed = int(torch.randint(2**62, (), generator=draws)) + self.share[0]
-            yield SpotIndex(rows[part_of(len(rows), *self.share)], seed=seed, whole=len(rows))
+            yield SpotIndex(rows[part_of(len(rows), *self.share)], seed=seed, image=self.image, whole=len(rows))
 
 
 class SectionBatches(Sampler):

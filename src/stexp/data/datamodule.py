@@ -37,6 +37,7 @@ from stexp.data.features import (
     encode_surroundings,
     encode_tiles,
     encode_views,
+    required,
     tiled_sections,
 )
 from stexp.data.genes import choose_panel, drop_unmeasured, expression_of
@@ -75,7 +76,7 @@ class SpotDataModule(pl.LightningDataModule):
         Strength of ``hed``.
     views
         Augmented views of each training tile whose frozen features are kept, one of which is drawn in each epoch;
-        None: tiles are augmented anew. For methods that read such features in place of tiles (`without_tiles`).
+        None: tiles are augmented anew. For methods that read such features in place of tiles.
     stain
         None or ``macenko``; see :class:`~stexp.data.slides.stain.StainNormaliser`.
     panel
@@ -103,14 +104,12 @@ class SpotDataModule(pl.LightningDataModule):
         Predicted genes.
     array_size : int
         Largest array coordinate + 1: the rows a learned position table needs.
-    without_tiles : bool
-        The method reads of a tile what `encoder` makes of it: batches come with `features` and, unless they are to be
-        augmented anew, without `image`.
 
     Notes
     -----
     What a batch is, and which part of the spots this device has, the loaders ask the attached trainer: its method's
-    ``batching``, its rank and its number of devices. Prediction is of all test spots, by one device.
+    ``batching``, its rank and its number of devices. Prediction is of all test spots, by one device. Of a method that
+    reads of a tile only what `encoder` makes of it, batches come without `image`, unless tiles are augmented anew.
     """
 
     @checked("data")
@@ -144,7 +143,7 @@ class SpotDataModule(pl.LightningDataModule):
         self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um), cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
-        self.views, self.without_tiles = views, False
+        self.views = views
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
         self.spots = spot_table(self.sections, roles)
@@ -275,10 +274,8 @@ class SpotDataModule(pl.LightningDataModule):
     @property
     def tile_features(self) -> np.ndarray:
         """`features` of a data module with an encoder."""
-        features = self.features
-        if features is None:
-            raise ValueError("features of tiles need a data module with an encoder")
-        return features
+        self.setup()
+        return required(self._features)
 
     @property
     def n_features(self) -> int | None:
@@ -288,15 +285,9 @@ class SpotDataModule(pl.LightningDataModule):
     def surroundings(self, k: int) -> Surroundings:
         """Frozen features of the k x k tiles around every spot (k odd), computed or opened at the first call."""
         if k not in self._surroundings:
-            encoder, sections = self._required_encoder, self._tiled_sections()
+            encoder, sections = required(self.encoder), self._tiled_sections()
             self._surroundings[k] = encode_surroundings(encoder, sections, len(self.spots), self.tile, k)
         return self._surroundings[k]
-
-    @property
-    def _required_encoder(self) -> TileEncoder:
-        if self.encoder is None:
-            raise ValueError("features of tiles need a data module with an encoder")
-        return self.encoder
 
     def _tiled_sections(self) -> Iterator[TiledSection]:
         stores, section_of_spot = self.open_tiles().stores, self.spots["section"].to_numpy(str)
@@ -310,7 +301,8 @@ class SpotDataModule(pl.LightningDataModule):
         if self._batching == "section":
             order = SectionBatches(self._by_section("train"), self.seed)
         else:
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share)
+            image = not self._reads_features or (self.augmentation != "none" and not self.views)
+            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image)
         return index_loader(order)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -330,18 +322,25 @@ class SpotDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module.batching  # type: ignore[return-value]  # of a Method, a layer above
 
     @property
+    def _reads_features(self) -> bool:
+        """Whether the attached method reads of a tile nothing but its `features`."""
+        if self.trainer is None or self.encoder is None:
+            return False
+        return self.trainer.lightning_module.reads_features_of(self.encoder)  # type: ignore[operator]  # of a Method
+
+    @property
     def _share(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def loader(
         self,
         *roles: str,
-        image: bool = True,
+        image: bool | None = None,
         batch_size: int | None = None,
         batching: Batching = "spots",
         share: tuple[int, int] = (0, 1),
     ) -> DataLoader:
-        """Every spot of some roles once, in order and unaugmented, with or without its tile.
+        """Every spot of some roles once, in order and unaugmented; with its tile, if the attached method reads tiles.
 
         A batch is `batch_size` spots (None: `eval_batch_size`) of the part that `share`, rank and number of devices,
         gives this device; or, with ``batching="section"``, one whole section.
@@ -351,6 +350,7 @@ class SpotDataModule(pl.LightningDataModule):
         else:
             rows = torch.from_numpy(self.rows(*roles))
             parts = rows[part_of(len(rows), *share)].split(batch_size or self.eval_batch_size)
+        image = not self._reads_features if image is None else image
         return index_loader([SpotIndex(part, image=image) for part in parts])
 
     def _by_section(self, *roles: str) -> list[np.ndarray]:
@@ -369,11 +369,11 @@ class SpotDataModule(pl.LightningDataModule):
         """Gather the spots of `index` on `device`."""
         device = torch.device(device)
         kind = "none" if index.seed is None else self.augmentation
-        if index.image and not (self.without_tiles and (kind == "none" or self.views)):
+        if index.image:
             image = augment(self.tiles(index.rows.numpy(), device), kind, index.seed or 0, self.hed_sigma)
             return self._tables.take(index, image, device)
         batch = self._tables.take(index, None, device)
-        if index.image and index.seed is not None and kind != "none":
+        if index.seed is not None and kind != "none":
             batch.features = draw_views(self._view_features, index.rows, index.seed).to(device)
         return batch
 
@@ -382,7 +382,7 @@ class SpotDataModule(pl.LightningDataModule):
         """Frozen features of the augmented views of training tiles, (views, n_spots, F)."""
         sections = [tiled for tiled in self._tiled_sections() if tiled.section.name in self.names("train")]
         kind = (self.augmentation, self.hed_sigma)
-        return encode_views(self._required_encoder, sections, len(self.spots), *kind, self.views or 0)
+        return encode_views(required(self.encoder), sections, len(self.spots), *kind, self.views or 0)
 
     @cached_property
     def _tables(self) -> SpotTables:

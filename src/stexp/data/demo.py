@@ -49,7 +49,6 @@ from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
-ARGUMENTS = ("patients", "sections_per_patient", "seed", "image_px")
 IMAGE_PX = 1750
 VERSION = 2  # raise when the same arguments give other files
 # how many genes answer to what, in the family "full"; the others are counted in `_genes`
@@ -112,28 +111,32 @@ def write_demo(
         "sections_per_patient": sections_per_patient,
         "image_px": image_px,
     }
-    found = _made_from(folder)
-    if found == made_from:
-        return folder / "sheet.csv"
-    if found is not None and {**found, "version": VERSION} != made_from:
+    if _is_another(folder, made_from):
         folder = folder / _name(made_from)
         log.info("a demo of other arguments is there; this one is in %s", folder)
-        if _made_from(folder) == made_from:
-            return folder / "sheet.csv"
+    if _made_from(folder) == made_from:
+        return folder / "sheet.csv"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            found = _made_from(folder)
-            if found == made_from:  # another process was faster
+            if _is_another(folder, made_from):  # which another process wrote meanwhile
+                again = {"patients": patients, "sections_per_patient": sections_per_patient}
+                return write_demo(folder, **again, seed=seed, image_px=image_px)
+            present = _made_from(folder)
+            if present == made_from:  # another process was faster
                 return folder / "sheet.csv"
-            if found is not None and {**found, "version": VERSION} != made_from:  # of another process, meanwhile
-                return write_demo(folder, **{key: made_from[key] for key in ARGUMENTS})
-            if found is None and folder.exists() and any(folder.iterdir()):
+            if present is None and folder.exists() and any(folder.iterdir()):
                 raise InputError(f"{folder} holds files that are not demo data; give an empty or a new folder")
             _replace(folder, made_from)
     except OSError as error:
         raise InputError(f"demo data cannot be written to {folder} ({error}); give another folder") from error
     return folder / "sheet.csv"
+
+
+def _is_another(folder: Path, made_from: dict) -> bool:
+    """Whether a demo of other arguments is there; one of an earlier version of the same is replaced."""
+    present = _made_from(folder)
+    return present is not None and {**present, "version": VERSION} != made_from
 
 
 def _name(made_from: dict) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.store import TileStore
 from stexp.data.slides.tiles import TileSpec, around
 
+Encoded = TypeVar("Encoded")
 Stain = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 """A stain normalisation of one section: its key in the cache, and what it makes of tiles (B, px, px, 3) uint8."""
 
@@ -53,6 +54,10 @@ class TileEncoder(Protocol):
         self, section: Section, store: TileStore, spec: TileSpec, k: int, stain: Stain | None = None
     ) -> np.ndarray:
         """Features of the k x k tiles around each spot, (n_spots, k * k, F) float32; zero beyond the image."""
+        ...
+
+    def is_of(self, encoder: torch.nn.Module) -> bool:
+        """Whether another encoder would give the same features."""
         ...
 
     def __enter__(self) -> TileEncoder: ...
@@ -110,6 +115,13 @@ def tiled_sections(
 def _normalise(normaliser: StainNormaliser, i: int, tiles: torch.Tensor) -> torch.Tensor:
     """Tiles of the i-th section, in the stain of the others."""
     return normaliser(tiles, torch.full((len(tiles),), i))
+
+
+def required(value: Encoded | None) -> Encoded:
+    """An encoder or its features, of a data module that must have them; ValueError where it has none."""
+    if value is None:
+        raise ValueError("features of tiles need a data module with an encoder")
+    return value
 
 
 def encode_tiles(

@@ -23,6 +23,7 @@ from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
 from stexp.inference.expected import expect, measure_accuracy, reliability_of_flags
 from stexp.inference.model_facts import read_json
+from stexp.inference.model_folder import ExportedModel
 from stexp.inference.references import bank_of, compress
 from stexp.inference.trained import TrainedMethod
 from stexp.runs.finished import FinishedRun
@@ -114,7 +115,7 @@ def export(
             facts["bank"] |= {"spots": len(references), "loss": loss}
     output.parent.mkdir(parents=True, exist_ok=True)
     tiles = None if references is None else _tiles(source, references)
-    facts["digest"] = model_folder.write(output, facts, weights, references, genes, bank, tiles, known)
+    facts["digest"] = model_folder.write(output, ExportedModel(facts, weights, references, genes, tiles, known), bank)
     return facts
 
 

@@ -86,75 +86,44 @@ class ExportedModel:
         return self.facts["digest"]
 
 
-def write(
-    folder: Path,
-    facts: dict,
-    weights: dict[str, torch.Tensor],
-    bank: Bank | None,
-    genes: pd.DataFrame,
-    embedding_dtype: str = "float32",
-    tiles: Sheet | None = None,
-    known: KnownTiles | None = None,
-) -> str:
+def write(folder: Path, model: ExportedModel, embedding_dtype: str = "float32") -> str:
     """Write a folder beside its place and rename it when whole, in place of one that is there; returns its digest."""
     if folder.exists() and not (folder / "model.json").is_file():
         raise InputError(f"{folder} is there and no exported model; choose another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part")
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            return _write(folder, facts, weights, bank, genes, embedding_dtype, tiles, known)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            try:
+                with naming(folder, part):
+                    facts = _fill(part, model, embedding_dtype)
+                    _put_in_place(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)  # where it is not in its place
+            return facts["digest"]
     except Timeout:
         raise InputError(f"another process writes {folder}; wait for it, or choose another output") from None
 
 
-def _write(
-    folder: Path,
-    facts: dict,
-    weights: dict[str, torch.Tensor],
-    bank: Bank | None,
-    genes: pd.DataFrame,
-    embedding_dtype: str,
-    tiles: Sheet | None,
-    known: KnownTiles | None,
-) -> str:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        with naming(folder, part):
-            facts = _fill(part, facts, weights, bank, genes, embedding_dtype, tiles, known)
-            _put_in_place(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return facts["digest"]
-
-
-def _fill(
-    part: Path,
-    facts: dict,
-    weights: dict[str, torch.Tensor],
-    bank: Bank | None,
-    genes: pd.DataFrame,
-    embedding_dtype: str,
-    tiles: Sheet | None,
-    known: KnownTiles | None,
-) -> dict:
+def _fill(part: Path, model: ExportedModel, embedding_dtype: str) -> dict:
     """Write all files into the folder `part`; ``model.json`` as it stands there."""
-    weights = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+    facts = model.facts
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in model.weights.items()}
     write_arrays(part / "model.safetensors", weights)
-    if bank is not None:
-        write_bank(part / "bank.safetensors", bank, embedding_dtype)
-    if tiles is not None:
+    if model.bank is not None:
+        write_bank(part / "bank.safetensors", model.bank, embedding_dtype)
+    if model.tiles is not None:
         with naming(part / "references.jpg"):
-            (part / "references.jpg").write_bytes(tiles.jpeg)
-        facts = {**facts, "reference_tiles": tiles.names}
-    if known is not None:
-        arrays = {"embedding": known.embedding, "distance": known.distance, "k": np.array(known.k)}
+            (part / "references.jpg").write_bytes(model.tiles.jpeg)
+        facts = {**facts, "reference_tiles": model.tiles.names}
+    if model.known is not None:
+        arrays = {"embedding": model.known.embedding, "distance": model.known.distance, "k": np.array(model.known.k)}
         write_arrays(part / "known.safetensors", arrays)
     for path in part.iterdir():
         path.chmod(0o644)  # safetensors lets no one else read
-    write_csv(genes, part / "genes.csv", index="gene")
+    write_csv(model.genes, part / "genes.csv", index="gene")
     facts = {
         "format": FORMAT,
         **facts,

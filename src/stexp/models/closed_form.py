@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.models.method import Method
@@ -17,9 +19,9 @@ class ClosedForm(Method):
 
     closed_form = True
 
+    @abstractmethod
     def fit_to(self, data: SpotDataModule) -> None:
         """Learn from `LEARNT_FROM`. Nothing is chosen on validation spots, so they may train, as they do for floors."""
-        raise NotImplementedError
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> None:
         self.fit_to(self.data)

@@ -14,6 +14,7 @@ import torch
 
 from stexp.data.batches import Batching, SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.features import TileEncoder
 from stexp.models.encoders.image import ImageEncoder
 
 
@@ -112,6 +113,11 @@ class Method(pl.LightningModule, ABC):
         Batches then may come with ``features`` and no ``image``, which spares cutting and encoding the tiles.
         """
         return None
+
+    def reads_features_of(self, encoder: TileEncoder) -> bool:
+        """Whether the features by an encoder are what this method would compute, and all that it reads of a tile."""
+        own = self.frozen_encoder
+        return own is not None and encoder.is_of(own)
 
     @property
     def data(self) -> SpotDataModule:

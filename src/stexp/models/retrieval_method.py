@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Literal
 
@@ -47,21 +48,21 @@ class RetrievalMethod(Method):
         self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
         self._reference_target: torch.Tensor | None = None  # (N, G), the expression of its spots
 
+    @abstractmethod
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        raise NotImplementedError
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features of tiles (B, F), of ``frozen_encoder``, to embeddings (B, D)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} names a frozen_encoder and does not embed its features")
 
     def embed_tiles(self, batch: SpotBatch) -> torch.Tensor:
         """Tiles of a batch to embeddings (B, D), by their features where it comes without images."""
         return self.embed_features(batch.tile_features) if batch.image is None else self.embed_image(batch.image)
 
+    @abstractmethod
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch to embeddings (B, D)."""
-        raise NotImplementedError
 
     @property
     def _searched(self) -> tuple[ReferenceIndex, torch.Tensor]:

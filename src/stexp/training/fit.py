@@ -21,7 +21,6 @@ from pytorch_lightning.loggers import Logger
 from stexp.construct import build
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
-from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.models.method import Method, Prediction
 from stexp.training.callbacks import VALIDATION
 from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
@@ -103,7 +102,7 @@ def fit(
             )
         log.info("going on from %s", checkpoints.last)
         method.load_state_dict(checkpoint["state_dict"])  # of what encoder there are features is asked next
-    choose_features(method, data)
+    say_what_is_encoded(method, data)
     callbacks = list(callbacks)
     if len(data.rows("validation")):
         # before the one that keeps the last epoch, which stores what was best so far
@@ -123,27 +122,26 @@ def fit(
     return trainer
 
 
-def choose_features(method: Method, data: SpotDataModule) -> None:
-    """Have data come as features from the cache, without tiles, for a method that would compute just these.
+def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
+    """Log whether a frozen encoder runs on tiles, or its kept features are trained on.
 
     Raises
     ------
     InputError
         ``data.views`` of a method that would not, or without an augmentation to draw from.
     """
-    encoder = method.frozen_encoder
-    data.without_tiles = encoder is not None and isinstance(data.encoder, FrozenEncoder) and data.encoder.is_of(encoder)
+    reads_features = data.encoder is not None and method.reads_features_of(data.encoder)
     if data.views and data.augmentation == "none":
         raise InputError(f"data.views={data.views}: data.augmentation=none has one view; null would fit")
-    if data.views and not data.without_tiles:
+    if data.views and not reads_features:
         raise InputError(
             f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
             f"that read nothing else of a tile: mclstexp, bleep, sepal, stnet with model.symmetries=false and "
             f"model.input_scale=image_encoder; null would fit"
         )
-    if data.without_tiles and (data.views or data.augmentation == "none"):
+    if reads_features and (data.views or data.augmentation == "none"):
         log.info("training on features in the cache: the image encoder is frozen and need not run")
-    elif data.without_tiles:
+    elif reads_features:
         log.info(
             "the frozen image encoder runs in every epoch, on tiles augmented anew; data.augmentation=none or "
             "data.views=8 train on features in the cache, in a fraction of the time"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from stexp.data.augment import augment
 from stexp.data.cache import kept_array
@@ -76,9 +77,9 @@ class FrozenEncoder:
         """F."""
         return self.encoder.num_features
 
-    def is_of(self, encoder: ImageEncoder) -> bool:
+    def is_of(self, encoder: nn.Module) -> bool:
         """Whether another encoder would give the same features."""
-        return weights_digest(encoder, self._precision()) == self.key
+        return isinstance(encoder, ImageEncoder) and weights_digest(encoder, self._precision()) == self.key
 
     def of_tiles(
         self, section: Section, store: TileStore, stain: Stain | None = None, view: View | None = None
