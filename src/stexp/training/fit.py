@@ -219,6 +219,7 @@ def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Tra
         node["devices"] = [machine.device.index] if machine.kind == "cuda" else 1
         alone = build(node, logger=False, precision=machine.chosen_precision, enable_progress_bar=False)
     data.trainer = method.trainer = alone
+    alone.strategy.connect(method)  # whose loaders ask for it before its first prediction
     chosen = method.to(machine.device).tune(data)
     if chosen:
         log.info("chosen: %s", chosen)
