@@ -11,7 +11,7 @@ DATA ?= her2st cscc alex10x
 RUNS ?= runs
 # what commands leave here when no output_dir= says otherwise
 OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
-.PHONY: help setup demo test test-all lint bench results clean clean-runs uninstall tables $(PAPER)
+.PHONY: help setup demo test test-all test-kills lint bench results clean clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a 
 
 test-all: $(READY)  ## all tests, and what of the code they cover
 	$(BIN)/pytest -n 2 --cov=stexp --cov-report=term:skip-covered
+
+test-kills: $(READY)  ## kill every command a hundred times in all, and compare what is left in the end
+	STEXP_KILLS=100 $(BIN)/pytest tests/test_kills.py
 
 lint: $(READY)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image
 
 from stexp.data.demo import write_demo
 from stexp.data.readers import her2st, samplesheet, visium
+from stexp.data.section import Section
 from stexp.data.slides import orientation
-from stexp.data.slides.orientation import AS_IT_IS, OTHERS, doubt_of_picture, doubt_of_spots, doubts
+from stexp.data.slides.orientation import AS_IT_IS, OTHERS, Symmetry, doubt_of_picture, doubt_of_spots, doubts
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.tissue import Tissue, tissue_mask
 
@@ -97,16 +99,21 @@ def test_what_fits_no_way_much_better_is_left_alone():
     assert doubt_of_spots(few, np.zeros(4), Tissue(~mask, 10.0), (100, 100)) is None
 
 
+def when_turned(section: Section) -> Iterator[tuple[Symmetry, str | None]]:
+    """The other symmetries of the square, and what is said of a section whose image is turned so."""
+    tissue, (width, height) = tissue_mask(section.slide, section.um_per_px), section.slide.size
+    for way in OTHERS:
+        size = (height, width) if way.swapped else (width, height)
+        turned = Tissue(way.turn(tissue.mask), tissue.downsample)
+        yield way, doubt_of_spots(section.xy_px, section.total_counts, turned, size)
+
+
 def test_demo_sections_lie_right_and_are_noticed_when_turned(tmp_path):
     sections = samplesheet.read_samplesheet(write_demo(tmp_path / "demo", patients=4, sections_per_patient=1))
     noticed = 0
     for section in sections:
         assert doubts(section) == []
-        tissue, (width, height) = tissue_mask(section.slide, section.um_per_px), section.slide.size
-        for way in OTHERS:
-            size = (height, width) if way.swapped else (width, height)
-            now = Tissue(way.turn(tissue.mask), tissue.downsample)
-            doubt = doubt_of_spots(section.xy_px, section.total_counts, now, size)
+        for way, doubt in when_turned(section):
             assert doubt is None or f"looks {way.name} against" in doubt
             noticed += doubt is not None
     assert noticed >= 24  # of 28: some tissue is nearly its own mirror image
@@ -160,8 +167,5 @@ def test_real_sections_lie_right(real_data):
     sections += visium.read_visium(real_data / "visium_mouse_colon")
     for section in sections:
         assert doubts(section) == []
-        tissue, (width, height) = tissue_mask(section.slide, section.um_per_px), section.slide.size
-        for way in OTHERS:
-            size = (height, width) if way.swapped else (width, height)
-            now = Tissue(way.turn(tissue.mask), tissue.downsample)
-            assert f"looks {way.name} against" in doubt_of_spots(section.xy_px, section.total_counts, now, size)
+        for way, doubt in when_turned(section):
+            assert doubt is not None and f"looks {way.name} against" in doubt

@@ -110,7 +110,7 @@ def defuse(value: Cell) -> Cell | str:
 
     What is not text, and text that is a number, stays as it is. :func:`restore` takes the apostrophe away again.
     """
-    if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value):
+    if isinstance(value, str) and _FORMULA.match(value) and not is_number(value):
         return f"'{value}"
     return value
 
@@ -120,7 +120,8 @@ def restore(value: str) -> str:
     return value[1:] if value.startswith("'") and _FORMULA.match(value[1:]) else value
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number as Python reads it."""
     try:
         float(text)
     except ValueError:

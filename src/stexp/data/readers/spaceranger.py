@@ -21,6 +21,7 @@ from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.readers.memory import check_fits, one_line_without_memory
 from stexp.data.readers.text import decimal_points, find_dialect, read_text
 from stexp.errors import InputError
+from stexp.files import is_number
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ def _read_positions_table(path: Path) -> pd.DataFrame:
             )
             if dialect.decimal_comma:
                 table = decimal_points(table)
-            if table.shape[1] == len(POSITIONS) and _is_number(table.iloc[0, 1]):
+            if table.shape[1] == len(POSITIONS) and is_number(table.iloc[0, 1]):
                 table.columns = list(POSITIONS)
             else:
                 table = table.iloc[1:].set_axis(table.iloc[0].astype(str).str.strip(), axis=1)
@@ -302,11 +303,3 @@ def check_parquet(path: Path) -> None:
     metadata = pq.read_metadata(path)
     n_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     check_fits(3 * max(n_bytes, metadata.num_rows * metadata.num_columns), f"positions {path}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
