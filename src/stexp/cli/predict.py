@@ -113,7 +113,10 @@ def predict(cfg: dict, slides: dict[str, Path], scales: Mapping[str, float] | No
         except (InputError, OSError, MemoryError) as error:
             failed[name] = in_one_line(error)
             log.error("slide %s: %s", name, failed[name])
-    for written in write_index(Path(cfg["output_dir"]), failed):
+    output = Path(cfg["output_dir"]).expanduser()
+    # of a slide that was predicted before, with other settings, the prediction stands
+    lacking = {name: why for name, why in failed.items() if not (output / name / "provenance.json").is_file()}
+    for written in write_index(output, lacking):
         print(f"wrote {written}")
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())

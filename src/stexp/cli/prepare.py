@@ -58,11 +58,12 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
     from stexp.data.slides.store import file_of
-    from stexp.data.slides.tiles import TileSpec, open_tiles
+    from stexp.data.slides.tiles import TileSpec, open_tiles, warn_of_scales
     from stexp.reporting import overlay
 
     folder, thresholds = Path(cfg.output_dir), build(cfg.data.quality)
     spec, kept = TileSpec(cfg.data.tile_px, cfg.data.tile_um), (cfg.data.cache_dir, cfg.data.tile_store)
+    warn_of_scales([section for section in sections if section.slide is not None], spec)
     (folder / "overlay").mkdir(parents=True, exist_ok=True)
     rows, spots, pictures = [], [], []
     for number, section in enumerate(sections, start=1):

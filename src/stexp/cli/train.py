@@ -16,7 +16,7 @@ from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
-from stexp.data.splits import folds
+from stexp.data.splits import check_fold, folds
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
 from stexp.evaluation.score import folds_table, summary
@@ -64,7 +64,9 @@ def main(cfg: DictConfig) -> None:
             return
         if cfg.fold is None:
             log.info("fold=%s: the first of %s", names[0], ", ".join(names))
-        train(cfg, sections, names[0] if cfg.fold is None else str(cfg.fold), Path(cfg.output_dir))
+            cfg.fold = names[0]  # output_dir, unless it was given, holds its name
+        check_fold(sections, protocol, str(cfg.fold))  # before there is a folder
+        train(cfg, sections, str(cfg.fold), Path(cfg.output_dir))
 
 
 def train(cfg: DictConfig, sections: list[Section], fold: str, folder: Path) -> dict | None:

@@ -28,6 +28,12 @@ from stexp.files import CONF
 log = logging.getLogger(__name__)
 
 MULTIRUN = {"-m", "--multirun"}
+HYDRA_FLAGS = frozenset(
+    [
+        *("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun", "--hydra-help", "--info"),
+        *("--multirun", "--package", "--resolve", "--run", "--shell-completion"),
+    ]
+)
 OF_HYDRA = ("hydra", "hydra/launcher", "hydra/sweeper")
 OF_SWEEPS = ("sweep", "dry_run")
 """Keys of ``stexp-train -m`` that are none of the config's."""
@@ -93,6 +99,11 @@ def _print_help(name: str, arguments: Sequence[str], whole: bool) -> None:
 
 def _leave_to_hydra(of_hydra: Callable[[], Any], name: str, flags: set[str]) -> None:
     of_job = [text for text in sys.argv[1:] if "=" in text and not text.startswith("-")]
+    with command():
+        for flag in sorted(flags):
+            if flag.startswith("--") and flag.partition("=")[0] not in HYDRA_FLAGS:
+                key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+                raise InputError(f"{flag}: what changes is given as key=value, as in {key}=VALUE")
     if not flags & MULTIRUN and not any(text.startswith("hydra") for text in of_job):
         with command():  # what is mistyped is said as ever
             compose(name, of_job)

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, Node, OmegaConf
 
 from stexp.errors import InputError, did_you_mean
+from stexp.files import CONF
 
 OTHER_NAMES = {
     "learningrate": "lr",
@@ -135,6 +136,12 @@ def _nodes(config: DictConfig, key: str) -> list:
     return nodes
 
 
+def _choices_with(group: str, key: str) -> list[str]:
+    """Choices of a folder of ``conf/`` in which a key stands."""
+    files = sorted((CONF / group).glob("*.yaml")) if group and (CONF / group).is_dir() else []
+    return [file.stem for file in files if key in (OmegaConf.load(file) or {})]
+
+
 def _nearest(key: str, base: DictConfig, more: Iterable[str]) -> str:
     """What may have been meant by a key that is not there, as the end of a sentence."""
     keys = list(dict.fromkeys(keys_of(base)))
@@ -148,6 +155,9 @@ def _nearest(key: str, base: DictConfig, more: Iterable[str]) -> str:
         return (
             f"; did you mean {OmegaConf.select(base, parent)._get_full_key(last)}?"  # where the keys themselves stand
         )
+    choices = _choices_with(parent, last)
+    if choices:
+        return f"; {' and '.join(f'{parent}={choice}' for choice in choices[:3])} {'has' if len(choices) == 1 else 'have'} it"
     anywhere = [other for other in keys if other.rpartition(".")[2] == meant]
     if anywhere and (meant != last or not parent):
         return f"; did you mean {anywhere[0]}?"

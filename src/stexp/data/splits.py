@@ -63,9 +63,7 @@ def assign_roles(
     for name, n in Counter(section.name for section in sections).items():
         if n > 1:
             raise InputError(f"{n} sections are called {name}; names must be unique")
-    names = folds(sections, protocol)
-    if fold not in names:
-        raise UnknownName(_unknown_fold(sections, protocol, fold, names), [fold], names, typed="fold={}")
+    names = check_fold(sections, protocol, fold)
     if protocol.hold_out == "block":
         test = names.index(fold)
         return _check_training({s.name: _block_roles(s, protocol, test, side_px(s)) for s in sections}, fold)
@@ -224,9 +222,20 @@ def _unit(section: Section, protocol: Protocol) -> str:
     return section.patient if protocol.hold_out == "patient" else section.name
 
 
+def check_fold(sections: list[Section], protocol: Protocol, fold: str) -> list[str]:
+    """The names of :func:`folds`; InputError unless a fold is one of them."""
+    names = folds(sections, protocol)
+    if fold not in names:
+        raise UnknownName(_unknown_fold(sections, protocol, fold, names), [fold], names, typed="fold={}")
+    return names
+
+
 def _unknown_fold(sections: list[Section], protocol: Protocol, fold: str, names: list[str]) -> str:
     what = protocol.hold_out
     message = f"fold={fold} is no {what} with an image; choose one of {', '.join(names) or '(none)'}, or all"
+    alike = [name for name in names if name.lower() == fold.lower()]
+    if alike:
+        return f"{message}; did you mean {alike[0]}?"
     for section in sections:
         if section.name == fold and what == "patient":
             owner = f"{fold} is a section of patient {section.patient}"

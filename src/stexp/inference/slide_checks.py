@@ -208,7 +208,7 @@ def _size(slide: dict, training: Sequence[dict], um: float | None, stated: float
         return _check("size", None, expected, "caution", "how large its structures are could not be measured")
     size = float(2 ** np.interp(slide["grain"], curve, [-1, 0, 1]))
     verdict = _graded(max(size, 1 / size), SIZE)
-    text = f"its structures look {size:.2g} times as large as in training"
+    text = f"its structures look {size:.2f} times as large as in training"
     if verdict != "ok":
         other = "blurred" if size > 1 else "no tissue like that of training"
         text += f": the stated scale is not right{_given(um, stated)}, or it is {other}"

@@ -80,7 +80,7 @@ def find_runs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
         for folder in folders:
             whole = all((folder / f"{name}.json").is_file() for name in ("metrics", "audit", "provenance"))
             if not whole and not (folder / "checkpoints").is_dir() and folder not in paths:
-                log.warning("%s never came to train and is left out", folder)
+                log.info("%s never came to train and is left out", folder)
                 continue
             (finished if whole else unfinished)[folder.resolve()] = folder
     return list(finished.values()), list(unfinished.values())
