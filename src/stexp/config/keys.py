@@ -152,12 +152,11 @@ def _nearest(key: str, base: DictConfig, more: Iterable[str]) -> str:
         return f"; did you mean {parent}.{meant}?"
     node = _nodes(base, parent)[-1] if parent else None
     if isinstance(node, Node) and node._is_interpolation() and OmegaConf.is_dict(OmegaConf.select(base, parent)):
-        return (
-            f"; did you mean {OmegaConf.select(base, parent)._get_full_key(last)}?"  # where the keys themselves stand
-        )
-    choices = _choices_with(parent, last)
+        home = OmegaConf.select(base, parent)  # where the keys themselves stand
+        return f"; did you mean {home._get_full_key(last)}?"
+    choices = [f"{parent}={choice}" for choice in _choices_with(parent, last)]
     if choices:
-        return f"; {' and '.join(f'{parent}={choice}' for choice in choices[:3])} {'has' if len(choices) == 1 else 'have'} it"
+        return f"; {' and '.join(choices[:3])} {'has' if len(choices) == 1 else 'have'} it"
     anywhere = [other for other in keys if other.rpartition(".")[2] == meant]
     if anywhere and (meant != last or not parent):
         return f"; did you mean {anywhere[0]}?"
