@@ -159,6 +159,11 @@ def test_numbers_that_can_mean_one_thing_only(tmp_path, cells, values):
     assert read_positions(tmp_path / "p.csv")["pixel_x"].tolist() == values
 
 
+def test_corrected_places_on_the_array_have_three_decimals(tmp_path):
+    (tmp_path / "p.tsv").write_text("x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\n4\t5\t4.125\t4.993\t10.5\t7\n")
+    assert read_positions(tmp_path / "p.tsv").loc["4x5", ["new_x", "new_y"]].tolist() == [4.125, 4.993]
+
+
 @pytest.mark.parametrize("cell", ["3.000", "1.234", "12.345", "1,234", "3,000", "1 234", "1'234"])
 @pytest.mark.parametrize("separator", [";", "\t", ","])
 def test_counts_with_thousands_are_refused(tmp_path, cell, separator):

@@ -166,7 +166,8 @@ def _of_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     if not is_named and not is_selection:
         raise InputError(f"spots {path} starts with the column {header[0]}; the spot id must come first")
     wanted = [name for name in (*needed, "new_x", "new_y") if name in header]
-    check_thousands(table[wanted], f"spots {path}")
+    # x, new_x lie on an array of fewer than 1000 places, and have three decimals as a rule
+    check_thousands(table[[name for name in wanted if name in POSITIONS]], f"spots {path}")
     plain = without_blanks(table[wanted], f"spots {path}")
     numbers = plain.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     ids = table[header[0]] if is_named else spot_ids(numbers["x"], numbers["y"])
