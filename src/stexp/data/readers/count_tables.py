@@ -160,7 +160,7 @@ def parse_any(body: bytes, columns: list[str], path: Path, separator: str = "\t"
         cells = table.iloc[:, 1:].set_axis(columns, axis=1) if table.shape[1] == n_columns + 1 else table.iloc[:, 1:]
         check_thousands(cells, f"counts {path}", ".")
         cells = decimal_points(cells, f"counts {path}")
-        table = pd.concat([table[0], cells.apply(pd.to_numeric, errors="ignore")], axis=1)
+        table = pd.concat([table[0], cells.apply(_as_numbers)], axis=1)
     names, cells = list(table[0]), table.iloc[:, 1:]
     if cells.shape[1] != n_columns:
         raise InputError(f"counts {path}: {n_columns} names in the header, {cells.shape[1]} counts in a row")
@@ -174,3 +174,11 @@ def parse_any(body: bytes, columns: list[str], path: Path, separator: str = "\t"
             f"(first: {str(column.iloc[row])[:50]!r} in the row {names[row]}, column {columns[text[0]]})"
         )
     return names, sp.csr_matrix(cells.to_numpy(np.float32))
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, or as it is where one cell is none."""
+    try:
+        return pd.to_numeric(column)
+    except ValueError:
+        return column
