@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from stexp.data.hdf5 import new_hdf5
+from stexp.data.hdf5 import new_hdf5, open_hdf5
 from stexp.data.readers.memory import check_fits
 from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
@@ -162,15 +162,21 @@ def read(path: Path, *needs: str) -> ad.AnnData:
     InputError
         The file is missing or damaged, or lacks something.
     """
-    return _read(path, ad.read_h5ad, needs)
+
+    def load(path: Path) -> ad.AnnData:
+        with open_hdf5(path, ""):
+            return ad.read_h5ad(path)
+
+    return _read(path, load, needs)
 
 
 def read_annotations(path: Path, *needs: str) -> ad.AnnData:
     """Read an h5ad without its matrices: ``obs``, ``var`` and ``uns``; otherwise as :func:`read`."""
 
     def load(path: Path) -> ad.AnnData:
-        with h5py.File(path) as file:
-            return ad.AnnData(**{key: ad.io.read_elem(file[key]) for key in ("obs", "var", "uns")})
+        keys = ("obs", "var", "uns")
+        with open_hdf5(path, "", keys) as file:
+            return ad.AnnData(**{key: ad.io.read_elem(file[key]) for key in keys})
 
     return _read(path, load, needs)
 
@@ -180,6 +186,8 @@ def _read(path: Path, load: Callable[[Path], ad.AnnData], needs: tuple[str, ...]
         raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
         adata = load(path)
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # h5py and anndata raise errors of every kind at damaged bytes
         raise _damaged(path, error) from error
     absent = [need for need in needs if not _holds(adata, need)]
@@ -270,7 +278,7 @@ def changed_since_run(folder: Path) -> bool:
         return False
 
     def load(path: Path) -> ad.AnnData:
-        with h5py.File(path) as file:
+        with open_hdf5(path, "", ("obs", "var", "layers/predicted")) as file:
             obs, var = (ad.io.read_elem(file[key]) for key in ("obs", "var"))
             return ad.AnnData(obs=obs, var=var, layers={"predicted": ad.io.read_elem(file["layers/predicted"])})
 
@@ -280,7 +288,7 @@ def changed_since_run(folder: Path) -> bool:
 def is_of_a_slide(path: Path) -> bool:
     """Whether an h5ad holds the prediction of a slide without a truth, not of a run."""
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path, "", ("uns/stexp/kind",)) as file:
             kind = file.get("uns/stexp/kind")
             return isinstance(kind, h5py.Dataset) and kind.asstr()[()] == "prediction"
     except OSError:
