@@ -22,6 +22,13 @@ WHOLE_AUDIT = {
     **{key: [] for key in ("train", "validation", "test", "reference", "panel_saw_test")},
     **{"checkpoint": "best", "k_chosen_on": "given", "published_settings": False, "spot_context": None},
 }
+WHOLE_DATA = {
+    **{key: None for key in ("sections", "published_sections", "um_per_px", "tile_um")},
+    **{"panel_file": None, "published_panel_file": None, "tile_px": 224, "tile_store": "raw", "leave_out": []},
+    "_target_": "stexp.data.datamodule.SpotDataModule",
+    "reader": {"_target_": "stexp.data.readers.demo.read_demo"},
+    "quality": {"_target_": "stexp.data.quality.Thresholds"},
+}
 WHOLE_RECORD = {"commit": None, "dirty": None, "date": "", "precision": "32-true", "versions": {}, "stages": {}}
 
 

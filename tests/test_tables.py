@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from paper_runs import WHOLE_AUDIT, WHOLE_RECORD
+from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
@@ -56,7 +56,8 @@ def write_run(
         "model": {"_target_": "x", "name": model, "image_encoder": image, "k": "auto"},
         "trainer": {"_target_": "x", "accelerator": "cpu", "max_epochs": 9},
         "logger": {"save_dir": str(folder)},
-        "data": {"name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "data": {**WHOLE_DATA, "name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "hardware": {"channels_last": True},
         "seed": seed,
         "fold": fold,
         "output_dir": str(folder),
