@@ -16,12 +16,13 @@ from demo_run import configure
 from omegaconf import OmegaConf
 
 from stexp import __version__, config
-from stexp.cli.analyse import check
-from stexp.cli.train import DEMO, train
+from stexp.cli.fold import train
+from stexp.cli.train import DEMO
 from stexp.config.compose import _groups, compose, entry
 from stexp.config.help import help_text, whole_help_text
 from stexp.errors import InputError
 from stexp.reporting import exports
+from stexp.reporting.downstream import check
 from stexp.runs.rescore import choose_genes
 
 

@@ -12,7 +12,8 @@ from exported_model import exported, killed_after, slide
 from hydra import compose, initialize_config_dir
 
 from stexp import hardware
-from stexp.cli.predict import find_slides, main, predict, slides_of
+from stexp.cli.predict import main
+from stexp.cli.prediction import find_slides, predict, slides_of
 from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.files import CONF
@@ -75,7 +76,7 @@ def test_a_kill_before_or_after_the_report_leaves_nothing(monkeypatch, tmp_path)
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stexp.cli.predict.write_report", killed)
+    monkeypatch.setattr("stexp.cli.prediction.write_report", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, f"slide={slide()}", "spacing_um=400")
     folder = tmp_path / "A1"

@@ -18,7 +18,8 @@ from demo_run import configure, overrides_of, run
 from omegaconf import OmegaConf
 
 from stexp import config
-from stexp.cli.train import main, train
+from stexp.cli.fold import train
+from stexp.cli.train import main
 from stexp.errors import InputError
 from stexp.models.method import Method, Prediction
 from stexp.runs.rescore import predict_again
@@ -148,7 +149,7 @@ def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, c
 
     made = {"A": scored(0.2, 0.1), "B": scored(0.4, -0.1), "C": scored(None, 0.2)}
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
-    monkeypatch.setattr("stexp.cli.train.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
+    monkeypatch.setattr("stexp.cli.fold.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
     main.__wrapped__(configure(demo, tmp_path, "fold=all"))
     head, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert " ".join(head) == "demo, m, protocol strict: 3 folds"

@@ -174,7 +174,7 @@ def read(folder: str | Path) -> ExportedModel:
         facts,
         weights=read_weights(folder / "model.safetensors"),
         bank=read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None,
-        genes=_read_genes(folder / "genes.csv", facts),
+        genes=read_genes(folder / "genes.csv", facts),
         tiles=tiles,
         known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
     )
@@ -191,7 +191,8 @@ def _check_files(folder: Path, files: object) -> None:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 
-def _read_genes(path: Path, facts: dict) -> pd.DataFrame:
+def read_genes(path: Path, facts: dict) -> pd.DataFrame:
+    """``genes.csv``, see `ExportedModel`."""
     check_size(path, bytes_per_byte=4)
     numbers = [*ACCURACY, *COLUMNS, "n_held_out_sections"]
     try:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import pickle  # for the name of the error that torch.load raises
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
