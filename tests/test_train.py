@@ -26,6 +26,7 @@ from stexp.models.method import Method, Prediction
 from stexp.runs.rescore import predict_again
 from stexp.runs.scoring import score_run
 from stexp.training import callbacks
+from stexp.training.fit import in_words
 
 RUN_FOLDER = {
     "config.yaml",
@@ -160,6 +161,13 @@ def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, c
         ["C", "-", "-", "colour_ridge", "0.2000", "0.3000"],
         ["mean", "0.3000", "0.4000", "0.1000", "0.1667"],
     ]
+
+
+def test_what_was_chosen_is_said_in_words() -> None:
+    assert in_words({"k": 50, "k_validation_pearson": {"5": 0.034, "50": 0.0745}}) == (
+        "k=50 by a validation score of 0.0745"
+    )
+    assert in_words({"k": 5}) == "k=5"
 
 
 @pytest.fixture
