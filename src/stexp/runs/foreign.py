@@ -12,7 +12,6 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 
@@ -25,7 +24,7 @@ from stexp.evaluation.audit import audit_elsewhere
 from stexp.evaluation.foreign.align import Aligned, align
 from stexp.evaluation.foreign.layout import dense, lay_out, locate, refuse_transposed
 from stexp.evaluation.foreign.names import names_of, rename_genes
-from stexp.evaluation.foreign.scales import TARGET, check_scale, is_target, recognise, to_protocol, why_unmapped
+from stexp.evaluation.foreign.scales import check_scale
 from stexp.evaluation.predictions import DIGEST, protocol_of
 from stexp.files import alone_in, write_atomically
 from stexp.models.method import Prediction
@@ -33,6 +32,7 @@ from stexp.protocol import Protocol
 from stexp.runs.folder import PREDICTIONS, RunFolder
 from stexp.runs.provenance import Stages, changed_sections, provenance
 from stexp.runs.results import RunFacts, colours, quality_of_test, write_scored_files
+from stexp.runs.scale import put_on_scale
 from stexp.runs.scoring import score_run
 
 log = logging.getLogger(__name__)
@@ -168,91 +168,6 @@ def evaluate(
         record = provenance(data.sections, {}, stages, precision, device)
         write_atomically(run.path / "provenance.json", json.dumps({**record, DIGEST: digest}, indent=1))
     return metrics
-
-
-def put_on_scale(
-    aligned: Aligned, data: SpotDataModule, named: str | None, by_file: Protocol | None
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Predictions on the scale of the truth where that goes, else as they are, without errors.
-
-    Parameters
-    ----------
-    named
-        The scale by the user's word; None: that of the file, or what they look like.
-    by_file
-        Protocol under which the file says that it was made.
-
-    Returns
-    -------
-    (Q, G) float32
-        NaN where nothing is predicted.
-    dict
-        ``named``; ``looks_like``: see :func:`~stexp.evaluation.foreign.scales.recognise`; ``errors``: whether errors
-        count; ``statement``: all that in a sentence.
-    """
-    protocol, test = data.protocol, data.rows("test")
-    rows, genes = np.flatnonzero(aligned.spots), np.flatnonzero(aligned.panel)
-    block, counts, observed = (
-        array[np.ix_(at, genes)]
-        for array, at in ((aligned.predicted, rows), (data.counts, test[rows]), (data.target, test[rows]))
-    )
-    looks_like = recognise(block, observed, counts, data.spots["total_counts"].to_numpy()[test[rows]])
-    looks = f"they look like {looks_like}" if looks_like else "they look like no scale that is known"
-    facts: dict[str, Any] = {"named": named, "looks_like": looks_like, "errors": True}
-    own = f"the scale of protocol {protocol.name}"
-    if named is None and by_file is not None and by_file.scale == protocol.scale:
-        return aligned.predicted, facts | {"statement": f"Scale: {own}, as the file says."}
-    if named is None and by_file is not None:
-        reason = f"the file says that they are on the scale of protocol {by_file.name}"
-    elif named is None:
-        if looks_like == TARGET:
-            return aligned.predicted, facts | {"statement": f"Scale: not named; their magnitude is that of {own}."}
-        reason = f"their scale is not named, and {looks}"
-    else:
-        measured = {gene for section in data.sections if section.name in data.names("test") for gene in section.genes}
-        finite = ~np.isnan(aligned.every_gene[rows]).any(axis=0)
-        kept = np.array([gene in measured for gene in aligned.genes]) & finite
-        n_outside = len(measured) - int(kept.sum())
-        whole = bool(aligned.spots.all()) and protocol.hold_out != "block"
-        missing = why_unmapped(named, protocol, int((~aligned.panel).sum()), n_outside, whole)
-        if missing is None:
-            values = (
-                aligned.predicted if is_target(named, protocol) else _mapped(named, aligned, data, rows, genes, kept)
-            )
-            doubt = "" if looks_like in (TARGET if is_target(named, protocol) else named, named) else f"; {looks}"
-            if doubt:
-                log.warning("scale=%s, but %s", named, looks)
-            how = "as named" if is_target(named, protocol) else f"mapped from {named}, as named"
-            return values, facts | {"statement": f"Scale: {own}, {how}{doubt}."}
-        reason = f"scale={named} cannot be mapped to that of protocol {protocol.name}: {missing}"
-    hint = "" if named else "; scale= names it"
-    return aligned.predicted, facts | {
-        "errors": False,
-        "statement": f"Scale: correlations count, errors do not, since {reason}{hint}.",
-    }
-
-
-def _mapped(
-    named: str, aligned: Aligned, data: SpotDataModule, rows: np.ndarray, genes: np.ndarray, kept: np.ndarray
-) -> np.ndarray:
-    """Predictions on the scale of the truth; InputError where a value has no logarithm there."""
-    in_panel = {data.panel[gene] for gene in genes}
-    every = np.flatnonzero(kept | np.array([gene in in_panel for gene in aligned.genes]))
-    columns = pd.Index(np.array(aligned.genes, dtype=object)[every]).get_indexer(pd.Index(data.panel)[genes])
-    test = data.spots.iloc[data.rows("test")]
-    mapped = to_protocol(
-        named, aligned.every_gene[np.ix_(rows, every)], columns, data.protocol, test["section"].to_numpy(str)[rows]
-    )
-    if np.isnan(mapped).any():
-        row, column = np.argwhere(np.isnan(mapped))[0]
-        raise InputError(
-            f"scale={named}: {int(np.isnan(mapped).sum())} values are below what it has (first: "
-            f"{aligned.predicted[rows[row], genes[column]]:.4g} of gene {data.panel[genes[column]]}, spot "
-            f"{test.index[rows[row]]}), since counts are not negative; clip them to 0, or name another scale"
-        )
-    values = aligned.predicted.copy()
-    values[np.ix_(rows, genes)] = mapped.astype(np.float32)
-    return values
 
 
 def _aligned(
