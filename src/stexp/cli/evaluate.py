@@ -18,7 +18,7 @@ from stexp.data.section import Section, check_name
 from stexp.data.splits import check_fold, folds
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.foreign.files import find_files, read_predictions
-from stexp.evaluation.foreign.names import names_of, rename_genes
+from stexp.evaluation.foreign.names import check_sections, names_of, rename_genes
 from stexp.evaluation.foreign.scales import check_scale
 from stexp.evaluation.score import summary
 from stexp.files import alone_in
@@ -68,6 +68,8 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
         ``metrics.json``.
     """
     names = names_of(sections)
+    for key in ("trained_on", "genes_chosen_on"):
+        check_sections(key, _names(cfg[key]), list(names.sections))
     predicted = read_predictions(files, names, None if cfg.layer is None else str(cfg.layer))
     log.info("read predictions of %d spots x %d genes", *predicted.shape)
     config: dict[str, Any] = to_plain(cfg)
