@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
@@ -55,7 +56,8 @@ def write_run(
         "model": {"_target_": "x", "name": model, "image_encoder": image, "k": "auto"},
         "trainer": {"_target_": "x", "accelerator": "cpu", "max_epochs": 9},
         "logger": {"save_dir": str(folder)},
-        "data": {"name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "data": {**WHOLE_DATA, "name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "hardware": {"channels_last": True},
         "seed": seed,
         "fold": fold,
         "output_dir": str(folder),
@@ -72,9 +74,11 @@ def write_run(
             "floors": floors,
             "ceiling": {"pearson_acg": 0.8, "pearson_heg50": 0.9},
             "n_spots": 9,
+            "n_constant_genes": 0,
         }
 
     metrics = {
+        **part(0.1),
         "protocol": "strict",
         "fold": fold,
         "model": model,
@@ -83,11 +87,20 @@ def write_run(
         "n_genes": len(genes),
         "chosen": chosen or {"k": 5, "k_validation_pearson": {"5": 0.1}},
         "sections": {name: part(acg) for name, acg in sections.items()},
-        "scored_as": {} if other is None else {"paper": {"sections": {name: part(acg) for name, acg in other.items()}}},
+        "scored_as": {}
+        if other is None
+        else {"paper": {**part(0.1), "sections": {name: part(acg) for name, acg in other.items()}}},
     }
+    if other is not None:
+        metrics["scored_as"] = {"paper": {**part(0.1), "sections": {name: part(acg) for name, acg in other.items()}}}
     leak = {"name": "same_patient_in_training", "leak": seed > 0, "detail": ""}
-    audit = {"leaks": int(seed > 0), "items": [leak], "facts": {"patient_of": {name: name[0] for name in ACG}}}
+    audit = {
+        "leaks": int(seed > 0),
+        "items": [leak],
+        "facts": {**WHOLE_AUDIT, "patient_of": {name: name[0] for name in ACG}},
+    }
     provenance = {
+        **WHOLE_RECORD,
         "command": f"stexp-train data=demo model={model} fold={fold} output_dir={folder} seed={seed}",
         "seconds": 60.0 + 60 * seed,
         "peak_memory_gb": 2.5,

@@ -25,6 +25,7 @@ from stexp.data.slides.formats import SUFFIXES, is_litter, slide_files, slide_na
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError, in_one_line
 from stexp.evaluation import predictions
+from stexp.evaluation.records import SlideProvenance, read_json
 from stexp.files import alone_in, write_atomically
 from stexp.reporting.index_page import write_index
 from stexp.reporting.report import write_report
@@ -159,7 +160,7 @@ def _is_finished(folder: Path, settings: dict, overwrite: bool) -> bool:
     record = folder / "provenance.json"
     if overwrite or not (record.is_file() and (folder / "predictions.h5ad").is_file()):
         return False
-    recorded = SETTINGS | predictions.read_json(record, "settings")["settings"]
+    recorded = SETTINGS | read_json(record, SlideProvenance)["settings"]
     differing = sorted(key for key in settings if recorded.get(key) != settings[key])
     if differing:
         raise InputError(

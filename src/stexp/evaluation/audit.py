@@ -101,7 +101,7 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
         As :func:`audit`; besides ``unknown``: how many items cannot be judged, each of which has ``unknown``.
     """
     test, stated = set(facts["test"]), facts["trained_on"] is not None
-    facts = facts | {"train": facts["trained_on"] or []}
+    facts = facts | {"train": facts["trained_on"] or [], "validation": [], "reference": []}
     shared, training = sorted(test & set(facts["train"])), _same_patient(facts, "train")
     if stated:
         items = [

@@ -24,7 +24,7 @@ from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation import predictions
-from stexp.inference import confidence, model_facts, model_folder, slide_checks, training_slides
+from stexp.inference import confidence, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.model_folder import ExportedModel
@@ -88,7 +88,6 @@ class Model:
     """
 
     def __init__(self, exported: ExportedModel) -> None:
-        model_facts.check(exported.facts)
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
         self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
@@ -221,7 +220,7 @@ class Model:
         """Sections of training that a slide is, and by what: its file or its look."""
         trained = self.facts["trained"]
         by_digest = training_slides.by_digest(
-            file_digest(slide.path), trained.get("data_manifest") or {}, trained.get("sections") or {}
+            file_digest(slide.path), trained["data_manifest"] or {}, trained["sections"]
         )
         images = {name: look["thumbnail"] for name, look in self.facts["looks"].items() if "thumbnail" in look}
         by_look = training_slides.by_look(training_slides.fingerprint(slide), images) if images else []

@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # those of typing carry no annotations before Python 3.12
+)
 
 import yaml
+from typing_extensions import TypedDict
 
+from stexp.arguments import Count, Seed, check_fields
 from stexp.construct import build
 from stexp.documents import parse_yaml
 from stexp.errors import InputError
-from stexp.evaluation import predictions
+from stexp.evaluation.records import AGAIN
 from stexp.files import write_atomically
 from stexp.protocol import Protocol
 
@@ -24,6 +30,89 @@ PREDICTIONS = "predictions"
 """Key of the config of a run that only scores what another tool predicted: it has no model."""
 ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files")
 """How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
+
+
+Names = list[str | int] | str | int | None
+
+
+class Built(TypedDict):
+    """What a config describes to be built."""
+
+    _target_: str
+
+
+class ProtocolConfig(TypedDict):
+    _target_: Literal["stexp.protocol.Protocol"]
+    name: str
+
+
+class NamedConfig(Built):
+    name: str
+
+
+class EncoderConfig(NamedConfig):
+    checkpoint: NotRequired[str | None]
+
+
+class ThresholdsConfig(TypedDict):
+    _target_: Literal["stexp.data.quality.Thresholds"]
+
+
+class DataConfig(TypedDict):
+    """What :class:`stexp.data.dataset.DataSet` reads; its data module judges its own arguments."""
+
+    _target_: Literal["stexp.data.datamodule.SpotDataModule"]
+    name: str
+    root: str
+    reader: Built
+    quality: ThresholdsConfig
+    sections: Names
+    published_sections: Names
+    um_per_px: Any
+    leave_out: Names
+    tile_px: Any
+    tile_um: Any
+    cache_dir: str
+    tile_store: str
+    panel_file: str | None
+    published_panel_file: str | None
+    licence: NotRequired[str | None]
+
+
+class TrainerConfig(TypedDict):
+    max_epochs: Count
+
+
+class HardwareConfig(TypedDict):
+    channels_last: bool
+
+
+class RunConfig(TypedDict):
+    """``config.yaml`` of a run, as far as it is read back."""
+
+    seed: Seed
+    fold: str | int
+    protocol: ProtocolConfig
+    data: DataConfig
+    model: NamedConfig
+    image_encoder: EncoderConfig
+    trainer: TrainerConfig
+    hardware: HardwareConfig
+
+
+class Named(TypedDict):
+    name: str
+
+
+class EvaluatedConfig(TypedDict):
+    """``config.yaml`` of predictions that were made elsewhere, see :func:`stexp.runs.foreign.evaluate`."""
+
+    seed: Seed
+    fold: str | int
+    protocol: ProtocolConfig
+    data: Named
+    model: Named
+    predictions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +147,7 @@ class RunFolder:
         for path in (self.best_checkpoint, self.last_checkpoint):
             if path.is_file():
                 return path
-        raise InputError(f"{self.path} has no checkpoint; {predictions.AGAIN}")
+        raise InputError(f"{self.path} has no checkpoint; {AGAIN}")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -73,9 +162,10 @@ class RunFolder:
             raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
         if not isinstance(config, dict) or not config:
             raise InputError(f"{path} cannot be read: it holds no keys; train again with overwrite=true")
-        cut = [key for key in ("seed", "protocol", "data", "model") if key not in config]
-        if cut:
-            raise InputError(f"{path} lacks {', '.join(cut)}: it is not whole")
+        if PREDICTIONS in config:
+            check_fields(str(path), config, EvaluatedConfig, "evaluate again with overwrite=true")
+        else:
+            check_fields(str(path), config, RunConfig, "train again with overwrite=true")
         return config
 
     def require(self) -> RunFolder:

@@ -12,18 +12,10 @@ from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.coverage import ELSEWHERE, describe_coverage, facts_elsewhere
 from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.records import AGAIN, Chosen
 from stexp.evaluation.score import score_under
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
-
-NEEDED = (
-    "layers/predicted",
-    "layers/counts",
-    "obs/section",
-    "obs/total_counts",
-    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
-)
-"""What scoring reads of ``predictions.h5ad``."""
 
 
 def score_run(run: Path) -> dict:
@@ -32,7 +24,7 @@ def score_run(run: Path) -> dict:
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
     """
-    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    observed = predictions.read(run / "predictions.h5ad", *predictions.OF_RUN)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
     facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
@@ -55,7 +47,7 @@ def score_run(run: Path) -> dict:
         "n_spots": sum(section["n_spots"] for section in mine["sections"].values()),
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
-        "chosen": predictions.read_fact(observed, "chosen"),
+        "chosen": predictions.read_fact(observed, "chosen", Chosen),
         "sections": mine["sections"],
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
@@ -85,4 +77,4 @@ def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, 
         problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
     else:
         return
-    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")
+    raise InputError(f"{path} {problem}; delete it and {AGAIN}")
