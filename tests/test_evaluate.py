@@ -164,8 +164,12 @@ def test_missing_spots_and_genes_are_scored_on_what_is_there(data, theirs, whole
             assert scored[score] == pytest.approx(mean_over_sections(of_sections)[score]), (key, score)
     page = write_report(tmp_path / "part").read_text()
     assert "40 of 50 test spots and 27 of 30 genes" in page
-    table = tabulate_all([read_scored_run(tmp_path / "part")])[0]
-    assert table.marks == {"theirs": " ‡"} and "40 of 50 test spots" in markdown(table)
+    evaluate(theirs, data, tmp_path / "all", name="whole")
+    table = tabulate_all([read_scored_run(tmp_path / folder) for folder in ("part", "all")])[0]
+    assert table.marks == {"theirs": " ‡", "whole": " †"} and "40 of 50 test spots" in markdown(table)
+    rows = table.rows.set_index("label")["mse"]
+    assert rows["floor: mean (where theirs predicts)"] == pytest.approx(metrics["floors"]["mean"]["mse"])
+    assert rows["floor: mean"] == pytest.approx(metrics_of(whole)["floors"]["mean"]["mse"])
     assert metrics["ceiling"] != metrics_of(whole)["ceiling"]
 
 
