@@ -14,7 +14,6 @@ from demo_run import overrides_of
 from sections import make_data
 
 from stexp import config
-from stexp.cli.analyse import analyse
 from stexp.cli.evaluate import score_files
 from stexp.config.compose import compose
 from stexp.data.datamodule import SpotDataModule
@@ -29,6 +28,7 @@ from stexp.evaluation.metrics import mean_over_sections, score_section, top_gene
 from stexp.inference.export import export
 from stexp.inference.predictor import load_model
 from stexp.protocol import Protocol
+from stexp.reporting.downstream import analyse
 from stexp.reporting.report import write_report
 from stexp.reporting.tables import markdown, tabulate_all
 from stexp.runs.foreign import evaluate

@@ -165,3 +165,11 @@ def test_the_digest_tells_models_apart(tmp_path):
     a, b = (model_folder.read(tmp_path / name) for name in "ab")
     assert a.digest != b.digest and a.facts["files"] == b.facts["files"]
     assert json.loads((tmp_path / "a" / "model.json").read_text())["digest"] == a.digest
+
+
+def test_the_same_model_is_the_same_bytes_and_has_the_same_digest(tmp_path):
+    bank = make_bank()
+    for name in "abcd":  # four texts of a bank have 24 orders
+        write(tmp_path / name, bank)
+    assert len({model_folder.read(tmp_path / name).digest for name in "abcd"}) == 1
+    assert len({(tmp_path / name / "bank.safetensors").read_bytes() for name in "abcd"}) == 1

@@ -127,6 +127,15 @@ def test_floors_that_read_the_test_counts_are_told_by_their_name() -> None:
     assert not any(is_oracle(name) for name in set(FLOORS) - ORACLES)
 
 
+def test_floors_stand_by_their_score_as_on_the_terminal(run: Path) -> None:
+    table = write_report(run).read_text().partition('<table class="scores">')[2].partition("</tbody>")[0]
+    rows = re.findall(r'<th scope="row">([a-z ]+?) ?<', table)
+    assert rows == [
+        *("mclstexp", "depth oracle", "colour ridge", "ridge features", "knn features", "coordinates"),
+        *("nearest section", "mean", "ceiling"),
+    ]
+
+
 def test_chart_holds_every_value_and_puts_oracles_last(run: Path) -> None:
     chart = score_chart(json.loads((run / "metrics.json").read_text()), "pearson_acg", "ACG")
     assert [bar.kind for bar in chart.bars] == ["method"] + ["floor"] * 6 + ["oracle"]

@@ -15,8 +15,8 @@ from demo_run import configure, run
 from hydra import compose, initialize_config_dir
 
 from stexp import config, files
+from stexp.cli.fold import train
 from stexp.cli.score import main as score_main
-from stexp.cli.train import train
 from stexp.data.dataset import DataSet
 from stexp.errors import InputError
 from stexp.reporting.report import write_report

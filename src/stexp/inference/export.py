@@ -89,8 +89,7 @@ def export(
     """
     if bank not in ("float32", "float16"):
         raise InputError(f"bank={bank}: choose float32 or float16")
-    if alpha is not None:
-        check("alpha", alpha, Between)
+    check("alpha", alpha, Between | None)
     source = FinishedRun(RunFolder(run))
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)

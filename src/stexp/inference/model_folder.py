@@ -167,14 +167,14 @@ def read(folder: str | Path) -> ExportedModel:
     check(facts)
     files = facts["files"]
     _check_files(folder, files)
+    names = facts.get("reference_tiles", [])
+    tiles = _read_sheet(folder / "references.jpg", names) if "references.jpg" in files else None
     return ExportedModel(
         facts,
         weights=read_weights(folder / "model.safetensors"),
         bank=read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None,
-        genes=_read_genes(folder / "genes.csv", facts),
-        tiles=_read_sheet(folder / "references.jpg", facts.get("reference_tiles", []))
-        if "references.jpg" in files
-        else None,
+        genes=read_genes(folder / "genes.csv", facts),
+        tiles=tiles,
         known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
     )
 
@@ -191,7 +191,8 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 
-def _read_genes(path: Path, facts: dict) -> pd.DataFrame:
+def read_genes(path: Path, facts: dict) -> pd.DataFrame:
+    """``genes.csv``, see `ExportedModel`."""
     check_size(path, bytes_per_byte=4)
     numbers = [*ACCURACY, *COLUMNS, "n_held_out_sections"]
     try:

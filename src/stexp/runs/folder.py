@@ -201,28 +201,36 @@ class RunFolder:
         InputError
             The folder holds a run with another config, or its config is gone or damaged.
         """
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         path = self.path / "config.yaml"
-        started = (self.path / "checkpoints").exists() or (self.path / "predictions.h5ad").exists()
-        if started and not path.exists():
-            raise InputError(
-                f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
-            )
-        if started and not overwrite:
-            differing = sorted(differing_keys(self.config, yaml.safe_load(text)))
-            differing = [key for key in differing if not key.startswith(ELSEWHERE)]
-            if differing:
-                raise InputError(
-                    f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "
-                    f"output_dir, or overwrite=true to start anew"
-                )
+        if self._started and not (overwrite and path.exists()):
+            self.check(config)
             return self.finished
         if overwrite and path.exists():
             self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, _as_yaml(config))
         self.__dict__.pop("config", None)
         return False
+
+    @property
+    def _started(self) -> bool:
+        return (self.path / "checkpoints").exists() or (self.path / "predictions.h5ad").exists()
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """InputError where the folder holds a run with another config, or one whose config is gone or damaged."""
+        if not self._started:
+            return
+        if not (self.path / "config.yaml").exists():
+            raise InputError(
+                f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
+            )
+        differing = sorted(differing_keys(self.config, yaml.safe_load(_as_yaml(config))))
+        differing = [key for key in differing if not key.startswith(ELSEWHERE)]
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "
+                f"output_dir, or overwrite=true to start anew"
+            )
 
     def clear(self) -> None:
         """Delete what a run left, but for its config and the log that this process may be writing."""
@@ -233,6 +241,10 @@ class RunFolder:
                 shutil.rmtree(logged, ignore_errors=True)
         for name in (*RESULTS, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _as_yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
