@@ -12,13 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from stexp.api.features import frozen_encoder, machine_of
 from stexp.construct import build
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
 from stexp.files import alone_in, write_atomically
-from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
@@ -87,8 +87,7 @@ def train_run(
     InputError
         Another process is at work in the folder, or it holds a run with another config or of other data.
     """
-    hardware = config["hardware"]
-    machine = Machine(config["trainer"], hardware["precision"], hardware["channels_last"], hardware["threads"])
+    machine = machine_of(config)
     config = {key: value for key, value in config.items() if key not in NO_SETTING}
     folder = RunFolder(Path(config["output_dir"]))
     if not machine.is_first:
@@ -116,11 +115,7 @@ def _train(
     logger: Any = build(config["logger"]) if machine.is_first else False  # before the work: it may not be installed
     _announce(config, machine)
     with stages("data"):
-        encoder = build({**config["image_encoder"], **UNTUNED})
-        frozen = FrozenEncoder(
-            encoder, machine.device, machine.autocast(), config["data"]["cache_dir"], config["data"]["eval_batch_size"]
-        )
-        data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen)
+        data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen_encoder(config, machine))
         data.open_tiles()
         for line in data.summary():
             log.info("%s", line)
