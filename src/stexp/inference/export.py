@@ -19,6 +19,7 @@ from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.data.slides.stain import measured_tiles
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
+from stexp.evaluation.predictions import read_json as read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
@@ -108,6 +109,7 @@ def export(
 
     worth, genes = _worth(runs, source.panel if references is None else references.genes, alpha)
     facts |= worth
+    facts["scores"] = [_scores(each) for each in runs]
     known, facts["known_tiles"] = _known_tiles(source, model)
     facts["looks"] = _looks(source)
     if references is not None:
@@ -180,6 +182,16 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
     with_spread = all(np.isfinite(run.predictions.layers["uncertainty"]).all() for run in runs)
     quantiles, interval = intervals.calibrate(held_out, genes, source.panel, _groups(runs), alpha, with_spread)
     return {"expected": expected, "interval": interval}, table.join(quantiles)
+
+
+def _scores(run: FinishedRun) -> dict:
+    """What a run scored on its held-out sections, with floors and ceiling; plain values."""
+    metrics = read_metrics(run.folder.path / "metrics.json", "scores", "floors", "ceiling", "n_spots", "n_genes")
+    return {
+        "protocol": run.protocol.name,
+        "fold": run.fold,
+        **{key: metrics[key] for key in ("scores", "floors", "ceiling", "n_spots", "n_genes")},
+    }
 
 
 def _groups(runs: Sequence[FinishedRun]) -> intervals.Groups:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import hardware
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
@@ -24,14 +23,14 @@ from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation import predictions
-from stexp.inference import confidence, model_facts, model_folder, slide_checks, training_slides
+from stexp.inference import confidence, hub, model_facts, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
-from stexp.inference.trained import TrainedMethod
+from stexp.inference.trained import TrainedMethod, device_of
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +42,21 @@ def load_model(path: str | Path) -> Model:
     ----------
     path
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
-        first, once.
+        first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
+        goes before a repository of that name.
 
     Raises
     ------
     InputError
-        Neither of them, or a file of it is missing, damaged or was changed.
+        None of them, or a file of it is missing, damaged or was changed.
     """
+    if hub.names_repository(path):
+        return Model(model_folder.read(hub.fetch_model(str(path))))
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"{path} is no folder; give a run, or a model that stexp-export wrote")
+        raise InputError(
+            f"{path} is no folder; give a run, a model that stexp-export wrote, or owner/name of one on the hub"
+        )
     if (path / "config.yaml").is_file():
         from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
@@ -176,7 +180,7 @@ class Model:
             A slide without scale, without tissue or that cannot be read, unknown genes, or too little memory.
         """
         slide = slide if isinstance(slide, Slide) else Slide(slide)
-        names, on = self._names(genes), _device(device)
+        names, on = self.names(genes), device_of(device)
         check("batch_size", batch_size, Count)
         check("exclude_slide", exclude_slide, bool)
         trained_on = self._training_sections(slide)
@@ -201,7 +205,8 @@ class Model:
 
     # what was asked for, judged against what the model is
 
-    def _names(self, genes: str | Sequence[str]) -> list[str]:
+    def names(self, genes: str | Sequence[str]) -> list[str]:
+        """Genes that ``panel``, ``all``, a name or a list of names stands for; InputError for what is not predicted."""
         if isinstance(genes, str) and genes in ("panel", "all"):
             return self.panel if genes == "panel" else list(self.genes.index)
         if genes is None or isinstance(genes, int | float):
@@ -353,17 +358,6 @@ class Model:
         checks.append(slide_checks.trained(trained_on, same, n_excluded))
         about = adata.uns["stexp"]
         about["checks"], about["verdict"] = json.dumps(checks), slide_checks.conclude(checks)
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name as torch has it, or as :func:`stexp.hardware.accelerator_of`."""
-    base, _, number = str(name).partition(":")
-    kind = hardware.accelerator_of(base, "device")
-    if not number:
-        return torch.device(kind)
-    if not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
-        raise InputError(f"device={name}: there is no such device; take {base}")
-    return torch.device(kind, int(number))
 
 
 def _as_anndata(places: Places, arrays: dict[str, Any], genes: pd.DataFrame) -> ad.AnnData:
