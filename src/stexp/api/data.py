@@ -20,6 +20,7 @@ from stexp.data.section import Section
 from stexp.data.shown import facts_table, one_line
 from stexp.data.splits import check_fold, folds
 from stexp.errors import InputError
+from stexp.evaluation.verdict import count
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -189,15 +190,18 @@ class SpotDataModule(datamodule.SpotDataModule):
     def _facts(self) -> dict[str, str]:
         """What the module holds, in words."""
         counted = self.spots.groupby("role", sort=False)["section"].agg(["size", "nunique"])
-        roles = {role: f"{row['size']} spots of {row['nunique']} sections" for role, row in counted.iterrows()}
+        roles = {
+            str(role): f"{count(row['size'], 'spot')} of {count(row['nunique'], 'section')}"
+            for role, row in counted.iterrows()
+        }
         tile = f"{self.tile.px} px" + ("" if self.tile.um is None else f", {self.tile.um:g} um")
         return {
-            "data": self.name,
+            "data": str(self.name),
             "protocol": f"{self.protocol.name} (fold {self.fold})",
-            **{str(role): text for role, text in roles.items()},
+            **roles,
             "panel": f"{len(self.panel)} genes",
             "tile": tile,
-            "image encoder": str(self._config["image_encoder"]["name"]),
+            "image encoder": self._named.get("image_encoder", "that of the data set or method"),
         }
 
 

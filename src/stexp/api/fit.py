@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from stexp.api.model import Model, Run
 from stexp.api.settings import check_numbers
 from stexp.api.train import train_run
 from stexp.api.work_folder import WorkFolder
+from stexp.config import HARMLESS
 from stexp.errors import InputError
 from stexp.models.method import Method
 
@@ -144,10 +146,12 @@ def _own_method(method: object, model_args: Mapping[str, Any] | None) -> Method:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Leave random numbers and CPU threads of the process as they were."""
+    """Leave random numbers, CPU threads and filters of warnings as they were."""
     threads = torch.get_num_threads()
     try:
-        with isolate_rng():
+        with isolate_rng(), warnings.catch_warnings():
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         torch.set_num_threads(threads)

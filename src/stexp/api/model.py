@@ -20,11 +20,15 @@ from stexp.api.work_folder import WorkFolder
 from stexp.data.genes import normalise
 from stexp.data.section import Section
 from stexp.data.shown import facts_table, one_line
+from stexp.data.slides.pictures import Sheet
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference import predictor
+from stexp.inference import hub, predictor
+from stexp.inference.bank import Bank
 from stexp.inference.export import export
+from stexp.inference.out_of_distribution import KnownTiles
+from stexp.inference.trained import TrainedMethod
 from stexp.protocol import Protocol
 
 
@@ -91,6 +95,30 @@ class Model:
     def panel(self) -> list[str]:
         """Genes it was trained on."""
         return self.exported.panel if self._run is None else list(self._held_out.var_names)
+
+    @property
+    def bank(self) -> Bank | None:
+        """Reference spots of a method that retrieves."""
+        return self.exported.bank
+
+    @property
+    def known(self) -> KnownTiles | None:
+        """What the tiles of training look like to a method that embeds tiles."""
+        return self.exported.known
+
+    @property
+    def reference_tiles(self) -> Sheet | None:
+        """Small tiles of reference spots."""
+        return self.exported.reference_tiles
+
+    @property
+    def method(self) -> TrainedMethod:
+        """Tiles to embeddings, embeddings to expression."""
+        return self.exported.method
+
+    def names(self, genes: str | Sequence[str]) -> list[str]:
+        """Genes that ``panel``, ``all``, a name or a list of names stands for; InputError for what is not predicted."""
+        return self.exported.names(genes)
 
     @property
     def folder(self) -> Path:
@@ -208,6 +236,20 @@ class Model:
         shutil.copytree(self._path, path)
         return path
 
+    def push_to_hub(
+        self, repository: str, *, private: bool = True, message: str | None = None, token: str | None = None
+    ) -> str:
+        """Upload the model with a card written from its own record; see :func:`stexp.inference.hub.push_to_hub`.
+
+        Examples
+        --------
+        >>> model.push_to_hub("me/her2st-stnet")
+        >>> stexp.load_model("me/her2st-stnet")
+        """
+        _ = self.exported  # of a model that was trained here: written to its folder first
+        assert self._path is not None
+        return hub.push_to_hub(self._path, repository, private=private, message=message, token=token)
+
     def __repr__(self) -> str:
         return one_line(self._facts())
 
@@ -244,12 +286,13 @@ def load_model(path: str | Path) -> Model:
     ----------
     path
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
-        first, once.
+        first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
+        goes before a repository of that name.
 
     Raises
     ------
     InputError
-        Neither of them, or a file of it is missing, damaged or was changed.
+        None of them, or a file of it is missing, damaged or was changed.
 
     Examples
     --------
