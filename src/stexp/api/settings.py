@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 
 from stexp.arguments import Count, Seed, check
 from stexp.config import to_plain
-from stexp.config.compose import compose, quoted
 from stexp.errors import InputError, did_you_mean
 
 OPEN = ("trainer",)
@@ -33,6 +32,8 @@ def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[s
     InputError
         A choice or key that is not there, with the nearest that is.
     """
+    from stexp.config.compose import compose, quoted  # imports Hydra, which loaded models do without
+
     cfg = compose("train", [f"{group}={quoted(choice)}" for group, choice in choices.items()])
     for key, value in changes.items():
         parent, _, last = key.rpartition(".")
