@@ -67,7 +67,7 @@ class FinishedRun:
     """
 
     def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
-        self.folder, self.config = folder, folder.config
+        self.folder, self.config = folder.require_model(), folder.config
         self.dataset = DataSet(self.config["data"])
         path = folder.path
         self.predictions: ad.AnnData = predictions.read(
