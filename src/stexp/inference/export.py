@@ -14,6 +14,7 @@ import torch
 from stexp.arguments import Between, check
 from stexp.data.batches import SpotIndex
 from stexp.data.digests import file_digest
+from stexp.data.section import Section
 from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.data.slides.stain import measured_tiles
 from stexp.errors import InputError
@@ -59,6 +60,7 @@ def export(
     prototypes: int | None = None,
     folds: list[str] | None = None,
     alpha: float | None = 0.1,
+    sections: list[Section] | None = None,
 ) -> dict:
     """Write a finished run as a folder that :func:`stexp.load_model` reads.
 
@@ -76,6 +78,8 @@ def export(
     alpha
         Share of spots that may lie outside of an interval, see
         :func:`stexp.inference.intervals.calibrate`; None: none. A compressed bank keeps the intervals of the full one.
+    sections
+        All sections of the run's data set, where they are at hand; None: they are read again.
 
     Returns
     -------
@@ -92,7 +96,7 @@ def export(
         raise InputError(f"bank={bank}: choose float32 or float16")
     if alpha is not None:
         check("alpha", alpha, Between)
-    source = FinishedRun(RunFolder(run))
+    source = FinishedRun(RunFolder(run), sections)
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)
     facts, weights = describe_model(source)

@@ -7,14 +7,28 @@ Nothing of LazySlide is imported: it asks a tile prediction model for ``name``, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
 from stexp.errors import InputError
-from stexp.inference.predictor import Model
+from stexp.inference.bank import Bank
 from stexp.inference.trained import TrainedMethod, device_of
+
+
+class TrainedModel(Protocol):
+    """What is asked of a model, such as one of :func:`stexp.load_model`."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    @property
+    def panel(self) -> list[str]: ...
+    @property
+    def bank(self) -> Bank | None: ...
+    @property
+    def method(self) -> TrainedMethod: ...
+    def names(self, genes: str | Sequence[str]) -> list[str]: ...
 
 
 class TilePredictor:
@@ -48,7 +62,7 @@ class TilePredictor:
     LazySlide keeps numbers alone: checks of the slide, intervals and the verdict come with ``Model.predict``.
     """
 
-    def __init__(self, model: Model, genes: str | Sequence[str] = "panel") -> None:
+    def __init__(self, model: TrainedModel, genes: str | Sequence[str] = "panel") -> None:
         if model.facts["stain"] is not None:
             raise InputError(
                 "the model brings stain to that of its training, by a whole slide, and LazySlide hands over tiles; "
@@ -116,7 +130,7 @@ class TilePredictor:
         return dict(zip(self.columns, predicted.T, strict=True))
 
 
-def _tile(model: Model) -> tuple[int, float | None]:
+def _tile(model: TrainedModel) -> tuple[int, float | None]:
     """Pixels and micrometres of a tile's side."""
     tile = model.facts["tile"]
     um = tile["um"]

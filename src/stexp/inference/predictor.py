@@ -50,18 +50,23 @@ def load_model(path: str | Path) -> Model:
     InputError
         None of them, or a file of it is missing, damaged or was changed.
     """
+    return Model(model_folder.read(exported_folder(path)))
+
+
+def exported_folder(path: str | Path) -> Path:
+    """The exported folder that :func:`load_model` reads: fetched, or exported, where it is not there."""
     if hub.names_repository(path):
-        return Model(model_folder.read(hub.fetch_model(str(path))))
+        return hub.fetch_model(str(path))
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(
             f"{path} is no folder; give a run, a model that stexp-export wrote, or owner/name of one on the hub"
         )
-    if (path / "config.yaml").is_file():
-        from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
+    if not (path / "config.yaml").is_file():
+        return path
+    from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
-        path = exported_run(path)
-    return Model(model_folder.read(path))
+    return exported_run(path)
 
 
 class Model:

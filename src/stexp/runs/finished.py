@@ -46,6 +46,8 @@ class FinishedRun:
     ----------
     folder
         Its data must still be there, unchanged.
+    sections
+        All sections of its data set as it had them, where they are at hand; None: they are read again.
 
     Attributes
     ----------
@@ -64,7 +66,7 @@ class FinishedRun:
         The run is not finished, or its data changed.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
         self.folder, self.config = folder, folder.config
         self.dataset = DataSet(self.config["data"])
         path = folder.path
@@ -73,7 +75,7 @@ class FinishedRun:
         )
         self.provenance = predictions.read_json(path / "provenance.json", "command", "precision", "data_manifest")
         self.chosen: dict[str, Any] = predictions.read_fact(self.predictions, "chosen")
-        self.sections: list[Section] = self.dataset.read_sections(self.protocol)
+        self.sections: list[Section] = self.dataset.read_sections(self.protocol) if sections is None else sections
         changed = changed_sections(path, self.sections)
         if changed:
             raise InputError(
