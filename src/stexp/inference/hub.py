@@ -148,8 +148,8 @@ def _one_line(name: str, fits: str) -> Iterator[None]:
         raise
     except GatedRepoError as error:  # a kind of RepositoryNotFoundError
         raise InputError(
-            f"{name} is for accounts that accepted its terms: do so at {page}, then hf auth login (or HF_TOKEN=) with a "
-            f"token of that account"
+            f"{name} is for accounts that accepted its terms: do so at {page}, then hf auth login (or HF_TOKEN=) with "
+            f"a token of that account"
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(

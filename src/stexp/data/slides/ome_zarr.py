@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ _MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}  # unit
 def is_zarr(path: Path) -> bool:
     """Whether a folder is a group or array of zarr 2 or 3."""
     return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
+
+
+@contextmanager
+def without_pickles() -> Iterator[None]:
+    """Let zarr refuse arrays that are opened meanwhile and say that they are pickled: to decode those runs code."""
+    from numcodecs.registry import codec_registry  # of zarr, which is optional
+
+    codec = codec_registry.pop("pickle", None)
+    try:
+        yield
+    finally:
+        if codec is not None:
+            codec_registry["pickle"] = codec
 
 
 class ZarrImage:
@@ -50,30 +64,32 @@ class ZarrImage:
         try:
             import zarr  # optional: spatialdata and anndata bring it
         except ImportError as error:
-            raise InputError(f"image {path} is OME-Zarr, which needs a package: pip install 'stexp[spatialdata]'") from error
+            raise InputError(
+                f"image {path} is OME-Zarr, which needs more: pip install 'stexp[spatialdata]'"
+            ) from error
         self.path = path
         self.notes: list[str] = []
         self.hints: list[str] = []
-        node = zarr.open(path, mode="r")
-        attributes = node.attrs.asdict()
-        multiscales = attributes.get("ome", attributes).get("multiscales")
-        if not isinstance(node, zarr.Group) or not multiscales:
-            inside = sorted(str(image) for image in path.glob("images/*") if is_zarr(image))
-            near = f"; it holds {', '.join(inside[:5])}" if inside else ""
-            raise InputError(f"image {path} is a folder of zarr, and no image of OME-Zarr{near}")
-        axes = [str(axis["name"]).lower() for axis in multiscales[0]["axes"]]
-        datasets = multiscales[0]["datasets"]
-        arrays = [node[dataset["path"]] for dataset in datasets]
-        self._axes = axes
-        self._arrays = sorted(arrays, key=lambda array: -array.shape[axes.index("x")])
-        first = self._arrays[0]
-        self._check(first)
-        self.sizes = [(array.shape[axes.index("x")], array.shape[axes.index("y")]) for array in self._arrays]
+        with without_pickles():
+            node: Any = zarr.open(path, mode="r")
+            attributes: dict[str, Any] = node.attrs.asdict()
+            multiscales = attributes.get("ome", attributes).get("multiscales")
+            if not isinstance(node, zarr.Group) or not multiscales:
+                inside = sorted(str(image) for image in path.glob("images/*") if is_zarr(image))
+                near = f"; it holds {', '.join(inside[:5])}" if inside else ""
+                raise InputError(f"image {path} is a folder of zarr, and no image of OME-Zarr{near}")
+            datasets = multiscales[0]["datasets"]
+            arrays: list[Any] = [node[dataset["path"]] for dataset in datasets]
+        self._axes = [str(axis["name"]).lower() for axis in multiscales[0]["axes"]]
+        for array in arrays:
+            self._check(array)
+        x, y = self._axes.index("x"), self._axes.index("y")
+        self._arrays = sorted(arrays, key=lambda array: -array.shape[x])
+        self.sizes: list[tuple[int, int]] = [(array.shape[x], array.shape[y]) for array in self._arrays]
         check_size(path, *self.sizes[0], expansion=None)
-        across, down = (first.chunks[axes.index(axis)] for axis in "xy")
-        for array in self._arrays:
-            check_memory(path, math.prod(array.chunks))
-        self.block = (max(1, BLOCK_PX // across) * across, max(1, BLOCK_PX // down) * down)
+        first = self._arrays[0]
+        across, down = (max(1, BLOCK_PX // side) * side for side in (first.chunks[x], first.chunks[y]))
+        self.block = (across, down)
         self.um_xy = _um_xy(multiscales[0], datasets[arrays.index(first)])
 
     def _check(self, array: Any) -> None:
@@ -84,6 +100,7 @@ class ZarrImage:
             raise InputError(
                 f"image {self.path} has {shape} of {array.dtype}; an image of H&E has 3 channels of 8 bits (uint8)"
             )
+        check_memory(self.path, math.prod(array.chunks))
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         part = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
