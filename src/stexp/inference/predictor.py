@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import hardware
+from stexp import construct, hardware
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
@@ -32,11 +32,12 @@ from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod
+from stexp.runs.plugins import load_plugins, warn_of_changes
 
 log = logging.getLogger(__name__)
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     """A model that ``stexp-export`` wrote, or that of a finished run.
 
     Parameters
@@ -44,12 +45,15 @@ def load_model(path: str | Path) -> Model:
     path
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
         first, once.
+    plugins
+        Plug-ins that the model may name, whose code then runs; a model that was made with one says so.
 
     Raises
     ------
     InputError
-        Neither of them, or a file of it is missing, damaged or was changed.
+        Neither of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
     """
+    load_plugins(plugins)
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give a run, or a model that stexp-export wrote")
@@ -57,7 +61,11 @@ def load_model(path: str | Path) -> Model:
         from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
         path = exported_run(path)
-    return Model(model_folder.read(path))
+    exported = model_folder.read(path)
+    made_with = exported.facts.get("plugins")
+    construct.require_plugins(made_with, path)
+    warn_of_changes(made_with, path)
+    return Model(exported)
 
 
 class Model:
