@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ OPEN = ("trainer",)
 """Parts of a config that take keys which are not there: what is built of them checks them itself."""
 
 
-def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, Any]:
+def run_config(choices: Mapping[str, str], changes: Mapping[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
     """``conf/train.yaml`` with other choices and values, every value in place, as plain data.
 
     Parameters
@@ -26,6 +26,8 @@ def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[s
         Group -> choice, such as ``{"data": "her2st", "model": "stnet"}``.
     changes
         Dotted key -> value, such as ``{"model.lr": 1e-4}``. What refers to a key follows it.
+    plugins
+        Modules or packages that bring choices; they are imported.
 
     Raises
     ------
@@ -34,7 +36,8 @@ def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[s
     """
     from stexp.config.compose import compose, quoted  # imports Hydra, which loaded models do without
 
-    cfg = compose("train", [f"{group}={quoted(choice)}" for group, choice in choices.items()])
+    named = [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else []
+    cfg = compose("train", [*named, *(f"{group}={quoted(choice)}" for group, choice in choices.items())])
     for key, value in changes.items():
         parent, _, last = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg

@@ -152,11 +152,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _digest(name: str) -> str:
-    """Hash of a plug-in's sources and configs, their names among them."""
+def _digest(name: str) -> str | None:
+    """Hash of a plug-in's sources and configs, their names among them; None of what is no file, as in a notebook."""
     module: Any = importlib.import_module(name)
     folders = [Path(folder) for folder in getattr(module, "__path__", [])]
     files = [(path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*")]
+    if not folders and getattr(module, "__file__", None) is None:
+        return None
     if not folders:
         files = [(Path(module.__file__).name, Path(module.__file__))]
     digest = hashlib.blake2b(digest_size=16)
