@@ -207,7 +207,7 @@ class SpotDataModule(datamodule.SpotDataModule):
             **roles,
             "panel": f"{len(self.panel)} genes",
             "tile": tile,
-            "image encoder": self._named.get("image_encoder", "that of the data set or method"),
+            "image encoder": self._named.get("image_encoder", "by default"),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -84,9 +83,13 @@ class Score:
 
     @cached_property
     def audit(self) -> pd.DataFrame:
-        """What the predictions were allowed to see that they should not have: ``leak`` and ``detail`` by item."""
+        """What predictions were allowed to see that they should not have, by item.
+
+        ``leak``; ``unknown``: it cannot be judged, since whoever predicted did not state it; ``detail``.
+        """
         items = read_json(self.folder / "audit.json", "items")["items"]
-        return pd.DataFrame(items).set_index("name")
+        table = pd.DataFrame([{"unknown": False, **item} for item in items]).set_index("name")
+        return table[["leak", "unknown", "detail"]]
 
     @property
     def verdict(self) -> str:
@@ -122,13 +125,13 @@ class Score:
         }
 
     def _facts(self) -> dict[str, str]:
-        metrics = self.metrics
+        metrics, (leaks, unknown) = self.metrics, self.audit[["leak", "unknown"]].sum()
         return {
             "score": self.name,
             "data": f"{metrics['data']} (fold {metrics['fold']})",
             "protocol": metrics["protocol"],
             **self.in_words(),
-            "leaks": str(json.loads((self.folder / "audit.json").read_text(encoding="utf-8"))["leaks"]),
+            "leaks": f"{leaks} ({unknown} not known)" if unknown else str(leaks),
         }
 
     def __repr__(self) -> str:
