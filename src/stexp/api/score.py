@@ -21,6 +21,7 @@ from stexp.evaluation.predictions import read_genes, read_json
 from stexp.evaluation.score import summary
 from stexp.evaluation.verdict import best_floor, label, number, verdict
 from stexp.reporting.report import write_report
+from stexp.runs.folder import RunFolder
 from stexp.runs.scoring import score_run
 
 
@@ -29,18 +30,24 @@ class Score:
 
     Parameters
     ----------
-    work
-        Folder of a run: ``predictions.h5ad``, ``floors.h5ad``, ``audit.json``, ``metrics.json``.
+    run
+        Folder of a finished run, of a command or of Python.
+
+    Raises
+    ------
+    InputError
+        The folder holds no run.
 
     Examples
     --------
-    >>> score = model.score
+    >>> score = model.score  # or stexp.Score("runs/her2st-stnet-strict-B-s0")
     >>> score.table.loc[["stnet", "colour ridge"], "pearson_acg"]
     >>> score.report("report.html")
     """
 
-    def __init__(self, work: WorkFolder) -> None:
-        self._work = work
+    def __init__(self, run: str | Path | WorkFolder) -> None:
+        self._work = run if isinstance(run, WorkFolder) else WorkFolder(run)
+        RunFolder(self.folder).require()
 
     @property
     def folder(self) -> Path:
