@@ -20,7 +20,7 @@ from stexp.protocol import Protocol
 
 RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
-ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath")
+ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath", "from.model")
 """How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
 
 
