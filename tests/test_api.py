@@ -10,7 +10,9 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from sections import make_section, make_sections
@@ -22,7 +24,6 @@ from stexp.api.work_folder import WorkFolder
 from stexp.data.dataset import DataSet
 from stexp.errors import InputError
 from stexp.files import CONF
-from stexp.models.method import Method, Prediction
 from stexp.runs.folder import RunFolder, differing_keys
 
 QUICK = {"accelerator": "cpu", "threads": 1, "precision": "32-true"}
@@ -45,21 +46,22 @@ def model(data: stexp.SpotDataModule, tmp_path_factory) -> stexp.Model:
     return stexp.fit("mclstexp", data, max_epochs=4, accelerator="cpu", output_dir=out)
 
 
-class Linear(Method):
+class Linear(pl.LightningModule):
     """Mean colour to expression; a user's own."""
 
-    def __init__(self, n_genes: int) -> None:
+    def __init__(self, n_genes: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.layer = torch.nn.Linear(3, n_genes)
 
-    def _expression(self, batch):
-        return self.layer(batch.image.mean(dim=(2, 3)))
+    def forward(self, image):
+        return self.layer(self.hparams.scale * image.mean(dim=(2, 3)))
 
     def training_step(self, batch, batch_idx):
-        return (self._expression(batch) - batch.target).square().mean()
+        return (self(batch.image) - batch.target).square().mean()
 
-    def predict_step(self, batch, batch_idx=0):
-        return Prediction(self._expression(batch))
+    def predict_step(self, batch):
+        return self(batch.image)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -74,7 +76,7 @@ def own(tmp_path_factory) -> stexp.Model:
     data = stexp.SpotDataModule(
         by_hand, "strict", "C", image_encoder="tiny", panel=panel, tile_px=16, cache_dir=folder / "cache", name="mine"
     )
-    return stexp.fit(Linear(len(data.panel)), data, max_epochs=2, seed=3, **QUICK)
+    return stexp.fit(Linear(len(data.panel), scale=2.0), data, max_epochs=2, seed=3, **QUICK)
 
 
 # one run, two ways
@@ -118,7 +120,7 @@ def test_held_out_spots_come_with_their_truth(model: stexp.Model, data: stexp.Sp
     adata = model.predict(data)
     kept = ad.read_h5ad(model.folder / "predictions.h5ad")
     np.testing.assert_array_equal(adata.X, kept.X)
-    assert json.loads(adata.uns["stexp"]["trained_on"]) == data.names("train", "validation")
+    assert json.loads(adata.uns["stexp"]["trained_on"])["sections"] == data.names("train", "validation")
     np.testing.assert_array_equal(adata.layers["observed"], data.target[data.rows("test")])
 
 
@@ -151,13 +153,24 @@ def test_several_sections_are_joined(model: stexp.Model, sections: list[stexp.Se
     assert list(adata.obs_names) == list(both.spots.index[both.rows("test")])
 
 
-def test_a_method_and_sections_of_ones_own(own: stexp.Model) -> None:
+def test_a_module_and_sections_of_ones_own(own: stexp.Model, tmp_path: Path) -> None:
+    data = own._run.data  # type: ignore[union-attr]
     assert own.score.metrics["model"] == "linear" and own.score.metrics["data"] == "mine"
-    assert RunFolder(own.folder).config["seed"] == 3
-    adata = own.predict(own._run.data)  # type: ignore[union-attr]
-    assert adata.shape == (50, 20) and np.isfinite(adata.X).all()
+    config = RunFolder(own.folder).config
+    assert config["seed"] == 3 and config["plugins"] == ["test_api"]
+    assert config["model"] == {"_target_": "test_api.Linear", "name": "linear", "scale": 2.0}
+    kept = own.predict(data)
+    assert kept.shape == (50, 20)
+    anew = own.predict(data, progress=False)
+    np.testing.assert_allclose(anew.X, kept.X, atol=1e-5)
     with pytest.raises(InputError, match="given from Python"):
-        DataSet(RunFolder(own.folder).config["data"]).read_sections(own._run.data.protocol)  # type: ignore[union-attr]
+        DataSet(config["data"]).read_sections(data.protocol)
+
+    saved = own.save(tmp_path / "own.stexp")
+    np.testing.assert_array_equal(stexp.load_model(saved, plugins=["test_api"]).predict(data, progress=False).X, anew.X)
+    code = f"import stexp; stexp.load_model({str(saved)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "made with the plug-in test_api" in result.stderr, "nothing of it runs unasked"
 
 
 def test_a_folder_without_a_name_goes_with_what_was_made_in_it(own: stexp.Model) -> None:
@@ -223,6 +236,53 @@ def test_scores_are_compared_section_by_section(model: stexp.Model, tmp_path: Pa
 def test_scores_of_other_data_are_not_compared(model: stexp.Model, own: stexp.Model) -> None:
     with pytest.raises(InputError, match="different data"):
         stexp.compare([model.score, own.score])
+
+
+@pytest.fixture(scope="module")
+def evaluated(model: stexp.Model, data: stexp.SpotDataModule) -> stexp.Score:
+    return stexp.evaluate(model.predict(data), data)
+
+
+def test_predictions_of_a_model_score_as_its_run(evaluated: stexp.Score, model: stexp.Model) -> None:
+    ours, of_run = evaluated.metrics, model.score.metrics
+    for key in ("model", "data", "scores", "floors", "ceiling", "n_spots", "n_genes"):
+        assert ours[key] == of_run[key], key
+    pd.testing.assert_frame_equal(evaluated.per_gene[model.score.per_gene.columns], model.score.per_gene)
+    assert not evaluated.audit.loc["same_patient_in_training", "leak"], "what it was trained on goes with it"
+    assert evaluated.report().is_file()
+
+
+def test_arrays_and_tables_are_scored_too(
+    evaluated: stexp.Score, model: stexp.Model, data: stexp.SpotDataModule, tmp_path: Path
+) -> None:
+    adata = model.predict(data)
+    array = stexp.evaluate(np.asarray(adata.X), data, scale="target", output_dir=tmp_path / "array")
+    assert array.metrics["scores"] == evaluated.metrics["scores"] and array.name == "predictions"
+    assert (tmp_path / "array" / "config.yaml").is_file()
+    table = pd.DataFrame(adata.X, adata.obs_names, adata.var_names).iloc[::-1, ::-1]
+    found = stexp.evaluate(table, data, name="table", scale="target")
+    assert found.metrics["scores"] == pytest.approx(evaluated.metrics["scores"])
+    print(array.audit.to_string())
+    assert stexp.compare([evaluated, found])["difference"].iloc[0] == pytest.approx(0)
+
+
+BAD_PREDICTIONS = {
+    "shape": (lambda d: np.zeros((3, 4)), {}, r"array of \(3, 4\); \(152, 200\)"),
+    "kind": (lambda d: [1.0], {}, "is a list"),
+    "text": (lambda d: np.full((152, 200), "a"), {}, "numbers would fit"),
+    "layer": (lambda d: ad.AnnData(np.zeros((1, 1))), {"layer": "pred"}, "layer=pred"),
+    "section": (lambda d: np.zeros((152, 200)), {"trained_on": ["Z9"]}, "Z9 is no section"),
+    "scale": (lambda d: np.zeros((152, 200)), {"scale": "cmp"}, "did you mean cpm"),
+    "file": (lambda d: "nothing.h5ad", {}, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PREDICTIONS)
+def test_bad_predictions_are_refused_in_one_line(name: str, data: stexp.SpotDataModule) -> None:
+    make, options, words = BAD_PREDICTIONS[name]
+    with pytest.raises(InputError, match=words) as error:
+        stexp.evaluate(make(data), data, **options)
+    assert "\n" not in str(error.value)
 
 
 # data by name

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stexp.api import datasets, plot
     from stexp.api.compare import compare
     from stexp.api.data import SpotDataModule
+    from stexp.api.evaluate import evaluate
     from stexp.api.fit import fit
     from stexp.api.floors import floors
     from stexp.api.model import Model, load_model
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "compare",
     "datasets",
+    "evaluate",
     "fit",
     "floors",
     "load_model",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "Section": "stexp.data.section",
     "SpotDataModule": "stexp.api.data",
     "compare": "stexp.api.compare",
+    "evaluate": "stexp.api.evaluate",
     "fit": "stexp.api.fit",
     "floors": "stexp.api.floors",
     "load_model": "stexp.api.model",

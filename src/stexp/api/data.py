@@ -76,6 +76,8 @@ class SpotDataModule(datamodule.SpotDataModule):
         Of the data, in scores and tables.
     seed
         Of order, augmentation and the weights that training starts from.
+    plugins
+        Modules or packages of one's own that bring protocols, image encoders or methods as choices.
 
     Raises
     ------
@@ -113,6 +115,7 @@ class SpotDataModule(datamodule.SpotDataModule):
         placement: str = OWN,
         name: str | None = None,
         seed: int = 0,
+        plugins: Sequence[str] = (),
     ) -> None:
         check("fold", fold, str | None)
         sections = _checked(sections)
@@ -147,8 +150,8 @@ class SpotDataModule(datamodule.SpotDataModule):
             "name": OWN if name is None else name,
         }
         changes |= {f"data.{key}": value for key, value in values.items() if value is not OWN}
-        self._named, self._changes = named, changes | {"seed": seed}
-        self._config = run_config(self._named, self._changes)
+        self._named, self._changes, self._plugins = named, changes | {"seed": seed}, tuple(plugins)
+        self._config = run_config(self._named, self._changes, self._plugins)
         self._encoder: TileEncoder | None = None
 
         dataset, chosen = DataSet(self._config["data"]), build(self._config["protocol"])
@@ -175,9 +178,12 @@ class SpotDataModule(datamodule.SpotDataModule):
     def encoder(self, encoder: TileEncoder | None) -> None:
         self._encoder = encoder
 
-    def run_config(self, choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, Any]:
+    def run_config(
+        self, choices: Mapping[str, str], changes: Mapping[str, Any], plugins: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The config of a run on these data, with further choices of ``conf/`` and values; as plain data."""
-        return run_config({**self._named, **choices}, {**self._changes, "fold": self.fold, **changes})
+        changes = {**self._changes, "fold": self.fold, **changes}
+        return run_config({**self._named, **choices}, changes, [*self._plugins, *plugins])
 
     def __repr__(self) -> str:
         return one_line(self._facts())

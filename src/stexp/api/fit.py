@@ -14,19 +14,24 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 
+from stexp import construct
 from stexp.api.data import SpotDataModule
 from stexp.api.features import machine_of
 from stexp.api.model import Model, Run
-from stexp.api.settings import check_numbers
+from stexp.api.settings import check_numbers, plain
 from stexp.api.train import train_run
 from stexp.api.work_folder import WorkFolder
 from stexp.config import HARMLESS
+from stexp.config.plugins import FROM_DATA
 from stexp.errors import InputError
+from stexp.models.adapter import as_method
 from stexp.models.method import Method
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 def fit(
-    method: str | Method,
+    method: str | pl.LightningModule,
     data: SpotDataModule,
     *,
     max_epochs: int | None = None,
@@ -42,6 +47,7 @@ def fit(
     name: str | None = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Model:
     """Train a method, predict the held-out spots, and score them beside floors and ceiling.
 
@@ -51,8 +57,10 @@ def fit(
     Parameters
     ----------
     method
-        A choice of ``conf/model``, such as ``"stnet"``; or a method of one's own, as an object, which is trained in
-        place.
+        A choice of ``conf/model``, such as ``"stnet"``; or a LightningModule of one's own, which is trained in place:
+        its ``training_step`` takes a :class:`~stexp.data.batches.SpotBatch` and returns a loss, its ``predict_step``
+        returns expression (B, G) on the scale of ``batch.target``. To be saved, its class lies in a file, and its
+        arguments are recorded by ``self.save_hyperparameters()``.
     data
         One fold. Left as it is: each fit serves it anew, under its own seed.
     max_epochs
@@ -81,6 +89,8 @@ def fit(
         None: it goes with the model and its score.
     overwrite
         Start anew where `output_dir` holds a run.
+    plugins
+        Modules or packages of one's own that bring methods as choices.
 
     Returns
     -------
@@ -116,13 +126,16 @@ def fit(
     changes |= {f"trainer.{key}": value for key, value in (trainer_args or {}).items()}
     if isinstance(method, str):
         changes |= {f"model.{key}": value for key, value in (model_args or {}).items()}
-        config = data.run_config({"model": method, "logger": logger}, changes)
+        config = data.run_config({"model": method, "logger": logger}, changes, plugins)
         own = None
     else:
         own = _own_method(method, model_args)
-        config = data.run_config({"model": "mean", "logger": logger}, changes)
-        kind = type(own)
-        config["model"] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__.lower()}
+        config = data.run_config({"model": "mean", "logger": logger}, changes, plugins)
+        module = type(own).__module__
+        config["model"] = _described(own, name)
+        if not module.startswith("stexp."):
+            construct.allow(module)  # who hands over an object of a class trusts its module
+            config["plugins"] = list(dict.fromkeys([*config.get("plugins", []), module]))
     check_numbers(config)
     if machine_of(config).world_size > 1:
         raise InputError(f"devices={devices}: one device would fit; stexp-train trainer=ddp trains on several")
@@ -135,13 +148,27 @@ def fit(
 def _own_method(method: object, model_args: Mapping[str, Any] | None) -> Method:
     if model_args:
         raise InputError("model_args are of methods by name; one's own has its arguments already")
-    if isinstance(method, Method):
-        return method
+    if isinstance(method, pl.LightningModule):
+        return as_method(method)
     if inspect.isclass(method):
         raise InputError(f"method: {method.__name__} is a class; an object of it, {method.__name__}(...), would fit")
     raise InputError(
-        f"method is a {type(method).__name__}; the name of one in conf/model, or a stexp.models.method.Method would fit"
+        f"method is a {type(method).__name__}; the name of one in conf/model, or a LightningModule would fit"
     )
+
+
+def _described(method: Method, name: str | None) -> dict[str, Any]:
+    """A method of one's own as a config names it: its class and, as far as it recorded them, its arguments."""
+    kind, recorded = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
+    arguments = {key: value for key, value in recorded.items() if key not in FROM_DATA and _is_plain(value)}
+    return {**arguments, "_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__.lower()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a config can hold a value; what it cannot is asked for where the method is built again."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, PLAIN)
 
 
 @contextmanager

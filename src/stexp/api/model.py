@@ -30,6 +30,7 @@ from stexp.inference.export import export
 from stexp.inference.out_of_distribution import KnownTiles
 from stexp.inference.trained import TrainedMethod
 from stexp.protocol import Protocol
+from stexp.runs.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Model:
         data = slide
         if not options and self._run is not None and data.digest == self._run.data.digest:
             adata = self._held_out.copy()
-            adata.uns["stexp"]["trained_on"] = json.dumps(self._run.data.names("train", "validation"))
+            adata.uns["stexp"]["trained_on"] = _stated(self._run.data.names("train", "validation"))
             return adata
         parts = []
         for section in data.sections:
@@ -194,7 +195,7 @@ class Model:
         truth = pd.DataFrame(normalise(taken.counts(genes), taken.total_counts, protocol), columns=genes)
         adata.layers["observed"] = truth[list(adata.var_names)].to_numpy()
         sections = self.facts["trained"]["sections"]
-        adata.uns["stexp"]["trained_on"] = json.dumps([*sections["train"], *sections["validation"]])
+        adata.uns["stexp"]["trained_on"] = _stated([*sections["train"], *sections["validation"]])
         return adata
 
     def save(
@@ -279,7 +280,7 @@ class Model:
         }
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     """A model that :meth:`Model.save` or ``stexp-export`` wrote, or that of a finished run.
 
     Parameters
@@ -288,18 +289,26 @@ def load_model(path: str | Path) -> Model:
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
         first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
         goes before a repository of that name.
+    plugins
+        Modules or packages that the model may name, whose code then runs; a model that was made with one says so.
 
     Raises
     ------
     InputError
-        None of them, or a file of it is missing, damaged or was changed.
+        None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
 
     Examples
     --------
     >>> model = stexp.load_model("mine.stexp")
     >>> adata = model.predict("slide.svs")
     """
+    load_plugins(plugins)
     return Model(predictor.exported_folder(path))
+
+
+def _stated(sections: Sequence[str]) -> str:
+    """Sections of training as predictions state them, for :func:`stexp.evaluate`."""
+    return json.dumps({"sections": list(dict.fromkeys(sections))})
 
 
 def _joined(parts: list[ad.AnnData]) -> ad.AnnData:

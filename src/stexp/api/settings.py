@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,13 @@ from omegaconf import OmegaConf
 
 from stexp.arguments import Count, Seed, check
 from stexp.config import to_plain
-from stexp.config.compose import compose, quoted
 from stexp.errors import InputError, did_you_mean
 
 OPEN = ("trainer",)
 """Parts of a config that take keys which are not there: what is built of them checks them itself."""
 
 
-def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, Any]:
+def run_config(choices: Mapping[str, str], changes: Mapping[str, Any], plugins: Sequence[str] = ()) -> dict[str, Any]:
     """``conf/train.yaml`` with other choices and values, every value in place, as plain data.
 
     Parameters
@@ -27,13 +26,18 @@ def run_config(choices: Mapping[str, str], changes: Mapping[str, Any]) -> dict[s
         Group -> choice, such as ``{"data": "her2st", "model": "stnet"}``.
     changes
         Dotted key -> value, such as ``{"model.lr": 1e-4}``. What refers to a key follows it.
+    plugins
+        Modules or packages that bring choices; they are imported.
 
     Raises
     ------
     InputError
         A choice or key that is not there, with the nearest that is.
     """
-    cfg = compose("train", [f"{group}={quoted(choice)}" for group, choice in choices.items()])
+    from stexp.config.compose import compose, quoted  # imports Hydra, which loaded models do without
+
+    named = [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else []
+    cfg = compose("train", [*named, *(f"{group}={quoted(choice)}" for group, choice in choices.items())])
     for key, value in changes.items():
         parent, _, last = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg

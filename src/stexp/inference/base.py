@@ -17,6 +17,7 @@ from stexp.errors import InputError
 from stexp.evaluation.predictions import read_json
 from stexp.inference import hub, model_facts, model_folder, training_slides
 from stexp.inference.description import build_encoder, without_weights
+from stexp.inference.rebuild import class_of_method
 from stexp.protocol import Protocol
 from stexp.runs.folder import RunFolder
 from stexp.training.checkpoints import load_checkpoint
@@ -144,8 +145,7 @@ def check_method(base: Base, node: Mapping[str, Any]) -> None:
     own, other = (construct.MOVED.get(str(each["_target_"]), str(each["_target_"])) for each in (base.node, node))
     if own != other:
         raise base.refuse(f"its method is {base.method}, not {node.get('name', other)}; model={base.method} would fit")
-    kind = construct.get_object(own)
-    if not kind.fine_tunes:
+    if not class_of_method(node).fine_tunes:
         raise base.refuse(f"{base.method} is fitted anew to all its data; without from= it is trained on these")
 
 

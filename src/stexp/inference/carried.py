@@ -17,6 +17,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.inference.base import Base
 from stexp.inference.description import build_encoder
 from stexp.inference.rebuild import FETCHING, rebuild_encoder
+from stexp.models.adapter import as_method
 from stexp.models.encoders.frozen import UNTUNED
 from stexp.models.method import Method
 from stexp.runs.folder import differing_keys
@@ -66,7 +67,7 @@ class CarriedWeights(pl.Callback):
                 f"none of its {len(base.panel)} genes (like {base.panel[0]}) is in the panel (like {data.panel[0]}); "
                 f"a model of the same species and naming would fit"
             )
-        if "n_features" in inspect.signature(type(method)).parameters:
+        if "n_features" in inspect.signature(construct.get_object(node["_target_"])).parameters:
             check_features(base, data)
         self._axes = _axes(node, data)
         self._check(method, node)
@@ -157,7 +158,7 @@ def _axes(node: Mapping[str, Any], data: SpotDataModule) -> dict[str, tuple[tupl
 
     def shapes(genes: int, positions: int) -> dict[str, torch.Size]:
         with torch.device("meta"):  # no tensor is made
-            method = construct.build(node, n_genes=genes, n_positions=positions, n_features=data.n_features)
+            method = as_method(construct.build(node, n_genes=genes, n_positions=positions, n_features=data.n_features))
         return {key: value.shape for key, value in method.state_dict().items()}
 
     n, p = len(data.panel), data.array_size

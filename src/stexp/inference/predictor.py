@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stexp import construct
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
-from stexp.data.slides.formats import free_memory, qupath_origin, slide_name
+from stexp.data.slides.formats import free_memory, qupath_origin
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
@@ -26,16 +27,18 @@ from stexp.evaluation import predictions
 from stexp.inference import confidence, hub, model_facts, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.intervals import COLUMNS as CALIBRATED
+from stexp.inference.layout import as_anndata
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod, device_of
+from stexp.runs.plugins import load_plugins, warn_of_changes
 
 log = logging.getLogger(__name__)
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     """A model that ``stexp-export`` wrote, or that of a finished run.
 
     Parameters
@@ -44,13 +47,21 @@ def load_model(path: str | Path) -> Model:
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
         first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
         goes before a repository of that name.
+    plugins
+        Plug-ins that the model may name, whose code then runs; a model that was made with one says so.
 
     Raises
     ------
     InputError
-        None of them, or a file of it is missing, damaged or was changed.
+        None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
     """
-    return Model(model_folder.read(exported_folder(path)))
+    load_plugins(plugins)
+    folder = exported_folder(path)
+    exported = model_folder.read(folder)
+    made_with = exported.facts.get("plugins")
+    construct.require_plugins(made_with, folder)
+    warn_of_changes(made_with, folder)
+    return Model(exported)
 
 
 def exported_folder(path: str | Path) -> Path:
@@ -200,7 +211,7 @@ class Model:
         self._encode(places, sample, on, batch_size, parts, progress)
         arrays = self._finish(parts.arrays, names, on, bank)
 
-        adata = _as_anndata(places, arrays, self.genes.loc[names])
+        adata = as_anndata(places, arrays, self.genes.loc[names])
         if bank is not None:
             predictions.add_neighbours(adata, bank.spots(), arrays["neighbours"], arrays["neighbour_weights"])
         adata.uns["stexp"] = self._record(places, on)
@@ -363,36 +374,3 @@ class Model:
         checks.append(slide_checks.trained(trained_on, same, n_excluded))
         about = adata.uns["stexp"]
         about["checks"], about["verdict"] = json.dumps(checks), slide_checks.conclude(checks)
-
-
-def _as_anndata(places: Places, arrays: dict[str, Any], genes: pd.DataFrame) -> ad.AnnData:
-    """Predictions as `Model.predict` returns them, without what is said of their worth."""
-    name, grid = slide_name(places.slide.path), places.grid
-    spots = grid.names
-    if spots is None:
-        spots = [f"{x}x{y}" for x, y in grid.array_xy]
-        if len(set(spots)) < len(spots):  # given coordinates may share a place on the array
-            spots = [str(i) for i in range(len(spots))]
-    obs = pd.DataFrame(
-        {
-            "section": pd.Categorical([name] * len(spots)),
-            "array_x": grid.array_xy[:, 0],
-            "array_y": grid.array_xy[:, 1],
-            "pixel_x": grid.xy_px[:, 0],
-            "pixel_y": grid.xy_px[:, 1],
-        },
-        index=pd.Index(spots, name="spot"),
-    )
-    if "obs" in arrays:
-        obs = pd.concat([obs, arrays["obs"].set_index(obs.index)], axis=1)
-    predicted = arrays["predicted"]
-    adata = ad.AnnData(predicted, obs=obs, var=genes.copy())
-    adata.layers["predicted"] = predicted.copy()  # X is what people transform
-    spread = arrays.get("uncertainty")
-    adata.layers["uncertainty"] = np.full(predicted.shape, np.nan, np.float32) if spread is None else spread
-    adata.obsm["spatial"] = np.asarray(grid.xy_px, dtype=np.float64)
-    if "image_embedding" in arrays:
-        adata.obsm["image_embedding"] = arrays["image_embedding"]
-    plotted = predictions.plotted_slide(places.slide, adata.obsm["spatial"], places.um_per_px)
-    adata.uns["spatial"] = {name: plotted}
-    return adata

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stexp import construct
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
@@ -67,7 +68,8 @@ class FinishedRun:
     """
 
     def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
-        self.folder, self.config = folder, folder.config
+        self.folder, self.config = folder.require_model(), folder.config
+        construct.require_plugins(self.config.get("plugins"), folder.path)
         self.dataset = DataSet(self.config["data"])
         path = folder.path
         self.predictions: ad.AnnData = predictions.read(
