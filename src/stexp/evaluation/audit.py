@@ -84,7 +84,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     ]
     if facts.get("began_at") is not None:
         of_it = f"training began at {facts['began_at']}"
-        items.append(item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
+        items.append(_item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}
 
 
