@@ -15,6 +15,7 @@ import yaml
 from demo_run import configure
 from exported_model import SHORT, exported, finished_run, root
 
+import stexp
 from stexp import config
 from stexp.api.features import frozen_encoder, machine_of
 from stexp.cli.train import train
@@ -249,3 +250,14 @@ def test_frozen_features_are_those_of_the_base_or_refused(data, panels):
     for changed in ({"seed": 4}, {"encoder": (exported_encoder, other)}):
         with pytest.raises(InputError, match=r"frozen features of test_resnet at other weights .*the same seed"):
             check_features(replace(base, **changed), served)
+
+
+def test_fit_begins_at_a_model_as_the_command_does(tmp_path):
+    sections = stexp.datasets.demo(root() / "data", patients=3, sections_per_patient=1)
+    data = stexp.SpotDataModule(sections, fold="B", cache_dir=root() / "cache")
+    for method, fits in (("stnet", "model=mclstexp would fit"), ("mclstexp", r"trained on B1 \(by its files\)")):
+        with pytest.raises(InputError, match=fits):
+            stexp.fit(method, data, begin_at=exported(), accelerator="cpu", threads=1)
+    own = make(node_of("stnet"), len(data.panel), data.array_size, 8, seed=0)
+    with pytest.raises(InputError, match="given as an object brings its own weights"):
+        stexp.fit(own, data, begin_at=exported(), accelerator="cpu", threads=1)
