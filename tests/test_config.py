@@ -367,3 +367,11 @@ def test_a_name_that_is_just_wrong_gets_no_hint(given):
 def test_a_folder_without_a_config_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is no run folder: it has no config.yaml"):
         RunFolder(tmp_path).require()
+
+
+@pytest.mark.parametrize(
+    "argument", ["data.root=~/data", "data.root=~", "data.root=~me/my x (1)", "data.root='~/data'"]
+)
+def test_a_home_folder_is_a_value(argument):
+    (override,) = parse([argument])
+    assert override.value() == argument.partition("=")[2].strip("'")

@@ -24,7 +24,7 @@ from stexp.evaluation.foreign.align import align
 from stexp.evaluation.foreign.files import find_files, read_predictions
 from stexp.evaluation.foreign.layout import DataNames
 from stexp.evaluation.foreign.names import names_of, rename_genes
-from stexp.evaluation.foreign.scales import SCALES, recognise
+from stexp.evaluation.foreign.scales import SCALES
 from stexp.evaluation.metrics import mean_over_sections, score_section, top_genes
 from stexp.inference.export import export
 from stexp.inference.predictor import load_model
@@ -32,6 +32,7 @@ from stexp.protocol import Protocol
 from stexp.reporting.report import write_report
 from stexp.reporting.tables import markdown, tabulate_all
 from stexp.runs.foreign import evaluate
+from stexp.runs.scale import put_on_scale
 from stexp.runs.scored import read_scored_run
 from stexp.runs.scoring import score_run
 
@@ -264,8 +265,8 @@ def with_obs(theirs: ad.AnnData, **columns) -> ad.AnnData:
 BAD = {
     "transposed": (lambda a: a.T, "is genes x spots: its rows are genes"),
     "transposed table": (lambda a: pd.DataFrame(a.X.T, index=GENES), "is genes x spots"),
-    "wrong sections": (lambda a: with_obs(a, section=lambda o: "X" + o["section"]), "are of section XC1.*did you mean C1"),
-    "wrong fold": (lambda a: with_obs(a, section=lambda o: "A1", spot=lambda o: o.index), "tests C1, C2; fold=A would fit"),
+    "wrong sections": (lambda a: with_obs(a, section=lambda o: "X" + o["section"]), "of section XC1.*did you mean C1"),
+    "wrong fold": (lambda a: with_obs(a, section=lambda o: "A1", spot=lambda o: o.index), "C1, C2; fold=A would fit"),
     "wrong spots": (lambda a: with_obs(a, spot=lambda o: "s" + o.index), "no spot in common with the data: .* like s0"),
     "twice": (lambda a: ad.concat([a, a[:3]], index_unique="-"), "3 rows are of a spot that has one already"),
     "no section": (lambda a: ad.AnnData(a.X, var=a.var), "nothing says the section of its rows"),
@@ -276,11 +277,11 @@ BAD = {
                     "none of 30 genes is in the data set: they are called like q0"),
     "other case": (lambda a: ad.AnnData(a.X, obs=a.obs, var=pd.DataFrame(index=[g.upper() for g in GENES])),
                    "30 agree but for case .G00, g00."),
-    "words": (lambda a: pd.DataFrame({"section": a.obs["section"], "spot": a.obs["spot"], "g01": "high"}).reset_index(drop=True),
+    "words": (lambda a: a.obs.astype(str).assign(g01="high").reset_index(drop=True),
               "50 values of gene g01 are no numbers .first: 'high'"),
     "no numbers": (lambda a: pd.DataFrame({"section": ["C1"], "spot": ["0x0"], "k": ["t"]}), "no column of numbers"),
     "one spot": (lambda a: a[:1].copy(), "1 spot of section C1 is predicted"),
-    "long twice": (lambda a: pd.concat([long_of(a), long_of(a)[:2]], ignore_index=True), "2 values are of a spot and gene"),
+    "long twice": (lambda a: pd.concat([long_of(a), long_of(a)[:2]], ignore_index=True), "2 values are of a spot"),
 }  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def test_files_and_layers_that_are_not_there(theirs, names, tmp_path: Path) -> N
     files = write_layer(theirs, tmp_path)
     with pytest.raises(InputError, match="has no X; layer= names"):
         read(files, names)
-    with pytest.raises(InputError, match="layer=imputd: .* has the layers imputed; did you mean imputed"):
+    with pytest.raises(InputError, match=r"layer=imputd: .* has the layers imputed; did you mean imputed"):
         read(files, names, "imputd")
     with pytest.raises(InputError, match="is a folder; name files"):
         find_files([str(tmp_path)])
@@ -374,21 +375,27 @@ def test_genes_are_matched_by_name_id_and_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_a_named_scale_is_mapped_exactly_and_an_unnamed_one_recognised(name, data, tmp_path: Path) -> None:
+def test_a_named_scale_is_mapped_exactly_and_an_unnamed_one_recognised(name, data, names) -> None:
     """The counts themselves, on every scale, become the truth itself: all genes are predicted here."""
     rows = data.rows("test")
     counts, total = data.counts[rows].astype(float), data.spots["total_counts"].to_numpy()[rows]
-    values = SCALES[name].of_counts(counts, total)
+    values = SCALES[name].of_counts(counts, total).astype(np.float32)
     obs = data.spots.iloc[rows][["section", "spot"]]
-    adata = ad.AnnData(values.astype(np.float32), obs=obs, var=pd.DataFrame(index=GENES))
-    named = evaluate(adata, data, tmp_path / "named", name="x", scale=name)
-    assert named["elsewhere"]["scale"]["errors"] and named["scores"]["mse"] == pytest.approx(0, abs=1e-5)
-    looks_like = recognise(values, data.target[rows], counts, total)
-    assert looks_like == ("target" if name == "ln_1p_cp10k" else name)
-    unnamed = evaluate(adata, data, tmp_path / "unnamed", name="x")
-    assert unnamed["elsewhere"]["scale"]["errors"] == (name == "ln_1p_cp10k")
-    assert (unnamed["scores"]["mse"] is None) == (name != "ln_1p_cp10k")
-    assert unnamed["scores"]["spearman_acg"] is not None
+    predicted = aligned(ad.AnnData(values, obs=obs, var=pd.DataFrame(index=GENES)), data)
+    mapped, facts = put_on_scale(predicted, data, name, None)
+    assert facts["errors"] and facts["looks_like"] == ("target" if name == "ln_1p_cp10k" else name)
+    np.testing.assert_allclose(mapped, data.target[rows], rtol=1e-3, atol=1e-3)
+    unnamed, facts = put_on_scale(predicted, data, None, None)
+    assert facts["errors"] is (name == "ln_1p_cp10k")
+    np.testing.assert_array_equal(unnamed, values)
+
+
+def test_the_word_of_a_file_counts_and_that_of_the_user_more(data, theirs) -> None:
+    predicted, paper = aligned(theirs, data), Protocol("paper", truth="gene")
+    assert put_on_scale(predicted, data, None, data.protocol)[1]["errors"]
+    facts = put_on_scale(predicted, data, None, paper)[1]
+    assert not facts["errors"] and "on the scale of protocol paper" in facts["statement"]
+    assert put_on_scale(predicted, data, "target", paper)[1]["errors"]
 
 
 def test_z_scores_are_recognised_and_have_no_errors_even_when_named(data, theirs, tmp_path: Path) -> None:
@@ -402,7 +409,7 @@ def test_z_scores_are_recognised_and_have_no_errors_even_when_named(data, theirs
         genes = pd.read_csv(tmp_path / str(scale) / "per_gene.csv")
         assert genes["mse"].isna().all() and genes["pearson"].notna().any()
     assert "z-scores have lost the mean" in write_report(tmp_path / "zscore").read_text()
-    with pytest.raises(InputError, match="scale=zscores: choose .* did you mean zscore"):
+    with pytest.raises(InputError, match=r"scale=zscores: choose .* did you mean zscore"):
         evaluate(z, data, tmp_path / "no", name="z", scale="zscores")
     assert not (tmp_path / "no").exists()
 
@@ -416,7 +423,7 @@ def test_counts_of_some_genes_have_no_library_and_negative_counts_are_refused(da
         and "2 measured genes are not predicted" in part["elsewhere"]["scale"]["statement"]
     )
     negative = changed(counts, 0, 0, -1e6)
-    with pytest.raises(InputError, match="scale=cp10k: 1 values are below what it has .first: -1e.06 of gene g00"):
+    with pytest.raises(InputError, match=r"scale=cp10k: 1 values are below what it has .first: -1e.06 of gene g00"):
         evaluate(negative, data, tmp_path / "no", name="c", scale="cp10k")
 
 

@@ -331,6 +331,13 @@ def test_a_sheet_of_a_spreadsheet_in_europe(folder, caplog):
     assert section.um_per_px == 0.5 and "semicolons" in caplog.text and "decimal commas" in caplog.text
 
 
+def test_empty_lines_above_the_header_count_as_lines(folder):
+    (folder / "sheet.csv").write_text("\n,,,,,\n" + SHEET)
+    assert len(samplesheet.read_samplesheet(folder / "sheet.csv")) == 1
+    (folder / "s1.tsv").unlink()
+    refused(folder, "line 4: column counts")
+
+
 def test_tildes_in_a_sheet_are_the_home_folder(folder, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def fit(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
+    verbose: bool = True,
 ) -> Model:
     """Train a method, predict the held-out spots, and score them beside floors and ceiling.
 
@@ -96,6 +98,8 @@ def fit(
         Start anew where `output_dir` holds a run.
     plugins
         Modules or packages of one's own that bring methods as choices.
+    verbose
+        Say on stderr how far it is, unless logging is set up already: then its handlers are told.
 
     Returns
     -------
@@ -145,7 +149,7 @@ def fit(
     check_numbers(config)
     if machine_of(config).world_size > 1:
         raise InputError(f"devices={devices}: one device would fit; stexp-train trainer=ddp trains on several")
-    with _undisturbed():
+    with _undisturbed(), _lines() if verbose else nullcontext():
         run = train_run(config, data.every_section, overwrite=overwrite, method=own, callbacks=callbacks)
     assert run is not None  # of one device there is no process of another rank
     return Model(run=Run(work, data, config))
@@ -175,6 +179,23 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, PLAIN)
+
+
+@contextmanager
+def _lines() -> Iterator[None]:
+    """Print what is logged at work, where nobody has set up logging."""
+    logger, handler = logging.getLogger("stexp"), logging.StreamHandler()
+    if logging.getLogger().handlers or logger.handlers:
+        yield
+        return
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextmanager

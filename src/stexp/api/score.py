@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,6 +21,7 @@ from stexp.evaluation.predictions import read_genes, read_json
 from stexp.evaluation.score import summary
 from stexp.evaluation.verdict import best_floor, label, number, verdict
 from stexp.reporting.report import write_report
+from stexp.runs.folder import RunFolder
 from stexp.runs.scoring import score_run
 
 
@@ -30,18 +30,24 @@ class Score:
 
     Parameters
     ----------
-    work
-        Folder of a run: ``predictions.h5ad``, ``floors.h5ad``, ``audit.json``, ``metrics.json``.
+    run
+        Folder of a finished run, of a command or of Python.
+
+    Raises
+    ------
+    InputError
+        The folder holds no run.
 
     Examples
     --------
-    >>> score = model.score
+    >>> score = model.score  # or stexp.Score("runs/her2st-stnet-strict-B-s0")
     >>> score.table.loc[["stnet", "colour ridge"], "pearson_acg"]
     >>> score.report("report.html")
     """
 
-    def __init__(self, work: WorkFolder) -> None:
-        self._work = work
+    def __init__(self, run: str | Path | WorkFolder) -> None:
+        self._work = run if isinstance(run, WorkFolder) else WorkFolder(run)
+        RunFolder(self.folder).require()
 
     @property
     def folder(self) -> Path:
@@ -84,9 +90,13 @@ class Score:
 
     @cached_property
     def audit(self) -> pd.DataFrame:
-        """What the predictions were allowed to see that they should not have: ``leak`` and ``detail`` by item."""
+        """What predictions were allowed to see that they should not have, by item.
+
+        ``leak``; ``unknown``: it cannot be judged, since whoever predicted did not state it; ``detail``.
+        """
         items = read_json(self.folder / "audit.json", "items")["items"]
-        return pd.DataFrame(items).set_index("name")
+        table = pd.DataFrame([{"unknown": False, **item} for item in items]).set_index("name")
+        return table[["leak", "unknown", "detail"]]
 
     @property
     def verdict(self) -> str:
@@ -122,13 +132,13 @@ class Score:
         }
 
     def _facts(self) -> dict[str, str]:
-        metrics = self.metrics
+        metrics, (leaks, unknown) = self.metrics, self.audit[["leak", "unknown"]].sum()
         return {
             "score": self.name,
             "data": f"{metrics['data']} (fold {metrics['fold']})",
             "protocol": metrics["protocol"],
             **self.in_words(),
-            "leaks": str(json.loads((self.folder / "audit.json").read_text(encoding="utf-8"))["leaks"]),
+            "leaks": f"{leaks} ({unknown} not known)" if unknown else str(leaks),
         }
 
     def __repr__(self) -> str:

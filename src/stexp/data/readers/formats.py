@@ -13,6 +13,7 @@ from stexp.data.join import split_ids
 from stexp.data.readers.count_tables import read_count_table
 from stexp.data.readers.features import genes_of
 from stexp.data.readers.h5ad import counts_of, read_h5ad
+from stexp.data.readers.numbers import check_thousands, without_blanks
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.spaceranger import find_positions, flags, matrix_of, read_10x_counts, read_visium_positions
 from stexp.data.readers.text import ending_of, read_table
@@ -165,7 +166,10 @@ def _of_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     if not is_named and not is_selection:
         raise InputError(f"spots {path} starts with the column {header[0]}; the spot id must come first")
     wanted = [name for name in (*needed, "new_x", "new_y") if name in header]
-    numbers = table[wanted].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    # x, new_x lie on an array of fewer than 1000 places, and have three decimals as a rule
+    check_thousands(table[[name for name in wanted if name in POSITIONS]], f"spots {path}")
+    plain = without_blanks(table[wanted], f"spots {path}")
+    numbers = plain.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     ids = table[header[0]] if is_named else spot_ids(numbers["x"], numbers["y"])
     numbers.index = pd.Index(np.asarray(ids, dtype=object))
     bad = numbers[list(needed)].isna().any(axis=1).to_numpy()
