@@ -19,6 +19,8 @@ from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
 from stexp.files import alone_in, write_atomically
+from stexp.inference.base import Base, check_data, check_method, read_base
+from stexp.inference.carried import CarriedWeights
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
@@ -89,6 +91,9 @@ def train_run(
     """
     machine = machine_of(config)
     config = {key: value for key, value in config.items() if key not in NO_SETTING}
+    base = _base(config, method)
+    if base is not None:
+        config["from"] = base.config
     folder = RunFolder(Path(config["output_dir"]))
     if not machine.is_first:
         logging.getLogger().setLevel(logging.ERROR)  # the first process says what there is to say
@@ -98,7 +103,18 @@ def train_run(
                 return TrainedRun(folder.path, _finished(folder, sections), None)
         elif folder.finished and not overwrite:
             return None
-        return _train(config, sections, folder, machine, overwrite, method, callbacks)
+        return _train(config, sections, folder, machine, overwrite, method, callbacks, base)
+
+
+def _base(config: Mapping[str, Any], method: Method | None) -> Base | None:
+    """The model that the training begins at, where the config names one."""
+    if config.get("from") is None:
+        return None
+    if method is not None:
+        raise InputError(f"from={config['from']}: a method given as an object brings its own weights")
+    base = read_base(str(config["from"]))
+    check_method(base, config["model"])
+    return base
 
 
 def _train(
@@ -109,6 +125,7 @@ def _train(
     overwrite: bool,
     method: Method | None,
     callbacks: Sequence[pl.Callback],
+    base: Base | None,
 ) -> TrainedRun | None:
     dataset, protocol, seed = DataSet(config["data"]), build(config["protocol"]), config["seed"]
     stages = Stages(folder.path if machine.is_first else None)
@@ -116,6 +133,8 @@ def _train(
     _announce(config, machine)
     with stages("data"):
         data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen_encoder(config, machine))
+        if base is not None:
+            check_data(base, data)
         data.open_tiles()
         for line in data.summary():
             log.info("%s", line)
@@ -124,6 +143,10 @@ def _train(
     with stages("model"):
         if method is None:
             method = build_method(config["model"], data, machine, seed)
+        carried = None if base is None else CarriedWeights(base, method, config["model"], data)
+        if carried is not None:
+            carried.say()
+            callbacks = [*callbacks, carried]
     status = "failed"
     try:
         if machine.is_first:
@@ -153,6 +176,8 @@ def _train(
         )
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
+        if carried is not None:
+            record["from"] = carried.record()
         if folder.best_checkpoint.exists():
             record["validation_pearson"] = best_validation_score(folder.best_checkpoint)
         write_atomically(folder.path / "provenance.json", json.dumps(record, indent=1))
