@@ -391,6 +391,8 @@ def test_genes_are_drawn_where_their_spots_are(model: stexp.Model, data: stexp.S
     low, high = maps[3].get_ylim()
     assert low > high, "y points down, as in the image"
     assert figure._repr_png_().startswith(b"\x89PNG")
+    spread = stexp.plot.genes(adata, genes[:1], layers=["observed", "uncertainty"])
+    assert not any("r =" in ax.get_title() for ax in spread.axes), "only predictions are held against the truth"
 
 
 def test_five_genes_need_two_lines_and_other_anndata_are_drawn_too() -> None:
