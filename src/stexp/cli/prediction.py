@@ -155,9 +155,9 @@ def _load(cfg: dict) -> Model:
     """The model; its genes are judged before its weights are loaded."""
     # these bring torch
     from stexp.inference.gene_choice import check_genes
-    from stexp.inference.predictor import exported_model, load_model
+    from stexp.inference.predictor import exported_folder, load_model
 
-    folder = exported_model(cfg["run"])
+    folder = exported_folder(cfg["run"])
     check_genes(folder, cfg["genes"])
     model = load_model(folder)
     log.info("%r", model)

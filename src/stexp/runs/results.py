@@ -105,6 +105,8 @@ def write_results(
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
     }
+    if folder.config.get("from") is not None:
+        facts["began_at"] = folder.config["from"]["model"]
     write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
     return digest
 
