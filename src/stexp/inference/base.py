@@ -14,7 +14,7 @@ from stexp import construct
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.digests import file_digest
 from stexp.errors import InputError
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import read_audit, read_provenance
 from stexp.inference import hub, model_facts, model_folder, training_slides
 from stexp.inference.description import build_encoder, without_weights
 from stexp.inference.rebuild import class_of_method
@@ -113,9 +113,10 @@ def _of_run(path: Path) -> Base:
     state, node = checkpoint["SpotDataModule"], dict(config["model"])
     if "image_encoder" in node:
         node["image_encoder"] = without_weights(node["image_encoder"], build_encoder(node["image_encoder"], bare=True))
-    provenance = read_json(path / "provenance.json", "data_manifest")
-    roles = read_json(path / "audit.json", "facts/train", "facts/validation", "facts/test")["facts"]
-    trained = {**provenance, "sections": {role: roles[role] for role in ("train", "validation", "test")}}
+    provenance = read_provenance(path)
+    roles = read_audit(path)["facts"]
+    sections = {"train": roles["train"], "validation": roles["validation"], "test": roles["test"]}
+    trained = {**provenance, "sections": sections}
     digest = file_digest(folder.checkpoint)
     return Base(
         str(path),

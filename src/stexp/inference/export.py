@@ -19,7 +19,7 @@ from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.data.slides.stain import measured_tiles
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
-from stexp.evaluation.predictions import read_json as read_metrics
+from stexp.evaluation.records import read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
@@ -185,11 +185,15 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
 
 def _scores(run: FinishedRun) -> dict:
     """What a run scored on its held-out sections, with floors and ceiling; plain values."""
-    metrics = read_metrics(run.folder.path / "metrics.json", "scores", "floors", "ceiling", "n_spots", "n_genes")
+    metrics = read_metrics(run.folder.path)
     return {
         "protocol": run.protocol.name,
         "fold": run.fold,
-        **{key: metrics[key] for key in ("scores", "floors", "ceiling", "n_spots", "n_genes")},
+        "scores": metrics["scores"],
+        "floors": metrics["floors"],
+        "ceiling": metrics["ceiling"],
+        "n_spots": metrics["n_spots"],
+        "n_genes": metrics["n_genes"],
     }
 
 
