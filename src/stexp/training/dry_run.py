@@ -27,8 +27,10 @@ from stexp.training.fit import build_method
 from stexp.training.machine import Machine
 
 SPOTS = 4  # of a batch
-EPOCHS = 40  # of one step each: a method may train its parts one after the other
+EPOCHS = 60  # of one step each: a method may train its parts one after the other
 NAMED = 4  # parameters or modules that a line names
+NEEDED = ("hooks", "build", "loss", "prediction")
+"""Points without which the later ones say nothing."""
 APART = 1e-4  # of the spread of the predictions: more than the order of sums explains
 
 
@@ -78,7 +80,8 @@ def dry_run(node: Mapping[str, Any], data: SpotDataModule, folder: Path, seed: i
         for step in (trial.build, trial.train, trial.predict):
             if not trial.attempt(step):
                 return trial.points
-        for step in (trial.predict_again, trial.predict_one_by_one, trial.hide_truth, trial.reload, trial.freeze):
+        checks = (trial.predict_again, trial.predict_one_by_one, trial.hide_truth, trial.reload, trial.freeze)
+        for step in (trial.validate, *checks):
             trial.attempt(step)
     return trial.points
 
@@ -106,7 +109,7 @@ class _Trial:
         except Exception as error:  # whatever the author's code raises is what this command is asked for
             self.say(step.__name__.replace("_", " "), False, _where(error))
             return False
-        return not any(point.fits is False and point.name in ("hooks", "build", "prediction") for point in self.points)
+        return not any(point.fits is False and point.name in NEEDED for point in self.points)
 
     def say(self, name: str, fits: bool | None, text: str) -> None:
         self.points.append(Point(name, fits, text))
@@ -132,11 +135,18 @@ class _Trial:
         """A step is taken: its loss is a finite number, and its gradients reach every parameter that trains."""
         watch = _Watch()
         trainer = self._trainer(watch, epochs=EPOCHS)
-        trainer.fit(self.method, datamodule=self.data)
+        try:
+            trainer.fit(self.method, datamodule=self.data)
+        except RuntimeError:
+            if not any(loss.numel() != 1 for loss in watch.losses):
+                raise
+            # of the shape of the loss, which says more
         if self.method.closed_form:
             self.say("loss", None, "closed form: one calculation, no loss and no gradients")
-            self._check_validation(watch)
-            return
+        else:
+            self._check_step(watch, trainer)
+
+    def _check_step(self, watch: _Watch, trainer: pl.Trainer) -> None:
         if not watch.losses:
             self.say("loss", False, "training_step returned none; return it, or inherit from ClosedForm")
         elif any(loss.numel() != 1 for loss in watch.losses):
@@ -145,6 +155,9 @@ class _Trial:
             self.say("loss", False, "it is not finite; look for the log of 0, a division by 0 or a square root at 0")
         else:
             self.say("loss", True, f"{float(watch.losses[0]):.4g}")
+            self._check_gradients(watch, trainer)
+
+    def _check_gradients(self, watch: _Watch, trainer: pl.Trainer) -> None:
         trained = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         optimised = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         outside = [name for name, parameter in trained.items() if id(parameter) not in optimised]
@@ -155,13 +168,15 @@ class _Trial:
             self.say(
                 "gradients",
                 False,
-                f"none reaches {_some(unreached)}: the loss does not depend on them; remove them, or look for a detach()",
+                f"none reaches {_some(unreached)}: the loss does not depend on them; is there a detach()?",
             )
         if not outside and not unreached:
             self.say("gradients", True, f"reach all of {len(trained)} tensors that train")
-        self._check_validation(watch)
 
-    def _check_validation(self, watch: _Watch) -> None:
+    def validate(self) -> None:
+        """A batch of validation spots is predicted, by which checkpoints are chosen."""
+        watch = _Watch()
+        self._trainer(watch, epochs=1, validation=1).validate(self.method, datamodule=self.data, verbose=False)
         if watch.validated is None:
             self.say("validation", None, "no spots to validate on")
         elif not isinstance(watch.validated, Prediction):
@@ -203,7 +218,7 @@ class _Trial:
 
     def predict_again(self) -> None:
         """Nothing is drawn at random while predicting."""
-        again = self._tensor(self._predict(self.method, SPOTS))
+        again = self._tensor(self._predict(self.method, SPOTS, seed=self.seed + 1))
         self._compare("repeats", again, "the same twice", "differ when predicted twice: dropout or noise is on")
 
     def predict_one_by_one(self) -> None:
@@ -216,7 +231,7 @@ class _Trial:
             "batches",
             alone,
             f"the same one by one as {SPOTS} at a time",
-            f"differ between a spot alone and in a batch of {SPOTS}: something is averaged or normalised over the batch",
+            f"differ between a spot alone and in a batch of {SPOTS}: something is averaged over the batch",
         )
 
     def hide_truth(self) -> None:
@@ -246,10 +261,8 @@ class _Trial:
     def freeze(self) -> None:
         """It runs with an image encoder that does not train; what it reads of a tile is said."""
         if "image_encoder" not in self.node:
-            reads = (
-                "the frozen features of tiles" if "n_features" in self._arguments() else "tiles, by layers of its own"
-            )
-            self.say("image encoder", None, f"takes none; it reads {reads}")
+            what = "frozen features of tiles" if "n_features" in self._arguments() else "what it takes of a batch"
+            self.say("image encoder", None, f"has none; it reads {what}")
             return
         node = {**self.node, "image_encoder": {**self.node["image_encoder"], **UNTUNED}}
         method = build_method(node, self.data, self.machine, self.seed)
@@ -265,15 +278,14 @@ class _Trial:
     def _arguments(self) -> set[str]:
         return set(inspect.signature(construct.named_callable(str(self.node["_target_"]))).parameters)
 
-    def _trainer(self, callback: pl.Callback, epochs: int, batches: int = 1) -> pl.Trainer:
+    def _trainer(self, callback: pl.Callback, epochs: int, batches: int = 1, validation: int = 0) -> pl.Trainer:
         return pl.Trainer(
             accelerator="cpu",
             max_epochs=1 if getattr(self, "method", None) is not None and self.method.closed_form else epochs,
             limit_train_batches=1,
-            limit_val_batches=1,
+            limit_val_batches=validation,
             limit_predict_batches=batches,
             num_sanity_val_steps=0,
-            check_val_every_n_epoch=1,
             callbacks=[callback],
             default_root_dir=self.folder,
             logger=False,
@@ -282,11 +294,13 @@ class _Trial:
             enable_model_summary=False,
         )
 
-    def _predict(self, method: Method, batch_size: int, callback: pl.Callback | None = None) -> list[Any]:
+    def _predict(
+        self, method: Method, batch_size: int, callback: pl.Callback | None = None, seed: int = 0
+    ) -> list[Any]:
         """What ``predict_step`` returns of the first `SPOTS` held-out spots, or of the first held-out section."""
         self.data.eval_batch_size = batch_size
         trainer = self._trainer(callback or _Watch(), epochs=1, batches=SPOTS // batch_size)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(seed)
         self.data.trainer = method.trainer = trainer
         trainer.strategy.connect(method)
         method.tune(self.data)
@@ -321,17 +335,13 @@ class _Watch(pl.Callback):
         if not self.losses and isinstance(outputs, Mapping) and "loss" in outputs:
             self.losses.append(outputs["loss"].detach())  # of optimisation by hand
 
-    def on_before_zero_grad(self, trainer, model, optimizer) -> None:
-        self._look(model)
+    def on_after_backward(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self.reached |= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self._look(model)
         # further steps are only for parts that train later
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         trainer.should_stop = trained <= self.reached or not self.losses
-
-    def _look(self, model: pl.LightningModule) -> None:
-        self.reached |= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     def on_validation_batch_end(self, trainer, model, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self.validated = outputs if outputs is not None else "nothing"
