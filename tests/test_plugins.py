@@ -21,7 +21,7 @@ from stexp.errors import InputError
 from stexp.inference.predictor import load_model
 from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
-from stexp.runs.plugins import load_plugins, record, warn_of_changes
+from stexp.runs.plugins import load_plugins, record, require_as_recorded
 from stexp.sweeps.jobs import jobs
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
@@ -274,10 +274,10 @@ def test_a_config_cannot_allow_itself(here):
 def test_a_plugin_that_changed_is_warned_of(here, caplog):
     load_plugins(["mine"])
     then = record(["mine"])
-    warn_of_changes(then, "model.stexp")
+    require_as_recorded(then, "model.stexp")
     assert not caplog.records and then["mine"]["version"] is None
     (here / "mine" / "conf" / "model" / "ours.yaml").write_text("name: changed\n")
-    warn_of_changes(then, "model.stexp")
+    require_as_recorded(then, "model.stexp")
     assert "mine changed" in caplog.text
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import construct, hardware
+from stexp import hardware
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
@@ -32,7 +32,7 @@ from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod
-from stexp.runs.plugins import load_plugins, warn_of_changes
+from stexp.runs.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     Parameters
     ----------
     path
-        An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
-        first, once.
+        An exported folder; or a run folder with its data still there, which is exported first, once, into it.
     plugins
         Plug-ins that the model may name, whose code then runs; a model that was made with one says so.
 
@@ -61,11 +60,7 @@ def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
         from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
         path = exported_run(path)
-    exported = model_folder.read(path)
-    made_with = exported.facts.get("plugins")
-    construct.require_plugins(made_with, path)
-    warn_of_changes(made_with, path)
-    return Model(exported)
+    return Model(model_folder.read(path))
 
 
 class Model:
@@ -307,8 +302,6 @@ class Model:
         if not np.isfinite(made["predicted"]).all():
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
         return made
-
-    # what is said of it
 
     def _record(self, places: Places, device: torch.device) -> dict[str, Any]:
         """``uns["stexp"]`` but for the verdict."""

@@ -25,6 +25,7 @@ from stexp.models.encoders.frozen import UNTUNED
 from stexp.models.method import Method, Prediction
 from stexp.training.fit import build_method
 from stexp.training.machine import Machine
+from stexp.training.observed import HideTruth, Watch, misfits
 
 SPOTS = 4  # of a batch
 EPOCHS = 60  # of one step each: a method may train its parts one after the other
@@ -133,7 +134,7 @@ class _Trial:
 
     def train(self) -> None:
         """A step is taken: its loss is a finite number, and its gradients reach every parameter that trains."""
-        watch = _Watch()
+        watch = Watch()
         trainer = self._trainer(watch, epochs=EPOCHS)
         try:
             trainer.fit(self.method, datamodule=self.data)
@@ -146,7 +147,7 @@ class _Trial:
         else:
             self._check_step(watch, trainer)
 
-    def _check_step(self, watch: _Watch, trainer: pl.Trainer) -> None:
+    def _check_step(self, watch: Watch, trainer: pl.Trainer) -> None:
         if not watch.losses:
             self.say("loss", False, "training_step returned none; return it, or inherit from ClosedForm")
         elif any(loss.numel() != 1 for loss in watch.losses):
@@ -157,7 +158,7 @@ class _Trial:
             self.say("loss", True, f"{float(watch.losses[0]):.4g}")
             self._check_gradients(watch, trainer)
 
-    def _check_gradients(self, watch: _Watch, trainer: pl.Trainer) -> None:
+    def _check_gradients(self, watch: Watch, trainer: pl.Trainer) -> None:
         trained = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         optimised = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         outside = [name for name, parameter in trained.items() if id(parameter) not in optimised]
@@ -175,7 +176,7 @@ class _Trial:
 
     def validate(self) -> None:
         """A batch of validation spots is predicted, by which checkpoints are chosen."""
-        watch = _Watch()
+        watch = Watch()
         self._trainer(watch, epochs=1, validation=1).validate(self.method, datamodule=self.data, verbose=False)
         if watch.validated is None:
             self.say("validation", None, "no spots to validate on")
@@ -189,7 +190,7 @@ class _Trial:
 
     def predict(self) -> None:
         """Every spot gets a finite value of every gene."""
-        watch = _Watch()
+        watch = Watch()
         parts = self._predict(self.method, SPOTS, watch)
         wrong = [part for part in parts if not isinstance(part, Prediction)]
         if wrong:
@@ -199,9 +200,9 @@ class _Trial:
             )
             return
         for part, n in zip(parts, watch.spots, strict=True):
-            misfits = _misfits(part, n, len(self.data.panel))
-            if misfits:
-                self.say("prediction", False, "; ".join(misfits))
+            wrong_shapes = misfits(part, n, len(self.data.panel))
+            if wrong_shapes:
+                self.say("prediction", False, "; ".join(wrong_shapes))
                 return
         self.whole = Prediction.concatenate(parts)
         fits = bool(torch.isfinite(self.whole.predicted).all())
@@ -236,7 +237,7 @@ class _Trial:
 
     def hide_truth(self) -> None:
         """The measured expression of the spots that are predicted is not read."""
-        hidden = self._tensor(self._predict(self.method, SPOTS, _HideTruth()))
+        hidden = self._tensor(self._predict(self.method, SPOTS, HideTruth()))
         self._compare(
             "truth",
             hidden,
@@ -266,7 +267,7 @@ class _Trial:
             return
         node = {**self.node, "image_encoder": {**self.node["image_encoder"], **UNTUNED}}
         method = build_method(node, self.data, self.machine, self.seed)
-        self._trainer(_Watch(), epochs=1).fit(method, datamodule=self.data)
+        self._trainer(Watch(), epochs=1).fit(method, datamodule=self.data)
         made = self._tensor(self._predict(method, SPOTS))
         if made.shape != self.whole.predicted.shape:
             self.say("image encoder", False, f"predicts {tuple(made.shape)} with image_encoder.frozen=true")
@@ -299,7 +300,7 @@ class _Trial:
     ) -> list[Any]:
         """What ``predict_step`` returns of the first `SPOTS` held-out spots, or of the first held-out section."""
         self.data.eval_batch_size = batch_size
-        trainer = self._trainer(callback or _Watch(), epochs=1, batches=SPOTS // batch_size)
+        trainer = self._trainer(callback or Watch(), epochs=1, batches=SPOTS // batch_size)
         torch.manual_seed(seed)
         self.data.trainer = method.trainer = trainer
         trainer.strategy.connect(method)
@@ -316,65 +317,6 @@ class _Trial:
         apart = float((made - first).abs().max()) if bool(torch.isfinite(made).all()) else np.inf
         fits = apart <= APART * scale
         self.say(name, fits, same if fits else f"predictions {differs} (by up to {apart:.2g})")
-
-
-class _Watch(pl.Callback):
-    """What a trainer is seen to do with a method."""
-
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.reached: set[str] = set()
-        self.validated: Any = None
-        self.training: list[str] = []
-        self.spots: list[int] = []
-
-    def on_before_backward(self, trainer: pl.Trainer, model: pl.LightningModule, loss: torch.Tensor) -> None:
-        self.losses.append(loss.detach())
-
-    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
-        if not self.losses and isinstance(outputs, Mapping) and "loss" in outputs:
-            self.losses.append(outputs["loss"].detach())  # of optimisation by hand
-
-    def on_after_backward(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        self.reached |= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        # further steps are only for parts that train later
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        trainer.should_stop = trained <= self.reached or not self.losses
-
-    def on_validation_batch_end(self, trainer, model, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        self.validated = outputs if outputs is not None else "nothing"
-
-    def on_predict_batch_start(self, trainer, model, batch, batch_idx, dataloader_idx=0) -> None:
-        self.spots.append(len(batch))
-
-    def on_predict_batch_end(self, trainer, model, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        self.training = [name or "the method" for name, module in model.named_modules() if module.training]
-
-
-class _HideTruth(pl.Callback):
-    """Batches of prediction whose measured expression is not what was measured."""
-
-    def on_predict_batch_start(self, trainer, model, batch, batch_idx, dataloader_idx=0) -> None:
-        for name in ("expression", "target", "counts", "context_expression"):
-            setattr(batch, name, getattr(batch, name) + 100.0)
-
-
-def _misfits(part: Prediction, n: int, genes: int) -> list[str]:
-    """What of a prediction has another shape than its spots and genes say."""
-    predicted = part.predicted
-    if not isinstance(predicted, torch.Tensor) or not predicted.is_floating_point():
-        return [f"Prediction.predicted is {type(predicted).__name__}; floating point numbers (spots, genes) would fit"]
-    out = []
-    for name, value in (("predicted", predicted), ("uncertainty", part.uncertainty)):
-        if value is not None and tuple(value.shape) != (n, genes):
-            out.append(f"{name} has the shape {tuple(value.shape)}; {n} spots x {genes} genes, {(n, genes)}, would fit")
-    for name in ("obs", "image_embedding", "neighbours", "neighbour_weights"):
-        value = getattr(part, name)
-        if value is not None and len(value) != n:
-            out.append(f"{name} has {len(value)} rows; {n}, one a spot, would fit")
-    return out
 
 
 def _some(names: Sequence[str]) -> str:
