@@ -261,7 +261,8 @@ def test_no_plugins_need_none(here):
 
 def test_a_config_cannot_allow_itself(here):
     (here / "run").mkdir()
-    config = {"plugins": ["mymethod"], "seed": 0, "data": {}, "model": {}, "protocol": {"_target_": "mymethod.Box"}}
+    config = to_plain(compose("train", ["fold=A"])) | {"plugins": ["mymethod"]}
+    config["protocol"]["_target_"] = "mymethod.Box"
     (here / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     from stexp.runs.finished import FinishedRun
     from stexp.runs.folder import RunFolder
