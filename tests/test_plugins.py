@@ -262,13 +262,13 @@ def test_no_plugins_need_none(here):
 def test_a_config_cannot_allow_itself(here):
     (here / "run").mkdir()
     config = to_plain(compose("train", ["fold=A"])) | {"plugins": ["mymethod"]}
-    config["protocol"]["_target_"] = "mymethod.Box"
+    config["model"]["_target_"] = "mymethod.Box"
     (here / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     from stexp.runs.finished import FinishedRun
     from stexp.runs.folder import RunFolder
 
     assert "plugins=[mymethod]" in refused(FinishedRun, RunFolder(here / "run"))
-    assert "not allowed" in refused(lambda: RunFolder(here / "run").protocol)
+    assert "not allowed" in refused(construct.build, RunFolder(here / "run").config["model"])
     assert "mymethod" not in sys.modules
 
 
