@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import construct
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
@@ -34,7 +33,7 @@ from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod, device_of
-from stexp.runs.plugins import load_plugins, warn_of_changes
+from stexp.runs.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +56,7 @@ def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
         None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
     """
     load_plugins(plugins)
-    folder = exported_folder(path)
-    exported = model_folder.read(folder)
-    made_with = exported.facts.get("plugins")
-    construct.require_plugins(made_with, folder)
-    warn_of_changes(made_with, folder)
-    return Model(exported)
+    return Model(model_folder.read(exported_folder(path)))
 
 
 def exported_folder(path: str | Path) -> Path:
@@ -307,8 +301,6 @@ class Model:
         if not np.isfinite(made["predicted"]).all():
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
         return made
-
-    # what is said of it
 
     def _record(self, places: Places, device: torch.device) -> dict[str, Any]:
         """``uns["stexp"]`` but for the verdict."""
