@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 
+from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
-from stexp.evaluation.score import score_under
+from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
 
@@ -25,11 +28,16 @@ NEEDED = (
 """What scoring reads of ``predictions.h5ad``."""
 
 
-def score_run(run: Path) -> dict:
+def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -> dict:
     """Score a run under its own protocol and the others, and write ``metrics.json`` and ``per_gene.csv``.
 
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
+
+    Parameters
+    ----------
+    gene_sets
+        Sets that are scored as wholes; None: modules of genes that vary together on the training side.
     """
     observed = predictions.read(run / "predictions.h5ad", *NEEDED)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
@@ -42,6 +50,10 @@ def score_run(run: Path) -> dict:
         scored[protocol.name], table = score_under(protocol, own, observed, floors)
         genes = table if protocol is own else genes
     mine = scored.pop(own.name)
+    assert genes is not None
+    sets = gene_sets or parse_json(str(floors.uns.get("gene_sets", "{}")))
+    layers = floors_of(floors, own)
+    behind, genes = evidence(observed, truth(observed, own), layers, genes, mine["sections"], sets)
     metrics = {
         "protocol": own.name,
         "fold": str(facts["fold"]),
@@ -56,6 +68,7 @@ def score_run(run: Path) -> dict:
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
         "chosen": predictions.read_fact(observed, "chosen"),
         "sections": mine["sections"],
+        "evidence": behind,
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
