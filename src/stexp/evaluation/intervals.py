@@ -64,8 +64,8 @@ def over_blocks(
     A percentile bootstrap of blocks (Lahiri 2003), the blocks being k-means clusters of the positions.
     """
     rng = np.random.default_rng(seed)
-    drawn = [_draw_blocks(*section, n_draws, rng) for section in sections]
-    if any(each is None for each in drawn):
+    drawn = [means for section in sections if (means := _draw_blocks(*section, n_draws, rng)) is not None]
+    if len(drawn) < len(sections):
         return None
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
     return {"low": float(low), "high": float(high), "over": "blocks of spots"}
