@@ -14,18 +14,10 @@ from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.records import AGAIN, Chosen
 from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
-
-NEEDED = (
-    "layers/predicted",
-    "layers/counts",
-    "obs/section",
-    "obs/total_counts",
-    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
-)
-"""What scoring reads of ``predictions.h5ad``."""
 
 
 def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -> dict:
@@ -39,7 +31,7 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
     gene_sets
         Sets that are scored as wholes; None: modules of genes that vary together on the training side.
     """
-    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    observed = predictions.read(run / "predictions.h5ad", *predictions.OF_RUN)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
     facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
@@ -66,7 +58,7 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
         "n_spots": observed.n_obs,
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
-        "chosen": predictions.read_fact(observed, "chosen"),
+        "chosen": predictions.read_fact(observed, "chosen", Chosen),
         "sections": mine["sections"],
         "evidence": behind,
         "scored_as": {
@@ -94,4 +86,4 @@ def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, 
         problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
     else:
         return
-    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")
+    raise InputError(f"{path} {problem}; delete it and {AGAIN}")
