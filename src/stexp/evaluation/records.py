@@ -95,6 +95,63 @@ class ScoredElsewhere(FactsElsewhere):
     coverage: Coverage
 
 
+class Interval(TypedDict):
+    """95 %; see :mod:`stexp.evaluation.intervals`."""
+
+    low: Finite
+    high: Finite
+    over: str
+
+
+class BeyondChance(TypedDict):
+    """How many genes correlate beyond their own moved maps; see :mod:`stexp.evaluation.chance`."""
+
+    n_genes: Whole
+    n_beyond: Whole
+    false_discoveries: Finite
+    pearson_moved: Finite | None
+
+
+class Stratum(TypedDict):
+    """See :func:`stexp.evaluation.strata.strata`."""
+
+    by: str
+    stratum: str
+    n_genes: Whole
+    pearson: Finite | None
+    ceiling: Finite | None
+    share: Finite | None
+    share_low: Finite | None
+    share_high: Finite | None
+
+
+class Measurable(TypedDict):
+    n_genes: Whole
+    pearson: Finite | None
+
+
+class GeneSet(TypedDict):
+    set: str
+    n_genes: Count
+    genes: list[str]
+    pearson: Finite | None
+    floors: Scores
+    chance_z: NotRequired[Finite]
+    chance_p: NotRequired[Finite]
+
+
+class Evidence(TypedDict):
+    """What stands behind a score; see :func:`stexp.evaluation.evidence.evidence`."""
+
+    intervals: dict[str, Interval]
+    error: Scores
+    structure: Scores
+    chance: BeyondChance | None
+    strata: list[Stratum]
+    measurable: Measurable
+    gene_sets: list[GeneSet]
+
+
 class Metrics(Scored):
     """``metrics.json``."""
 
@@ -109,6 +166,7 @@ class Metrics(Scored):
     oracle_floors: list[str]
     chosen: Chosen
     elsewhere: NotRequired[ScoredElsewhere]
+    evidence: NotRequired[Evidence]
 
 
 class AuditItem(TypedDict):

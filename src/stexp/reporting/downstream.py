@@ -9,15 +9,16 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
+from stexp.data.readers.gene_sets import read_gene_sets
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation import predictions
 from stexp.evaluation.coverage import covered
+from stexp.evaluation.spatial import variable_genes
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import differences, exports
 from stexp.reporting.domains import DOMAINS, METHODS, agreement, read_labels, spatial_domains
-from stexp.reporting.gene_sets import gene_set_scores, read_gene_sets
+from stexp.reporting.gene_sets import gene_set_scores
 from stexp.reporting.references import neighbour_table
-from stexp.reporting.spatial import variable_genes
 
 NEEDED = ("layers/predicted", "obs/section", "obsm/spatial", "uns/stexp")
 
