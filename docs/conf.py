@@ -29,8 +29,7 @@ extensions = [
 templates_path = ["_templates"]
 root_doc = "index"
 exclude_patterns = ["_ext", "_build", "**/.ipynb_checkpoints"]
-nitpicky = False
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["misc.highlighting_failure"]  # lines of a shell in notebooks
 
 # Markdown and notebooks, which are shown with the outputs that they are committed with: see notebooks.py
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -42,7 +41,7 @@ nb_merge_streams = True
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-autodoc_mock_imports: list[str] = []
+autodoc_inherit_docstrings = False  # of Lightning: long, and about Lightning
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
@@ -58,6 +57,10 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

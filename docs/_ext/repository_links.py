@@ -1,4 +1,4 @@
-"""Links of files that live elsewhere in the repository and are included here: to our page of the target, if any.
+"""Links to files of the repository: to our page of the target, if any.
 
 ``CONTRIBUTING.md`` links ``conf/README.md`` so that it works where the repository is browsed; on the site that is the
 page which includes ``conf/README.md``. Other files are copied beside the site; folders have no page, and stay as text.
@@ -48,6 +48,14 @@ def included(app: Sphinx, relative_path: Path, parent_docname: str, content: lis
         content[0] = rewrite(content[0], source, Path(app.env.doc2path(parent_docname)))
 
 
+def read(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Rewrite a page of our own, whose links work where the repository is browsed, too; an event of Sphinx."""
+    page = Path(app.env.doc2path(docname))
+    if page.suffix == ".md":
+        content[0] = rewrite(content[0], page, page)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("include-read", included)
+    app.connect("source-read", read)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
