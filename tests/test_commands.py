@@ -88,7 +88,7 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
 
 
 COMMANDS = {"table": "table"} | {
-    name: name for name in ("train", "score", "floors", "prepare", "report", "predict", "export", "analyse")
+    name: name for name in ("train", "score", "floors", "evaluate", "prepare", "report", "predict", "export", "analyse")
 }
 
 
@@ -110,7 +110,7 @@ def test_every_command_says_its_version(name: str) -> None:
     assert (done.returncode, done.stdout) == (0, f"stexp {__version__}\n")
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "prepare", "score"])
+@pytest.mark.parametrize("name", ["train", "predict", "prepare", "score", "evaluate"])
 def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) -> None:
     import_module(f"stexp.cli.{name}")  # prepare makes a group of its own
     cfg = compose(name, [], with_hydra=True)

@@ -180,3 +180,14 @@ class TrainedMethod:
                     made["uncertainty"][rows, columns] = sd.cpu().numpy()
         which, weights = (torch.cat(part).cpu().numpy() for part in zip(*heaviest, strict=True))
         return {**made, "obs": pd.concat(obs, ignore_index=True), "neighbours": which, "neighbour_weights": weights}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name as torch has it, or as :func:`stexp.hardware.accelerator_of`."""
+    base, _, number = str(name).partition(":")
+    kind = hardware.accelerator_of(base, "device")
+    if not number:
+        return torch.device(kind)
+    if not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
+        raise InputError(f"device={name}: there is no such device; take {base}")
+    return torch.device(kind, int(number))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stexp.reporting.footnotes import not_stated
 from stexp.runs.scored import ScoredRun
 
 SAME_FLOOR = 1e-3
@@ -67,7 +68,7 @@ def _name_floors(scores: pd.DataFrame, encoders: dict[str, str]) -> None:
 
 def cost_of(runs: list[ScoredRun]) -> dict:
     """Seeds, leaks, and what one run of a method took: means of seconds, the highest of the rest."""
-    records = [run.provenance for run in runs]
+    records = [run.provenance for run in runs if not run.is_elsewhere]  # whose training is not on record
     sizes = [record.get("parameters") or {} for record in records]
 
     def highest(facts: list[dict], key: str) -> float | None:
@@ -75,14 +76,16 @@ def cost_of(runs: list[ScoredRun]) -> dict:
 
     return {
         "n_seeds": len({run.seed for run in runs}),
-        "leaks": span(run.audit["leaks"] for run in runs),
-        "epochs": highest(records, "epochs") or max(run.settings.get("trainer.max_epochs") or 0 for run in runs),
-        "seconds": float(np.mean([record["seconds"] for record in records])),
+        "leaks": span(run.audit["leaks"] for run in runs) + (" known" if any(map(not_stated, runs)) else ""),
+        "epochs": highest(records, "epochs") or max(run.settings.get("trainer.max_epochs") or 0 for run in runs)
+        if records
+        else None,
+        "seconds": float(np.mean([record["seconds"] for record in records])) if records else np.nan,
         "peak_memory_gb": highest(records, "peak_memory_gb"),
         "peak_gpu_memory_gb": highest(records, "peak_gpu_memory_gb"),
         "parameters": highest(sizes, "total"),
         "trained_parameters": highest(sizes, "trained"),
-        "hardware": ", ".join(sorted({_hardware(record.get("hardware", {})) for record in records})),
+        "hardware": ", ".join(sorted({_hardware(record.get("hardware", {})) for record in records})) or "elsewhere",
     }
 
 

@@ -12,6 +12,7 @@ import anndata as ad
 
 from stexp.data.slides import pictures
 from stexp.errors import InputError
+from stexp.evaluation.coverage import covered, sentences
 from stexp.evaluation.predictions import CHANGED, changed_since_run, protocol_of, read, read_genes, read_json
 from stexp.evaluation.verdict import best_floor, has_more_than_highest, is_oracle, label, verdict
 from stexp.reporting.maps import make_maps
@@ -74,10 +75,11 @@ FLOORS = {
 def run_page(run: Path) -> str:
     """The page of a run, from the files in its folder; see :func:`~stexp.reporting.report.write_report`."""
     metrics = read_json(run / "metrics.json", *METRICS)
-    audit = read_json(run / "audit.json", *AUDIT)
+    audit = {"unknown": 0, **read_json(run / "audit.json", *AUDIT)}
+    audit["items"] = [{"unknown": False, **item} for item in audit["items"]]
     provenance = read_json(run / "provenance.json", *PROVENANCE)
     genes = read_genes(run / "per_gene.csv", *(key for key, _ in GENE_COLUMNS), "ceiling")
-    predictions = read(run / "predictions.h5ad", *PREDICTIONS)
+    predictions = covered(read(run / "predictions.h5ad", *PREDICTIONS))
     again = f"score the run again (stexp-score run={run})"
     if len(genes) != metrics["n_genes"]:
         raise InputError(f"{run / 'per_gene.csv'} has {len(genes)} of {metrics['n_genes']} genes; {again}")
@@ -130,6 +132,7 @@ def _render(
         columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
         heg=heg,
         changes=changes(metrics),
+        elsewhere=sentences(metrics),
         floor_notes=FLOORS,
         config=str(predictions.uns["stexp"]["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),

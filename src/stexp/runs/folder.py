@@ -20,6 +20,8 @@ from stexp.protocol import Protocol
 
 RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
+PREDICTIONS = "predictions"
+"""Key of the config of a run that only scores what another tool predicted: it has no model."""
 ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath")
 """How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
 
@@ -52,6 +54,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """What the run predicts with: the best checkpoint, or the last where nothing was validated."""
+        self.require_model()
         for path in (self.best_checkpoint, self.last_checkpoint):
             if path.is_file():
                 return path
@@ -78,6 +81,15 @@ class RunFolder:
     def require(self) -> RunFolder:
         """The folder itself; InputError where it holds no run."""
         _ = self.config
+        return self
+
+    def require_model(self) -> RunFolder:
+        """The folder itself; InputError where its predictions were made elsewhere."""
+        if PREDICTIONS in self.config:
+            raise InputError(
+                f"{self.path} holds the scores of predictions that were made elsewhere, and no model; a run of "
+                f"stexp-train would fit"
+            )
         return self
 
     @property

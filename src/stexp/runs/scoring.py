@@ -10,6 +10,7 @@ import numpy as np
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.coverage import ELSEWHERE, describe_coverage, facts_elsewhere
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.score import score_under
 from stexp.files import write_atomically, write_csv
@@ -51,7 +52,7 @@ def score_run(run: Path) -> dict:
         "floors": mine["floors"],
         "ceiling": mine["ceiling"],
         "oracle_floors": sorted(ORACLES & set(mine["floors"])),
-        "n_spots": observed.n_obs,
+        "n_spots": sum(section["n_spots"] for section in mine["sections"].values()),
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
         "chosen": predictions.read_fact(observed, "chosen"),
@@ -60,6 +61,9 @@ def score_run(run: Path) -> dict:
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
     }
+    elsewhere = facts_elsewhere(observed)
+    if elsewhere is not None:
+        metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
     if predictions.changed_since_run(run):
         metrics["predictions_changed"] = True
     write_csv(genes, run / "per_gene.csv")
