@@ -137,3 +137,29 @@ def test_the_page_says_what_was_not_measured_and_what_missed_its_aim(tmp_path: P
     page = gpu_table.readme(tmp_path)
     assert "| training step | 0.50 | >= 0.95, **missed** | 12.3 GB | Some card" in page
     assert page.count("| not measured |") == 5
+
+
+def test_a_machine_that_lacks_something_is_left_with_all_of_it_named(machine, monkeypatch):
+    answer(monkeypatch, missing={"hydra": "no module", "anndata": "too old"})
+    with pytest.raises(SystemExit, match=r"(?s)hydra: no module.*anndata: too old.*--have"):
+        gpu.inspect_machine(machine)
+    answer(monkeypatch, commit=None, dirty=None)
+    machine.dry = False
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu.inspect_machine(machine)
+
+
+@pytest.mark.parametrize(("digest", "commit"), [(gpu.source_digest(), "abc"), ("of other code", None)])
+def test_a_copy_without_git_has_the_commit_of_its_pack_if_it_is_the_same_code(machine, monkeypatch, digest, commit):
+    machine.pack.mkdir()
+    pack = {"digest": digest, "commit": "abc", "dirty": False}
+    (machine.pack / "pack.json").write_text(json.dumps(pack))
+    answer(monkeypatch, gpu=["Some card"], commit=None, dirty=None)
+    gpu.inspect_machine(machine)
+    assert machine.facts["commit"] == commit
+
+
+def answer(monkeypatch, **facts):
+    """What the machine says of itself when it is asked."""
+    done = subprocess.CompletedProcess([], 0, stdout=f"a line of another package\n{json.dumps(facts)}\n", stderr="")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)

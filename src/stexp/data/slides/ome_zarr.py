@@ -64,9 +64,7 @@ class ZarrImage:
         try:
             import zarr  # optional: spatialdata and anndata bring it
         except ImportError as error:
-            raise InputError(
-                f"image {path} is OME-Zarr, which needs more: pip install 'stexp[spatialdata]'"
-            ) from error
+            raise InputError(f"image {path} is OME-Zarr, which needs more: pip install 'stexp[spatialdata]'") from error
         self.path = path
         self.notes: list[str] = []
         self.hints: list[str] = []
