@@ -176,9 +176,8 @@ def test_a_module_and_sections_of_ones_own(own: stexp.Model, tmp_path: Path, mon
 
 def test_a_folder_without_a_name_goes_with_what_was_made_in_it(own: stexp.Model) -> None:
     work = WorkFolder()
-    score = stexp.Score(work)
     shutil.copytree(own.folder, work.path, dirs_exist_ok=True)
-    path = work.path
+    score, path = stexp.Score(work), work.path
     del work
     gc.collect()
     assert score.metrics == own.score.metrics, "a score holds its folder"
@@ -223,13 +222,15 @@ def test_scores_are_compared_section_by_section(model: stexp.Model, tmp_path: Pa
     metrics["model"] = "worse"
     metrics["sections"]["A1"]["scores"]["pearson_acg"] -= 0.25
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    worse = stexp.Score(WorkFolder(folder))
+    worse = stexp.Score(folder)
     assert stexp.compare([model.score, worse])["difference"].to_dict() == pytest.approx({"mclstexp": 0.25})
     against = stexp.compare([model.score, worse], baseline="colour ridge")["difference"]
     floor = model.score.table.loc["colour ridge", "pearson_acg"]
     assert against["mclstexp"] == pytest.approx(model.score.table.loc["mclstexp", "pearson_acg"] - floor)
     with pytest.raises(InputError, match=r"all of mclstexp; .*baseline="):
         stexp.compare([model.score])
+    with pytest.raises(InputError, match="is no run folder"):
+        stexp.Score(tmp_path)
     with pytest.raises(InputError, match="did you mean pearson_acg"):
         stexp.compare([model.score, worse], metric="pearson_agc")
 
@@ -390,6 +391,8 @@ def test_genes_are_drawn_where_their_spots_are(model: stexp.Model, data: stexp.S
     low, high = maps[3].get_ylim()
     assert low > high, "y points down, as in the image"
     assert figure._repr_png_().startswith(b"\x89PNG")
+    spread = stexp.plot.genes(adata, genes[:1], layers=["observed", "uncertainty"])
+    assert not any("r =" in ax.get_title() for ax in spread.axes), "only predictions are held against the truth"
 
 
 def test_five_genes_need_two_lines_and_other_anndata_are_drawn_too() -> None:

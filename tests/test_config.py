@@ -336,7 +336,7 @@ def test_a_bug_is_a_traceback_after_a_line_that_says_where_the_run_stands(error,
         raise error
     assert caught.value is error
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{type(error).__name__} (a bug)" in line and "goes on from the last checkpoint" in line
+    assert f"{type(error).__name__} (a bug)" in line and "the same command goes on from there" in line
 
 
 # what a command line reads as something else

@@ -14,7 +14,6 @@ from demo_run import overrides_of
 from sections import make_data
 
 from stexp import config
-from stexp.cli.analyse import analyse
 from stexp.cli.evaluate import score_files
 from stexp.config.compose import compose
 from stexp.data.datamodule import SpotDataModule
@@ -29,6 +28,7 @@ from stexp.evaluation.metrics import mean_over_sections, score_section, top_gene
 from stexp.inference.export import export
 from stexp.inference.predictor import load_model
 from stexp.protocol import Protocol
+from stexp.reporting.downstream import analyse
 from stexp.reporting.report import write_report
 from stexp.reporting.tables import markdown, tabulate_all
 from stexp.runs.foreign import evaluate
@@ -164,8 +164,12 @@ def test_missing_spots_and_genes_are_scored_on_what_is_there(data, theirs, whole
             assert scored[score] == pytest.approx(mean_over_sections(of_sections)[score]), (key, score)
     page = write_report(tmp_path / "part").read_text()
     assert "40 of 50 test spots and 27 of 30 genes" in page
-    table = tabulate_all([read_scored_run(tmp_path / "part")])[0]
-    assert table.marks == {"theirs": " ‡"} and "40 of 50 test spots" in markdown(table)
+    evaluate(theirs, data, tmp_path / "all", name="whole")
+    table = tabulate_all([read_scored_run(tmp_path / folder) for folder in ("part", "all")])[0]
+    assert table.marks == {"theirs": " ‡", "whole": " †"} and "40 of 50 test spots" in markdown(table)
+    rows = table.rows.set_index("label")["mse"]
+    assert rows["floor: mean (where theirs predicts)"] == pytest.approx(metrics["floors"]["mean"]["mse"])
+    assert rows["floor: mean"] == pytest.approx(metrics_of(whole)["floors"]["mean"]["mse"])
     assert metrics["ceiling"] != metrics_of(whole)["ceiling"]
 
 

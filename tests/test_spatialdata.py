@@ -19,6 +19,7 @@ from fakes import visium  # noqa: E402
 from spatialdata.models import Image2DModel, PointsModel, ShapesModel  # noqa: E402
 from spatialdata.transformations import Affine, Identity, Scale, Translation  # noqa: E402
 
+from stexp.cli.predict import find_slides  # noqa: E402
 from stexp.data.readers.spatialdata import read_spatialdata  # noqa: E402
 from stexp.data.readers.visium import read_visium  # noqa: E402
 from stexp.data.slides.slide import Slide  # noqa: E402
@@ -194,6 +195,11 @@ def test_a_folder_of_zarr_that_is_no_image_is_refused_as_a_slide(root):
         Slide(root / "a.zarr").size  # noqa: B018
     with pytest.raises(InputError, match="no image of OME-Zarr"):
         Slide(root / "a.zarr" / "tables" / "table").size  # noqa: B018
+
+
+def test_an_image_of_a_store_is_a_slide_to_predict(root):
+    image = root / "a.zarr" / "images" / "a_full_image"
+    assert find_slides(str(image)) == {"a_full_image": image}
 
 
 def test_an_image_of_other_pixels_is_not_taken_for_one_of_tissue(tmp_path, caplog):

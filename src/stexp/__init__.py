@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from stexp.api.floors import floors
     from stexp.api.model import Model, load_model
     from stexp.api.score import Score
-    from stexp.api.sections import read_cscc, read_her2st, read_hest, read_samplesheet, read_visium
+    from stexp.api.sections import read_cscc, read_her2st, read_hest, read_samplesheet, read_spatialdata, read_visium
     from stexp.data.section import Section
+    from stexp.inference.lazyslide import TilePredictor
     from stexp.protocol import Protocol
+    from stexp.reporting.spatialdata import add_to
 
 __path__.append(str(Path(__file__).parent / "cli"))  # `python -m stexp.train` runs cli/train.py
 
@@ -31,7 +33,9 @@ __all__ = [
     "Score",
     "Section",
     "SpotDataModule",
+    "TilePredictor",
     "__version__",
+    "add_to",
     "compare",
     "datasets",
     "evaluate",
@@ -43,6 +47,7 @@ __all__ = [
     "read_her2st",
     "read_hest",
     "read_samplesheet",
+    "read_spatialdata",
     "read_visium",
 ]
 
@@ -52,12 +57,17 @@ _MODULE_OF = {
     "Score": "stexp.api.score",
     "Section": "stexp.data.section",
     "SpotDataModule": "stexp.api.data",
+    "TilePredictor": "stexp.inference.lazyslide",
+    "add_to": "stexp.reporting.spatialdata",
     "compare": "stexp.api.compare",
     "evaluate": "stexp.api.evaluate",
     "fit": "stexp.api.fit",
     "floors": "stexp.api.floors",
     "load_model": "stexp.api.model",
-    **dict.fromkeys(("read_cscc", "read_her2st", "read_hest", "read_samplesheet", "read_visium"), "stexp.api.sections"),
+    **dict.fromkeys(
+        ("read_cscc", "read_her2st", "read_hest", "read_samplesheet", "read_spatialdata", "read_visium"),
+        "stexp.api.sections",
+    ),
 }
 """Public name -> the module that has it, imported on first use: most bring torch, which scores and tables need not."""
 _MODULES = {"datasets": "stexp.api.datasets", "plot": "stexp.api.plot"}

@@ -154,7 +154,7 @@ def build(node: Any, **extra: Any) -> Any:
     if "_target_" not in node:
         return arguments
     target = MOVED.get(str(node["_target_"]), str(node["_target_"]))
-    function = _callable(target)
+    function = named_callable(target)
     parameters = inspect.signature(function).parameters
     of_extra = {key: value for key, value in extra.items() if key in parameters}
     check_keys(function, {**arguments, **of_extra}, target)
@@ -166,7 +166,7 @@ def build(node: Any, **extra: Any) -> Any:
         raise InputError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _callable(target: str) -> Any:
+def named_callable(target: str) -> Any:
     """What a target names, where a config may call it."""
     plugin = plugin_of(target)
     is_named = plugin is not None or target.startswith(("stexp.", "pytorch_lightning."))

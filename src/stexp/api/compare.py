@@ -43,6 +43,7 @@ def compare(scores: Sequence[Score], metric: str = "pearson_acg", baseline: str 
     --------
     >>> stexp.compare([ours.score, theirs])
     >>> stexp.compare([model.score], baseline="colour ridge")
+    >>> stexp.compare([stexp.Score("runs/stnet-B"), stexp.Score("runs/mine-B")], metric="pearson_heg50")
     """
     if not scores or not all(isinstance(score, Score) for score in scores):
         raise InputError("scores: a list of those of stexp.evaluate or model.score would fit")
@@ -60,4 +61,4 @@ def compare(scores: Sequence[Score], metric: str = "pearson_acg", baseline: str 
         raise InputError(f"scores are of different data or protocols: {', '.join(sorted(map(' '.join, kinds)))}")
     title = " ".join(next(iter(kinds)))
     table = tabulate(title, runs, metric, baseline or names[-1], False, [score.name for score in scores])
-    return table.comparisons.set_index("method")
+    return table.comparisons.astype({"low": float, "high": float}).set_index("method")

@@ -46,11 +46,13 @@ class SpotDataModule(datamodule.SpotDataModule):
     sections
         All sections, held out and not; those without an image serve as references.
     protocol
-        ``"strict"`` (patients disjoint), ``"paper"``, ``"blocks"``, or a :class:`~stexp.protocol.Protocol`.
+        ``"strict"`` (patients disjoint), ``"paper"`` (one section held out; with the gene list of the paper, where the
+        data set names one, and whatever sections are given), ``"blocks"``, or a :class:`~stexp.protocol.Protocol`.
     fold
         The patient (strict), section (paper) or block that is held out; None: the first.
     image_encoder
-        A choice of ``conf/image_encoder``, such as ``"uni"``; None: that of the data set or of the method.
+        A choice of ``conf/image_encoder``, such as ``"uni"``; None: that of the data set or of the method. Two of the
+        floors are on its features: scores of methods with different ones have different floors.
     image_encoder_args
         Arguments of the encoder that differ, such as ``{"frozen": True, "checkpoint": "weights.pth"}``.
     tile_px, tile_um

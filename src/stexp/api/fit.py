@@ -37,6 +37,7 @@ def fit(
     *,
     max_epochs: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    begin_at: str | Path | None = None,
     seed: int | None = None,
     accelerator: str | None = None,
     devices: int | Sequence[int] | None = None,
@@ -69,6 +70,10 @@ def fit(
         None: 90.
     model_args
         Arguments of a method by name that differ, such as ``{"lr": 1e-4}``.
+    begin_at
+        A model whose weights the training goes on from: an exported folder, a run, or ``owner/name`` on the hub. Its
+        method and sizes must be these; genes that it lacks are initialised. Data that it was trained on are not held
+        out.
     seed
         Of weights, order and augmentation; None: that of `data`.
     accelerator, devices
@@ -119,6 +124,7 @@ def fit(
     work = WorkFolder(output_dir)
     changes: dict[str, Any] = {
         "output_dir": os.fspath(work.path),
+        "from": begin_at,
         "seed": data.seed if seed is None else seed,
         "trainer.max_epochs": max_epochs,
         "trainer.accelerator": accelerator,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import anndata as ad
 import numpy as np
@@ -31,6 +31,21 @@ from stexp.inference.out_of_distribution import KnownTiles
 from stexp.inference.trained import TrainedMethod
 from stexp.protocol import Protocol
 from stexp.runs.plugins import load_plugins
+
+
+class SlideOptions(TypedDict, total=False):
+    """Options of a prediction; see :meth:`stexp.inference.predictor.Model.predict`."""
+
+    um_per_px: float | None
+    grid: str
+    spacing_um: float
+    coordinates: str | Path | np.ndarray | None
+    genes: str | Sequence[str]
+    exclude_slide: bool
+    device: str
+    batch_size: int
+    work_dir: str | Path | None
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,9 @@ class Model:
     def _held_out(self) -> ad.AnnData:
         return predictions.read(self.folder / "predictions.h5ad", "uns/stexp/fold", "layers/predicted")
 
-    def predict(self, slide: str | Path | Slide | Section | SpotDataModule, **options: Any) -> ad.AnnData:
+    def predict(
+        self, slide: str | Path | Slide | Section | SpotDataModule, **options: Unpack[SlideOptions]
+    ) -> ad.AnnData:
         """Predict the expression on a slide, of the spots of a section, or of those that data hold out.
 
         Parameters
@@ -180,10 +197,12 @@ class Model:
                 parts.append(self._predict_spots(section, test, options))
         return _joined(parts)
 
-    def _predict_spots(self, section: Section, spots: np.ndarray, options: dict[str, Any]) -> ad.AnnData:
+    def _predict_spots(self, section: Section, spots: np.ndarray, options: SlideOptions) -> ad.AnnData:
         """Those of a section's spots that a mask (n_spots,) names."""
-        options = {"um_per_px": section.um_per_px, "coordinates": section.xy_px[spots], **options}
-        adata = self.exported.predict(section.image, **options)
+        if section.slide is None:
+            raise InputError(f"section {section.name} has no image; one that has would fit")
+        own: SlideOptions = {"um_per_px": section.um_per_px, "coordinates": section.xy_px[spots], **options}
+        adata = self.exported.predict(section.slide, **own)
         names, taken = section.spots.obs_names[spots].astype(str), section.take(spots)
         adata.obs_names = f"{section.name}:" + names
         adata.obs["section"], adata.obs["patient"], adata.obs["spot"] = section.name, section.patient, names

@@ -17,10 +17,11 @@ from stexp.data.shown import facts_table, one_line
 from stexp.errors import InputError
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import SCORES
-from stexp.evaluation.predictions import read_genes, read_json
+from stexp.evaluation.records import read_audit, read_genes, read_metrics
 from stexp.evaluation.score import summary
 from stexp.evaluation.verdict import best_floor, label, number, verdict
 from stexp.reporting.report import write_report
+from stexp.runs.folder import RunFolder
 from stexp.runs.scoring import score_run
 
 
@@ -29,18 +30,24 @@ class Score:
 
     Parameters
     ----------
-    work
-        Folder of a run: ``predictions.h5ad``, ``floors.h5ad``, ``audit.json``, ``metrics.json``.
+    run
+        Folder of a finished run, of a command or of Python.
+
+    Raises
+    ------
+    InputError
+        The folder holds no run.
 
     Examples
     --------
-    >>> score = model.score
+    >>> score = model.score  # or stexp.Score("runs/her2st-stnet-strict-B-s0")
     >>> score.table.loc[["stnet", "colour ridge"], "pearson_acg"]
     >>> score.report("report.html")
     """
 
-    def __init__(self, work: WorkFolder) -> None:
-        self._work = work
+    def __init__(self, run: str | Path | WorkFolder) -> None:
+        self._work = run if isinstance(run, WorkFolder) else WorkFolder(run)
+        RunFolder(self.folder).require()
 
     @property
     def folder(self) -> Path:
@@ -52,7 +59,7 @@ class Score:
         """``metrics.json``, all that was scored, as plain values."""
         if not (self.folder / "metrics.json").is_file():
             return score_run(self.folder)
-        return read_json(self.folder / "metrics.json", "scores", "floors", "ceiling", "sections")
+        return dict(read_metrics(self.folder))
 
     @property
     def name(self) -> str:
@@ -87,7 +94,7 @@ class Score:
 
         ``leak``; ``unknown``: it cannot be judged, since whoever predicted did not state it; ``detail``.
         """
-        items = read_json(self.folder / "audit.json", "items")["items"]
+        items = read_audit(self.folder)["items"]
         table = pd.DataFrame([{"unknown": False, **item} for item in items]).set_index("name")
         return table[["leak", "unknown", "detail"]]
 

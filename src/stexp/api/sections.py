@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
-from stexp.data.readers import cscc, demo, her2st, hest, samplesheet, visium
+from stexp.data.readers import cscc, demo, her2st, hest, samplesheet, spatialdata, visium
 from stexp.data.section import Section
 
 P = ParamSpec("P")
@@ -69,4 +69,5 @@ read_demo = recorded("demo", demo.read_demo)
 read_her2st = recorded("her2st", her2st.read_her2st)
 read_hest = recorded("hest", hest.read_hest)
 read_samplesheet = recorded("samplesheet", samplesheet.read_samplesheet)
+read_spatialdata = recorded("spatialdata", spatialdata.read_spatialdata)
 read_visium = recorded("visium", visium.read_visium)

@@ -13,12 +13,15 @@ from typing import Any
 import pytorch_lightning as pl
 
 from stexp.api.features import frozen_encoder, machine_of
+from stexp.api.settings import recorded
 from stexp.construct import build
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
 from stexp.files import alone_in, write_atomically
+from stexp.inference.base import Base, check_data, check_method, read_base
+from stexp.inference.carried import CarriedWeights
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
@@ -30,9 +33,6 @@ from stexp.training.fit import best_validation_score, build_method, fit, predict
 from stexp.training.machine import Machine
 
 log = logging.getLogger(__name__)
-
-NO_SETTING = ("overwrite", "verbose", "hydra", "sweep")
-"""Keys that change nothing of a run: a run folder's config goes without them."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,41 @@ def train_run(
         Another process is at work in the folder, or it holds a run with another config or of other data.
     """
     machine = machine_of(config)
-    config = {key: value for key, value in config.items() if key not in NO_SETTING}
+    config = recorded(config)
+    base = _base(config, method)
+    if base is not None:
+        config["from"] = base.config
     folder = RunFolder(Path(config["output_dir"]))
     if not machine.is_first:
         logging.getLogger().setLevel(logging.ERROR)  # the first process says what there is to say
-    with alone_in(folder.path) if machine.is_first else nullcontext():
-        if machine.is_first:
-            if folder.claim(config, overwrite):
-                return TrainedRun(folder.path, _finished(folder, sections), None)
-        elif folder.finished and not overwrite:
-            return None
-        return _train(config, sections, folder, machine, overwrite, method, callbacks)
+    try:
+        with alone_in(folder.path) if machine.is_first else nullcontext():
+            if machine.is_first:
+                if folder.claim(config, overwrite):
+                    return TrainedRun(folder.path, _finished(folder, sections), None)
+            elif folder.finished and not overwrite:
+                return None
+            return _train(config, sections, folder, machine, overwrite, method, callbacks, base)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_next(folder)) from None
+
+
+def _next(folder: RunFolder) -> str:
+    """What the same command does after this one was interrupted."""
+    if folder.last_checkpoint.exists():
+        return f"the same command goes on from {folder.last_checkpoint}"
+    return "no epoch is finished; the same command starts anew, with the tiles and features that are in the cache"
+
+
+def _base(config: Mapping[str, Any], method: Method | None) -> Base | None:
+    """The model that the training begins at, where the config names one."""
+    if config.get("from") is None:
+        return None
+    if method is not None:
+        raise InputError(f"from={config['from']}: a method given as an object brings its own weights")
+    base = read_base(str(config["from"]))
+    check_method(base, config["model"])
+    return base
 
 
 def _train(
@@ -109,6 +133,7 @@ def _train(
     overwrite: bool,
     method: Method | None,
     callbacks: Sequence[pl.Callback],
+    base: Base | None,
 ) -> TrainedRun | None:
     dataset, protocol, seed = DataSet(config["data"]), build(config["protocol"]), config["seed"]
     stages = Stages(folder.path if machine.is_first else None)
@@ -116,6 +141,8 @@ def _train(
     _announce(config, machine)
     with stages("data"):
         data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen_encoder(config, machine))
+        if base is not None:
+            check_data(base, data)
         data.open_tiles()
         for line in data.summary():
             log.info("%s", line)
@@ -124,6 +151,10 @@ def _train(
     with stages("model"):
         if method is None:
             method = build_method(config["model"], data, machine, seed)
+        carried = None if base is None else CarriedWeights(base, method, config["model"], data)
+        if carried is not None:
+            carried.say()
+            callbacks = [*callbacks, carried]
     status = "failed"
     try:
         if machine.is_first:
@@ -153,6 +184,8 @@ def _train(
         )
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
+        if carried is not None:
+            record["from"] = carried.record()
         if folder.best_checkpoint.exists():
             record["validation_pearson"] = best_validation_score(folder.best_checkpoint)
         write_atomically(folder.path / "provenance.json", json.dumps(record, indent=1))

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anndata as ad
-import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from stexp.arguments import Seed, check
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
-from stexp.data.dataset import DataSet
-from stexp.data.section import Section, check_name
-from stexp.data.splits import check_fold, folds
 from stexp.errors import InputError, did_you_mean
-from stexp.evaluation.foreign.files import find_files, read_predictions
-from stexp.evaluation.foreign.names import names_of, rename_genes
-from stexp.evaluation.foreign.scales import check_scale
-from stexp.evaluation.score import summary
 from stexp.files import alone_in
 from stexp.protocol import Protocol
-from stexp.reporting.report import write_report
+
+if TYPE_CHECKING:  # which --help does without, here and in functions: pandas, anndata, torch
+    import anndata as ad
+
+    from stexp.data.section import Section
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +31,11 @@ def main(cfg: DictConfig) -> None:
         for key, example in (("predictions", "theirs.h5ad"), ("name", "theirs")):
             if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
                 raise InputError(f"{key} is not given; as in: stexp-evaluate {key}={example} (--help says more)")
+        from stexp.data.dataset import DataSet
+        from stexp.data.splits import check_fold, folds
+        from stexp.evaluation.foreign.files import find_files
+        from stexp.evaluation.score import summary
+
         check_options(cfg)
         files = find_files(_names(cfg.predictions) or [])
         protocol, dataset = build(cfg.protocol), DataSet(to_plain(cfg.data))
@@ -51,6 +51,9 @@ def main(cfg: DictConfig) -> None:
 
 def check_options(cfg: DictConfig) -> None:
     """What would else be refused after the sections are read."""
+    from stexp.data.section import check_name
+    from stexp.evaluation.foreign.scales import check_scale
+
     check_name(str(cfg.name), "name")
     check("seed", cfg.seed, Seed)
     if cfg.scale is not None:
@@ -67,7 +70,20 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
     dict
         ``metrics.json``.
     """
+    # imports torch and Lightning
+    import pytorch_lightning as pl
+
+    from stexp.data.dataset import DataSet
+    from stexp.evaluation.foreign.files import read_predictions
+    from stexp.evaluation.foreign.names import check_sections, names_of, rename_genes
+    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
+    from stexp.reporting.report import write_report
+    from stexp.runs.foreign import evaluate
+    from stexp.training.machine import Machine
+
     names = names_of(sections)
+    for key in ("trained_on", "genes_chosen_on"):
+        check_sections(key, _names(cfg[key]), list(names.sections))
     predicted = read_predictions(files, names, None if cfg.layer is None else str(cfg.layer))
     log.info("read predictions of %d spots x %d genes", *predicted.shape)
     config: dict[str, Any] = to_plain(cfg)
@@ -76,13 +92,6 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
     if cfg.genes == "predicted":
         panel = panel_of(rename_genes(predicted, names, gene_table)[0], sections)
         dataset = DataSet({**config["data"], "panel_saw_test": False})  # who chose them is stated, or not known
-    # imports torch and Lightning, which --help and refusals do without
-    import pytorch_lightning as pl
-
-    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
-    from stexp.runs.foreign import evaluate
-    from stexp.training.machine import Machine
-
     machine = Machine({"accelerator": config["device"], "devices": 1}, config["precision"])
     machine.set_threads()
     pl.seed_everything(config["seed"], verbose=False)  # of an encoder with random weights
@@ -123,6 +132,8 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
 
 def panel_of(predicted: ad.AnnData, sections: list[Section]) -> list[str]:
     """Predicted genes that every section with an image measures, in their order; the others are said."""
+    import pandas as pd
+
     common = set.intersection(*(set(section.genes) for section in sections if section.slide is not None))
     genes = pd.Index(predicted.var_names)
     panel = [str(gene) for gene in genes if gene in common]

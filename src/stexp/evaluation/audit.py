@@ -12,7 +12,8 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     ----------
     facts
         ``patient_of``: section -> patient; ``train``, ``validation``, ``test``, ``reference``: sections in
-        each role (reference: those retrieved from); ``panel_saw_test``: test sections that chose the panel;
+        each role (reference: those retrieved from); ``began_at``: the model whose weights training began at, if any,
+        which is refused where it saw what is held out; ``panel_saw_test``: test sections that chose the panel;
         ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
         ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
@@ -81,6 +82,9 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}",
         ),
     ]
+    if facts.get("began_at") is not None:
+        of_it = f"training began at {facts['began_at']}"
+        items.append(_item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}
 
 
@@ -101,7 +105,7 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
         As :func:`audit`; besides ``unknown``: how many items cannot be judged, each of which has ``unknown``.
     """
     test, stated = set(facts["test"]), facts["trained_on"] is not None
-    facts = facts | {"train": facts["trained_on"] or []}
+    facts = facts | {"train": facts["trained_on"] or [], "validation": [], "reference": []}
     shared, training = sorted(test & set(facts["train"])), _same_patient(facts, "train")
     if stated:
         items = [

@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 
 from stexp.evaluation.predictions import read_fact
+from stexp.evaluation.records import FactsElsewhere
 
 ELSEWHERE = "elsewhere"
 """Key of ``uns["stexp"]`` and of ``metrics.json``: what is on record of predictions that no run of ours made."""
@@ -35,7 +36,7 @@ class Coverage:
 
 def facts_elsewhere(adata: ad.AnnData) -> dict[str, Any] | None:
     """What is on record of predictions made elsewhere; None of those of a run of ours."""
-    return read_fact(adata, ELSEWHERE) if ELSEWHERE in adata.uns.get("stexp", {}) else None
+    return read_fact(adata, ELSEWHERE, FactsElsewhere) if ELSEWHERE in adata.uns.get("stexp", {}) else None
 
 
 def coverage_of(adata: ad.AnnData) -> Coverage:

@@ -31,6 +31,12 @@ def truth(adata: ad.AnnData, protocol: Protocol) -> np.ndarray:
     return expression
 
 
+def floors_of(floors: ad.AnnData, protocol: Protocol) -> dict[str, np.ndarray]:
+    """Floors of ``floors.h5ad`` on the truth scale of a protocol: name -> (Q, G)."""
+    prefix = f"{protocol.name}:"
+    return {key.removeprefix(prefix): np.asarray(floors.layers[key]) for key in floors.layers if key.startswith(prefix)}
+
+
 def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData) -> tuple[dict, pd.DataFrame]:
     """Score predictions, and their floors, against the truth of a protocol.
 
@@ -54,11 +60,7 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     predicted = np.asarray(adata.layers["predicted"])
     coverage, elsewhere = coverage_of(adata), facts_elsewhere(adata)
     same_scale = protocol.scale == own.scale and (elsewhere is None or elsewhere["scale"]["errors"])
-    floor_of = {
-        key.split(":", 1)[1]: np.asarray(floors.layers[key])
-        for key in floors.layers
-        if key.startswith(f"{protocol.name}:")
-    }
+    floor_of = floors_of(floors, protocol)
     sections, columns = {}, {}
     for name in adata.obs["section"].unique():
         of_section = (adata.obs["section"] == name).to_numpy()
@@ -163,10 +165,24 @@ def summary(metrics: dict, verbose: bool = False) -> str:
     chosen = metrics["chosen"]
     if "k_validation_pearson" in chosen:
         lines.append(f"  k = {chosen['k']} neighbours, chosen on validation spots.")
+    lines += _evidence_lines(metrics)
     judged = verdict(metrics)
     lines += [f"{CHANGED}."] if metrics.get("predictions_changed") else []
     lines += sentences(metrics)
     return "\n".join([*lines, judged.numbers, judged.statement])
+
+
+def _evidence_lines(metrics: dict) -> list[str]:
+    """Interval of the score, genes beyond chance, and the error that is gone, each in half a line."""
+    behind, parts = metrics.get("evidence", {}), []
+    if interval := behind.get("intervals", {}).get("pearson_acg"):
+        parts.append(f"95 % interval of ACG {interval['low']:.3f} to {interval['high']:.3f}, over {interval['over']}")
+    if chance := behind.get("chance"):
+        parts.append(f"{chance['n_beyond']} of {chance['n_genes']} genes beyond chance")
+    skill = behind.get("error", {}).get("skill_within_gene")
+    if skill is not None:
+        parts.append(f"{100 * skill:.0f} % of the training mean's error within genes is gone")
+    return [f"  {'; '.join(parts)}."] if parts else []
 
 
 def _ranked(model: str, part: dict) -> list[str]:

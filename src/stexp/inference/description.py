@@ -78,7 +78,7 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
         "trained": {
             "run": run.folder.path.resolve().name,
             "checkpoint": file_digest(path),
-            **{key: run.provenance.get(key) for key in ("command", "commit", "dirty", "date", "data_manifest")},
+            **{key: run.provenance.get(key) for key in ("command", "commit", "dirty", "date", "data_manifest", "from")},
             "sections": {role: run.data.names(role) for role in ROLES},
         },
     }

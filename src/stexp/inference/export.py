@@ -19,7 +19,7 @@ from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.data.slides.stain import measured_tiles
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
-from stexp.evaluation.predictions import read_json as read_metrics
+from stexp.evaluation.records import read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
@@ -44,10 +44,10 @@ def exported_run(run: Path) -> Path:
     """``<run>/model.stexp``, exported first where it is not there, or of an earlier training or format."""
     folder = run / "model.stexp"
     if (folder / "model.json").is_file():
-        facts = read_json(folder / "model.json")
-        trained, checkpoint = facts.get("trained", {}), RunFolder(run).checkpoint
-        if trained.get("checkpoint") == file_digest(checkpoint) and facts.get("format") == model_folder.FORMAT:
-            return folder
+        facts, checkpoint = read_json(folder / "model.json"), RunFolder(run).checkpoint
+        trained = facts.get("trained") if facts.get("format") == model_folder.FORMAT else None
+        if isinstance(trained, dict) and trained.get("checkpoint") == file_digest(checkpoint):
+            return folder  # what is wrong with it otherwise is said where it is read
     log.info("%s is exported to %s", run, folder)
     export(run, folder)
     return folder
@@ -94,8 +94,7 @@ def export(
     """
     if bank not in ("float32", "float16"):
         raise InputError(f"bank={bank}: choose float32 or float16")
-    if alpha is not None:
-        check("alpha", alpha, Between)
+    check("alpha", alpha, Between | None)
     source = FinishedRun(RunFolder(run), sections)
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)
@@ -186,11 +185,15 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
 
 def _scores(run: FinishedRun) -> dict:
     """What a run scored on its held-out sections, with floors and ceiling; plain values."""
-    metrics = read_metrics(run.folder.path / "metrics.json", "scores", "floors", "ceiling", "n_spots", "n_genes")
+    metrics = read_metrics(run.folder.path)
     return {
         "protocol": run.protocol.name,
         "fold": run.fold,
-        **{key: metrics[key] for key in ("scores", "floors", "ceiling", "n_spots", "n_genes")},
+        "scores": metrics["scores"],
+        "floors": metrics["floors"],
+        "ceiling": metrics["ceiling"],
+        "n_spots": metrics["n_spots"],
+        "n_genes": metrics["n_genes"],
     }
 
 

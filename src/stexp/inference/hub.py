@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from stexp.errors import InputError
 from stexp.inference import model_folder
 from stexp.inference.card import describe, what_is_shared
-from stexp.inference.model_facts import read_json
+from stexp.inference.model_facts import FILES, read_json
 from stexp.models.encoders.weights import hub_answers
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def fetch_model(name: str) -> Path:
     with _one_line(name, "a folder on disk would fit"):
         first = Path(hf_hub_download(repository, "model.json", revision=revision, local_files_only=offline))
     files, commit = read_json(first).get("files"), first.parent.name
-    wanted = [file for file in model_folder.FILES if isinstance(files, dict) and file in files]
+    wanted = [file for file in FILES if isinstance(files, dict) and file in files]
     with _one_line(name, "a folder on disk would fit"):
         for file in wanted:
             hf_hub_download(repository, file, revision=commit, local_files_only=offline)
@@ -117,7 +117,7 @@ def push_to_hub(
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise InputError(f"{repository} is public, and {shared}; private=false would fit if all may read that")
-        left = set(api.list_repo_files(repository)) & {*model_folder.FILES} - {*names}
+        left = set(api.list_repo_files(repository)) & {*FILES} - {*names}
         commit = api.create_commit(
             repository,
             [

@@ -31,6 +31,24 @@ class TrainedModel(Protocol):
     def names(self, genes: str | Sequence[str]) -> list[str]: ...
 
 
+class Predicting(Protocol):
+    """What a model says of itself, loaded or trained here."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    @property
+    def panel(self) -> list[str]: ...
+
+    @property
+    def bank(self) -> Bank | None: ...
+
+    @property
+    def method(self) -> TrainedMethod: ...
+
+    def names(self, genes: str | Sequence[str]) -> list[str]: ...
+
+
 class TilePredictor:
     """A model as LazySlide's ``tile_prediction(model=)`` takes it: a column of the tiles for every gene.
 
@@ -48,7 +66,7 @@ class TilePredictor:
 
     Examples
     --------
-    >>> predictor = TilePredictor(stexp.load_model("model.stexp"), ["ERBB2"])
+    >>> predictor = stexp.TilePredictor(stexp.load_model("model.stexp"), ["ERBB2"])
     >>> zs.pp.tile_tissues(wsi, **predictor.tiles)
     >>> zs.tl.tile_prediction(wsi, predictor)
 

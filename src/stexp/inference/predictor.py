@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import construct
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
@@ -22,10 +21,11 @@ from stexp.data.slides.formats import free_memory, qupath_origin
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
-from stexp.errors import InputError, did_you_mean
+from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference import confidence, hub, model_facts, model_folder, slide_checks, training_slides
+from stexp.inference import confidence, hub, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
+from stexp.inference.gene_choice import choose_genes
 from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.layout import as_anndata
 from stexp.inference.model_folder import ExportedModel
@@ -33,7 +33,7 @@ from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod, device_of
-from stexp.runs.plugins import load_plugins, warn_of_changes
+from stexp.runs.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,7 @@ def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
         None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
     """
     load_plugins(plugins)
-    folder = exported_folder(path)
-    exported = model_folder.read(folder)
-    made_with = exported.facts.get("plugins")
-    construct.require_plugins(made_with, folder)
-    warn_of_changes(made_with, folder)
-    return Model(exported)
+    return Model(model_folder.read(exported_folder(path)))
 
 
 def exported_folder(path: str | Path) -> Path:
@@ -108,7 +103,6 @@ class Model:
     """
 
     def __init__(self, exported: ExportedModel) -> None:
-        model_facts.check(exported.facts)
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
         self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
@@ -223,26 +217,13 @@ class Model:
 
     def names(self, genes: str | Sequence[str]) -> list[str]:
         """Genes that ``panel``, ``all``, a name or a list of names stands for; InputError for what is not predicted."""
-        if isinstance(genes, str) and genes in ("panel", "all"):
-            return self.panel if genes == "panel" else list(self.genes.index)
-        if genes is None or isinstance(genes, int | float):
-            raise InputError(f"genes={genes}: give panel, all, or a list of names")
-        names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
-        if not names or len(set(names)) < len(names):
-            raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
-        unknown = [name for name in names if name not in self.genes.index]
-        if unknown:
-            raise InputError(
-                f"{len(unknown)} of {len(names)} genes are not among the {len(self.genes)} that this model predicts: "
-                f"{', '.join(unknown[:5])}{did_you_mean(unknown[0], self.genes.index)}"
-            )
-        return names
+        return choose_genes(genes, self.panel, self.genes.index)
 
     def _training_sections(self, slide: Slide) -> dict[str, str]:
         """Sections of training that a slide is, and by what: its file or its look."""
         trained = self.facts["trained"]
         by_digest = training_slides.by_digest(
-            file_digest(slide.path), trained.get("data_manifest") or {}, trained.get("sections") or {}
+            file_digest(slide.path), trained["data_manifest"] or {}, trained["sections"]
         )
         images = {name: look["thumbnail"] for name, look in self.facts["looks"].items() if "thumbnail" in look}
         by_look = training_slides.by_look(training_slides.fingerprint(slide), images) if images else []
@@ -320,8 +301,6 @@ class Model:
         if not np.isfinite(made["predicted"]).all():
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
         return made
-
-    # what is said of it
 
     def _record(self, places: Places, device: torch.device) -> dict[str, Any]:
         """``uns["stexp"]`` but for the verdict."""

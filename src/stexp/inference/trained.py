@@ -19,6 +19,7 @@ from stexp.inference.tensors import AGAIN
 from stexp.models.retrieval import Neighbours, ReferenceIndex
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
+from stexp.runs.plugins import require_as_recorded
 
 QUERIES, GENES = 4096, 1024  # spots and genes that are retrieved at once
 
@@ -39,6 +40,7 @@ class TrainedMethod:
     def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: Bank | None) -> None:
         self.facts, self.bank, self.panel = facts, bank, facts["panel"]
         self.protocol = Protocol(**facts["protocol"])
+        require_as_recorded(facts.get("plugins"), f"the model {facts['method']}")
         self._method = rebuild_method(facts["model"], weights, facts["sizes"])
         self._encoder = facts["features_by"] and rebuild_encoder(facts["features_by"], weights)
         self._precision = facts["precision"]

@@ -101,6 +101,8 @@ class Method(pl.LightningModule, ABC):
     """
     predicts_slides: bool = True
     """A tile and its frozen features are all that :meth:`predict_step` reads, so that it predicts bare slides."""
+    fine_tunes: bool = True
+    """Its training can begin at the weights of another one; see :mod:`stexp.inference.carried`."""
     spot_context: str | None = None
     """Where spots are embedded: what a spot attends to; see :class:`~stexp.protocol.Protocol`."""
     references: References | None = None

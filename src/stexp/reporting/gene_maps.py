@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def draw(adata: ad.AnnData, genes: Sequence[str], sections: Sequence[str], layer
     drawn = [place for place in places(adata) if place.name in sections]
     corners = [_corners(place) for place in drawn]
     tall = [PANEL_INCH * min(MOST_TALL, float((high - low)[1] / (high - low)[0])) for low, high in corners]
-    columns = min(ABREAST, len(genes))
+    columns = math.ceil(len(genes) / math.ceil(len(genes) / ABREAST))
     starts = range(0, len(genes), columns)
     maps = [(place, corner, layer) for place, corner in zip(drawn, corners, strict=True) for layer in layers]
     rows = [(start, *each) for start in starts for each in maps]
@@ -62,7 +63,7 @@ def draw(adata: ad.AnnData, genes: Sequence[str], sections: Sequence[str], layer
     for line, (start, place, (low, high), layer) in zip(axes, rows, strict=True):
         values = layer.values[place.rows]
         pearson = None
-        if observed is not None and layer.name != "observed":
+        if observed is not None and layer.name == "predicted":
             pearson = pearson_per_gene(observed[place.rows], values)
         for column, ax in enumerate(line, start):
             if column >= len(genes):

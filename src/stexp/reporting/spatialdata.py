@@ -58,7 +58,8 @@ def add_to(
         regions, instances = np.full(rows.n_obs, region, dtype=object), np.arange(rows.n_obs)
     else:
         regions, instances, key = _annotated(sdata, rows, table)
-    out = ad.AnnData(rows.X, obs=rows.obs.copy(), var=rows.var.copy(), layers=dict(rows.layers))
+    layers = {key: rows.layers[key] for key in rows.layers if key is not None}  # None is X
+    out = ad.AnnData(rows.X, obs=rows.obs.copy(), var=rows.var.copy(), layers=layers)
     out.uns = {"stexp": rows.uns["stexp"]} if "stexp" in rows.uns else {}
     out.obs["region"], out.obs[key] = pd.Categorical(regions), instances
     of = sorted(set(regions))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.quality import Thresholds
 from stexp.data.section import Section, check_name
 from stexp.data.splits import units
-from stexp.errors import InputError, UnknownName
+from stexp.errors import InputError
 from stexp.evaluation.audit import audit_elsewhere
 from stexp.evaluation.foreign.align import Aligned, align
 from stexp.evaluation.foreign.layout import dense, lay_out, locate, refuse_transposed
-from stexp.evaluation.foreign.names import names_of, rename_genes
+from stexp.evaluation.foreign.names import check_sections, names_of, rename_genes
 from stexp.evaluation.foreign.scales import check_scale
 from stexp.evaluation.predictions import DIGEST, protocol_of
 from stexp.files import alone_in, write_atomically
@@ -36,28 +36,6 @@ from stexp.runs.scale import put_on_scale
 from stexp.runs.scoring import score_run
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What whoever predicted says of the predictions; None: nothing.
-
-    Parameters
-    ----------
-    trained_on
-        Sections of the data set that the method was trained, validated or tuned on; empty: none of them.
-    scale
-        One of :data:`~stexp.evaluation.foreign.scales.NAMES`.
-    genes_chosen_on
-        Sections that the predicted genes were chosen on.
-    own_panel
-        Whether the panel of the fold is that of the predictions.
-    """
-
-    trained_on: Sequence[str] | None = None
-    scale: str | None = None
-    genes_chosen_on: Sequence[str] | None = None
-    own_panel: bool = False
 
 
 def evaluate(
@@ -95,8 +73,16 @@ def evaluate(
         Where the run goes.
     name
         Of the method, beside its scores.
-    trained_on, scale, genes_chosen_on, own_panel
-        See :class:`Statement`.
+    trained_on
+        Sections of the data set that the method was trained, validated or tuned on, as whoever predicted states it;
+        empty: none of them; None: not stated.
+    scale
+        One of :data:`~stexp.evaluation.foreign.scales.NAMES`; None: not named, see
+        :func:`~stexp.runs.scale.put_on_scale`.
+    genes_chosen_on
+        Sections that the predicted genes were chosen on; None: not stated.
+    own_panel
+        Whether the panel of the fold is that of the predictions.
     gene_table
         See :func:`~stexp.data.gene_names.read_gene_table`.
     sections
@@ -124,50 +110,83 @@ def evaluate(
         sections or scales that there are not; a folder that holds another run.
     """
     check_name(name, "name")
-    stated = Statement(trained_on, scale, genes_chosen_on, own_panel)
     sections = data.sections if sections is None else list(sections)
-    _check_statement(stated, sections)
+    if scale is not None:
+        check_scale(scale)
+    for key, value in (("trained_on", trained_on), ("genes_chosen_on", genes_chosen_on)):
+        check_sections(key, value, [section.name for section in sections])
     aligned, renamed = _aligned(predicted, data, sections, gene_table)
-    values, facts_of_scale = put_on_scale(aligned, data, stated.scale, _stated_by_file(predicted))
+    values, facts_of_scale = put_on_scale(aligned, data, scale, _stated_by_file(predicted))
     log.info("%s", facts_of_scale["statement"])
     log.info("floors learn from the training side of fold %s, whatever the predictions were trained on", data.fold)
-
-    whole = _config(config, data, data_name, name, predicted, stated, gene_table)
+    elsewhere = {
+        "trained_on": _listed(trained_on),
+        "genes_chosen_on": _listed(genes_chosen_on),
+        "genes_by": "predictions" if own_panel or not aligned.panel.all() else "protocol",
+        "scale": facts_of_scale,
+        "left_over": aligned.left_over,
+        "n_renamed_genes": renamed,
+    }
+    of_predictions = {
+        "digest": _digest(predicted),
+        "scale": scale,
+        **{key: elsewhere[key] for key in ("trained_on", "genes_chosen_on")},
+        "genes": "predicted" if own_panel else "panel",
+        "gene_table": None if gene_table is None else str(gene_table),
+    }
+    config = _config_of(data, data_name) if config is None else config
+    config = {**config, "model": {"name": name}, PREDICTIONS: {**config.get(PREDICTIONS, {}), **of_predictions}}
     run = RunFolder(Path(folder))
     with alone_in(run.path):
-        if run.claim(whole, overwrite):
+        if run.claim(config, overwrite):
             return _finished(run, data)
         (run.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are laid out anew
         stages = Stages(run.path)
         with stages("floors"):
-            features, colour = data.features, colours(data)
-        patient_of = {section.name: section.patient for section in sections}
-        elsewhere = {
-            "trained_on": _listed(stated.trained_on),
-            "genes_chosen_on": _listed(stated.genes_chosen_on),
-            "genes_by": "predictions" if own_panel or not aligned.panel.all() else "protocol",
-            "scale": facts_of_scale,
-            "left_over": aligned.left_over,
-            "n_renamed_genes": renamed,
-        }
+            data.setup()  # the features
         with stages("results"):
-            quality = None if thresholds is None else quality_of_test(data, thresholds)
-            prediction = Prediction(torch.from_numpy(values), obs=quality)
-            text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
-            facts = RunFacts(name, str(data.fold), str(whole["data"]["name"]), text, {}, elsewhere)
-            digest = write_scored_files(run.path, data, prediction, features, colour, facts)
-            judged = {
-                "patient_of": patient_of,
-                "test": data.names("test"),
-                "panel_saw_test": data.panel_saw,
-                **{key: elsewhere[key] for key in ("trained_on", "genes_chosen_on", "genes_by")},
-            }
-            write_atomically(run.path / "audit.json", json.dumps(audit_elsewhere(data.protocol, judged), indent=1))
+            patient_of = {section.name: section.patient for section in sections}
+            digest = _write_results(run, data, values, thresholds, elsewhere, patient_of)
         with stages("score"):
             metrics = score_run(run.path)
         record = provenance(data.sections, {}, stages, precision, device)
         write_atomically(run.path / "provenance.json", json.dumps({**record, DIGEST: digest}, indent=1))
     return metrics
+
+
+def _write_results(
+    run: RunFolder,
+    data: SpotDataModule,
+    values: np.ndarray,
+    thresholds: Thresholds | None,
+    elsewhere: dict[str, Any],
+    patient_of: dict[str, str],
+) -> str:
+    """Write what a run of ours has, but for a model; the digest of the predictions.
+
+    Parameters
+    ----------
+    values : (Q, G) float32
+        Of the test spots; NaN throughout where nothing is predicted.
+    elsewhere
+        See :mod:`stexp.evaluation.coverage`.
+    patient_of
+        Of every section of the data set.
+    """
+    quality = None if thresholds is None else quality_of_test(data, thresholds)
+    config = run.config
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    facts = RunFacts(config["model"]["name"], str(data.fold), str(config["data"]["name"]), text, {}, elsewhere)
+    prediction = Prediction(torch.from_numpy(values), obs=quality)
+    digest = write_scored_files(run.path, data, prediction, data.features, colours(data), facts)
+    judged = {
+        "patient_of": patient_of,
+        "test": data.names("test"),
+        "panel_saw_test": data.panel_saw,
+        **{key: elsewhere[key] for key in ("trained_on", "genes_chosen_on", "genes_by")},
+    }
+    write_atomically(run.path / "audit.json", json.dumps(audit_elsewhere(data.protocol, judged), indent=1))
+    return digest
 
 
 def _aligned(
@@ -192,48 +211,14 @@ def _stated_by_file(predicted: ad.AnnData) -> Protocol | None:
     return protocol_of(predicted)
 
 
-def _check_statement(stated: Statement, sections: Sequence[Section]) -> None:
-    if stated.scale is not None:
-        check_scale(stated.scale)
-    names = [section.name for section in sections]
-    for key, value in (("trained_on", stated.trained_on), ("genes_chosen_on", stated.genes_chosen_on)):
-        unknown = [each for each in value or [] if each not in names]
-        if unknown:
-            no = "is no section" if len(unknown) == 1 else "are no sections"
-            raise UnknownName(
-                f"{key}: {', '.join(unknown)} {no} of the data set; there are {', '.join(names)}, and [] states none",
-                unknown,
-                names,
-                typed=f"{key}=[{{}}]",
-            )
-
-
-def _config(
-    config: Mapping[str, Any] | None,
-    data: SpotDataModule,
-    data_name: str,
-    name: str,
-    predicted: ad.AnnData,
-    stated: Statement,
-    gene_table: str | Path | None,
-) -> dict[str, Any]:
-    """``config.yaml``: the caller's or the data module's own part, then what was predicted and stated."""
-    if config is None:
-        config = {
-            "seed": data.seed,
-            "fold": str(data.fold),
-            "protocol": {"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)},
-            "data": {"name": data_name, "digest": data.digest},
-        }
-    of_predictions = {
-        "digest": _digest(predicted),
-        "scale": stated.scale,
-        "trained_on": _listed(stated.trained_on),
-        "genes_chosen_on": _listed(stated.genes_chosen_on),
-        "genes": "predicted" if stated.own_panel else "panel",
-        "gene_table": None if gene_table is None else str(gene_table),
+def _config_of(data: SpotDataModule, data_name: str) -> dict[str, Any]:
+    """What a data module says of itself, as ``config.yaml`` of a run has it."""
+    return {
+        "seed": data.seed,
+        "fold": str(data.fold),
+        "protocol": {"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)},
+        "data": {"name": data_name, "digest": data.digest},
     }
-    return {**config, "model": {"name": name}, PREDICTIONS: {**config.get(PREDICTIONS, {}), **of_predictions}}
 
 
 def _digest(predicted: ad.AnnData) -> str:

@@ -132,8 +132,15 @@ def record(names: Iterable[str]) -> dict[str, dict[str, str | None]]:
     return {name: {"version": _version(name), "digest": _digest(name)} for name in names}
 
 
-def warn_of_changes(recorded: object, what: object) -> None:
-    """Log which plug-ins have other files today than when a run or a model was made."""
+def require_as_recorded(recorded: object, what: object) -> None:
+    """Import the plug-ins that a run or a model was made with; log which of them have other files today.
+
+    Raises
+    ------
+    InputError
+        See :func:`stexp.construct.require_plugins`.
+    """
+    construct.require_plugins(recorded, what)
     if not isinstance(recorded, Mapping):
         return
     for name, facts in recorded.items():

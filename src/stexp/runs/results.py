@@ -22,6 +22,7 @@ from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
 from stexp.evaluation.coverage import ELSEWHERE
 from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
+from stexp.evaluation.programmes import co_expressed_modules, module_sets
 from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
 from stexp.protocol import Protocol, other_protocols
@@ -105,6 +106,8 @@ def write_results(
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
     }
+    if folder.config.get("from") is not None:
+        facts["began_at"] = folder.config["from"]["model"]
     write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
     return digest
 
@@ -156,6 +159,8 @@ def write_scored_files(
         adata.uns["stexp"][ELSEWHERE] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
+    modules = co_expressed_modules(data.target[train], data.spots["section"].to_numpy(str)[train])
+    floors.uns["gene_sets"] = json.dumps(module_sets(data.panel, modules))
     floors.uns["ceiling"] = {}
     unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
     for protocol in (data.protocol, *other_protocols(data.protocol).values()):

@@ -11,7 +11,7 @@ import pandas as pd
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.evaluation.foreign.align import Aligned
-from stexp.evaluation.foreign.scales import TARGET, is_target, recognise, to_protocol, why_unmapped
+from stexp.evaluation.foreign.scales import TARGET, Measured, is_target, recognise, to_protocol, why_unmapped
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,12 @@ def put_on_scale(
 
 
 def _recognised(aligned: Aligned, data: SpotDataModule) -> str | None:
-    rows, genes, test = np.flatnonzero(aligned.spots), np.flatnonzero(aligned.panel), data.rows("test")
-    observed, counts = (array[np.ix_(test[rows], genes)] for array in (data.target, data.counts))
-    total_counts = data.spots["total_counts"].to_numpy()[test[rows]]
-    return recognise(aligned.predicted[np.ix_(rows, genes)], observed, counts, total_counts)
+    genes, total_counts = np.flatnonzero(aligned.panel), data.spots["total_counts"].to_numpy()
+    sides = [
+        Measured(data.target[np.ix_(rows, genes)], data.counts[np.ix_(rows, genes)], total_counts[rows])
+        for rows in (data.rows("test")[aligned.spots], data.rows("train", "validation"))
+    ]
+    return recognise(aligned.predicted[np.ix_(aligned.spots, genes)], sides)
 
 
 def _why_unmapped(named: str, aligned: Aligned, data: SpotDataModule) -> str | None:

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
+from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.evaluation.coverage import ELSEWHERE, describe_coverage, facts_elsewhere
+from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
+from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
-from stexp.evaluation.score import score_under
+from stexp.evaluation.records import AGAIN, Chosen
+from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
 
-NEEDED = (
-    "layers/predicted",
-    "layers/counts",
-    "obs/section",
-    "obs/total_counts",
-    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
-)
-"""What scoring reads of ``predictions.h5ad``."""
 
-
-def score_run(run: Path) -> dict:
+def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -> dict:
     """Score a run under its own protocol and the others, and write ``metrics.json`` and ``per_gene.csv``.
 
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
+
+    Parameters
+    ----------
+    gene_sets
+        Sets that are scored as wholes; None: modules of genes that vary together on the training side.
     """
-    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    observed = predictions.read(run / "predictions.h5ad", *predictions.OF_RUN)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
     facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
@@ -43,6 +44,10 @@ def score_run(run: Path) -> dict:
         scored[protocol.name], table = score_under(protocol, own, observed, floors)
         genes = table if protocol is own else genes
     mine = scored.pop(own.name)
+    assert genes is not None
+    sets = gene_sets or parse_json(str(floors.uns.get("gene_sets", "{}")))
+    behind, columns = _evidence(observed, floors, own, genes, mine["sections"], sets)
+    genes = genes.join(columns)
     metrics = {
         "protocol": own.name,
         "fold": str(facts["fold"]),
@@ -55,8 +60,9 @@ def score_run(run: Path) -> dict:
         "n_spots": sum(section["n_spots"] for section in mine["sections"].values()),
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
-        "chosen": predictions.read_fact(observed, "chosen"),
+        "chosen": predictions.read_fact(observed, "chosen", Chosen),
         "sections": mine["sections"],
+        "evidence": behind,
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
@@ -69,6 +75,21 @@ def score_run(run: Path) -> dict:
     write_csv(genes, run / "per_gene.csv")
     write_atomically(run / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def _evidence(
+    observed: ad.AnnData,
+    floors: ad.AnnData,
+    own: Protocol,
+    genes: pd.DataFrame,
+    sections: Mapping[str, Mapping],
+    sets: Mapping[str, Sequence[str]],
+) -> tuple[dict, pd.DataFrame]:
+    """`evidence` on the spots and genes that are predicted."""
+    coverage = coverage_of(observed)
+    on = np.ix_(coverage.spots, coverage.genes)
+    layers = {name: values[on] for name, values in floors_of(floors, own).items()}
+    return evidence(covered(observed), truth(observed, own)[on], layers, genes[coverage.genes], sections, sets)
 
 
 def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, path: Path) -> None:
@@ -85,4 +106,4 @@ def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, 
         problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
     else:
         return
-    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")
+    raise InputError(f"{path} {problem}; delete it and {AGAIN}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import anndata as ad
@@ -26,6 +29,8 @@ SELECTION = ("x", "y", "new_x", "new_y", "pixel_x", "pixel_y", "selected")
 """Columns of the spot files of Spatial Transcriptomics; the second pair and the last column may be missing."""
 # spot ids may look like numbers ("007") or like missing values ("NA")
 TEXT = {"dtype": str, "keep_default_na": False}
+_TABLES: ContextVar[list[tuple[str, int, int]] | None] = ContextVar("tables", default=None)
+"""What `tables_in_one_line` counts: rows or columns, spots with a position, all spots."""
 
 
 def read_counts(path: str | Path, spot_ids: pd.Index | None = None) -> ad.AnnData:
@@ -74,15 +79,37 @@ def _spots_are_columns(rows: pd.Index, columns: pd.Index, spot_ids: pd.Index, pa
             f"columns (first: {columns[0]}) are named like one of the {len(spot_ids)} spots that have a position "
             f"(first: {spot_ids[0]}); either the rows or the columns must be spots"
         )
-    log.info(
-        "counts %s: spots are %s, %d x %d; %d of them have a position",
-        path,
-        "rows" if in_rows else "columns",
-        len(rows),
-        len(columns),
-        in_rows or in_columns,
-    )
+    spots, n, matched = ("rows", len(rows), in_rows) if in_rows else ("columns", len(columns), in_columns)
+    tables = _TABLES.get()
+    if tables is None:
+        log.info("counts %s: spots are %s, %d of %d with a position", path, spots, matched, n)
+    else:
+        tables.append((spots, matched, n))
     return bool(in_columns)
+
+
+@contextmanager
+def tables_in_one_line(name: str) -> Iterator[None]:
+    """Log once of all count tables read inside, instead of each, whether their spots are rows or columns.
+
+    Parameters
+    ----------
+    name
+        Of the data set.
+    """
+    tables: list[tuple[str, int, int]] = []
+    token = _TABLES.set(tables)
+    try:
+        yield
+    finally:
+        _TABLES.reset(token)
+    for spots in sorted({kind for kind, _, _ in tables}):
+        matched, n = zip(*((matched, n) for kind, matched, n in tables if kind == spots), strict=True)
+        log.info("%s: spots are %s in %s, %d of %d with a position", name, spots, _tables(len(n)), sum(matched), sum(n))
+
+
+def _tables(n: int) -> str:
+    return f"{n} count table" + ("s" if n != 1 else "")
 
 
 # positions

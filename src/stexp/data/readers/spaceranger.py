@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import scipy.io
 import scipy.sparse as sp
 
+from stexp.data.hdf5 import open_hdf5
 from stexp.data.readers.features import genes_of
-from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.readers.memory import check_fits, one_line_without_memory
 from stexp.data.readers.numbers import check_thousands, decimal_points, without_blanks
 from stexp.data.readers.text import find_separator, read_text

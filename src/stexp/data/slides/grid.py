@@ -11,8 +11,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from stexp.data.hdf5 import open_hdf5
 from stexp.data.readers.formats import POSITIONS, TEXT, read_positions, read_table
-from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.readers.numbers import check_thousands, without_blanks
 from stexp.data.section import n_outside, what_would_fit
 from stexp.data.slides.slide import Slide

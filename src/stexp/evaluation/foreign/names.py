@@ -11,7 +11,7 @@ import pandas as pd
 
 from stexp.data.gene_names import ENSEMBL, read_gene_table
 from stexp.data.section import Section
-from stexp.errors import InputError
+from stexp.errors import InputError, UnknownName
 from stexp.evaluation.foreign.layout import DataNames
 
 
@@ -33,6 +33,18 @@ def names_of(sections: Sequence[Section], measured: Sequence[Section] | None = N
             for name, behind in section.spots.var["gene_ids"].items():
                 ids |= dict.fromkeys((gene_id for gene_id in str(behind).split(";") if gene_id), str(name))
     return DataNames([section.name for section in sections], genes.keys(), ids)
+
+
+def check_sections(key: str, stated: Sequence[str] | None, names: Sequence[str]) -> None:
+    """InputError where a statement names a section that the data set does not have."""
+    unknown = [name for name in stated or [] if name not in names]
+    if unknown:
+        no = "is no section" if len(unknown) == 1 else "are no sections"
+        raise UnknownName(
+            f"{key}: {', '.join(unknown)} {no} of the data set; there are {', '.join(names)}, and [] states none",
+            *(unknown, names),
+            typed=f"{key}=[{{}}]",
+        )
 
 
 def rename_genes(predicted: ad.AnnData, names: DataNames, table: str | Path | None = None) -> tuple[ad.AnnData, int]:

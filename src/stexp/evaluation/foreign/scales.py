@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,31 +63,56 @@ def check_scale(name: str) -> None:
         raise InputError(f"scale={name}: choose {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
 
 
-def recognise(predicted: np.ndarray, observed: np.ndarray, counts: np.ndarray, total_counts: np.ndarray) -> str | None:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured at N spots of G genes.
+
+    Parameters
+    ----------
+    observed : (N, G)
+        On the scale of the protocol's truth.
+    counts : (N, G)
+        NaN columns were not measured.
+    total_counts : (N,)
+        Over the transcriptome.
+    """
+
+    observed: np.ndarray
+    counts: np.ndarray
+    total_counts: np.ndarray
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Mean of every gene, (G,), on every scale that is known."""
+        means = {name: scale.of_counts(self.counts, self.total_counts).mean(axis=0) for name, scale in SCALES.items()}
+        return {TARGET: self.observed.mean(axis=0), **means}
+
+
+def recognise(predicted: np.ndarray, sides: Sequence[Measured]) -> str | None:
     """The scale that predictions look to be on, by their signs, whole numbers, and the means of genes.
 
     Parameters
     ----------
-    predicted, observed, counts : (Q, G)
-        Of the same spots and genes, `observed` on the protocol's scale; NaN columns of `counts` were not measured.
-    total_counts : (Q,)
-        Of the spots, over the transcriptome.
+    predicted : (Q, G)
+    sides
+        What was measured of the same genes at the test spots, and at training spots, whose depth may be another and be
+        that of the predictions.
 
     Returns
     -------
     str or None
         `TARGET`, a name of `SCALES`, ``zscore``, or None where nothing fits.
     """
-    measured = ~np.isnan(counts).any(axis=0)
+    measured = ~np.any([np.isnan(side.counts).any(axis=0) for side in sides], axis=0)
     values = np.asarray(predicted, dtype=np.float64)[:, measured]
     if not values.size or np.ptp(values) == 0:
         return None
     if (values == np.round(values)).all() and values.min() >= 0 and values.max() >= 2:
         return "counts"
-    means = {name: scale.of_counts(counts[:, measured], total_counts).mean(axis=0) for name, scale in SCALES.items()}
-    means[TARGET] = observed[:, measured].mean(axis=0)
-    own = values.mean(axis=0)
-    off = {name: float(np.abs(own - mean).sum() / (np.abs(own) + mean).sum()) for name, mean in means.items()}
+    own, off = values.mean(axis=0), dict.fromkeys((TARGET, *SCALES), 1.0)
+    for side in sides:
+        for name, means in side.means().items():
+            mean = means[measured]
+            off[name] = min(off[name], float(np.abs(own - mean).sum() / (np.abs(own) + mean).sum()))
     nearest = min(off, key=off.__getitem__)
     if off[TARGET] <= FITS_WITHIN and off[TARGET] <= off[nearest] + TIE:
         return TARGET
