@@ -159,6 +159,16 @@ class Machine:
         return whole
 
 
+def read_pack(folder: Path) -> dict[str, Any]:
+    """What a pack says of itself; leave where it is none, or is for another Python."""
+    if not (folder / "pack.json").is_file():
+        sys.exit(f"{folder} is no folder that experiments/gpu.sh pack wrote")
+    pack, version = json.loads((folder / "pack.json").read_text()), "{}.{}".format(*sys.version_info)
+    if pack["python"] != version:
+        sys.exit(f"{folder} holds packages for Python {pack['python']}, and {sys.executable} is {version}; set PYTHON")
+    return pack
+
+
 def install(wheels: Path, site: Path) -> list[str]:
     """Unpack wheels of pure files into a folder for PYTHONPATH, which is all that pip would do with these."""
     site.mkdir()
@@ -184,9 +194,8 @@ def inspect_machine(machine: Machine) -> None:
         )
     if not machine.dry and "gpu" not in facts:
         sys.exit("torch sees no GPU here; --dry checks the script on the CPU")
-    pack = machine.pack / "pack.json"
-    if facts["commit"] is None and pack.is_file():
-        packed = json.loads(pack.read_text())
+    if facts["commit"] is None and not machine.dry:
+        packed = read_pack(machine.pack)
         if packed["digest"] == source_digest():
             facts |= {key: packed[key] for key in ("commit", "dirty")}
     machine.facts = facts
@@ -292,6 +301,8 @@ def main() -> int:
         (machine.output / "gpu.log").write_text("")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, machine.end)
+        if not args.dry:
+            read_pack(pack)
         wheels = install(pack / "wheels", Path(scratch) / "site")
         inspect_machine(machine)
         print(json.dumps(machine.facts | {"wheels": len(wheels)}, indent=1), flush=True)

@@ -151,7 +151,7 @@ def main() -> None:
         fetch_wheels(requirements, folder / "wheels")
         for wheel in (folder / "wheels").glob("imagecodecs-*.whl"):
             prune_imagecodecs(wheel)
-        facts = {"date": now(), **git_state(), "digest": source_digest(), "wheels": requirements}
+        facts = {"date": now(), **git_state(), "digest": source_digest(), "python": PYTHON, "wheels": requirements}
         (folder / "pack.json").write_text(json.dumps(facts, indent=1) + "\n")
         sizes = {part.name: _bytes(part) for part in sorted(folder.iterdir())} | {"the checkout": size_of_checkout()}
         for wheel in sorted((folder / "wheels").iterdir(), key=lambda path: -path.stat().st_size)[:8]:

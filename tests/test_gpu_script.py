@@ -152,11 +152,20 @@ def test_a_machine_that_lacks_something_is_left_with_all_of_it_named(machine, mo
 @pytest.mark.parametrize(("digest", "commit"), [(gpu.source_digest(), "abc"), ("of other code", None)])
 def test_a_copy_without_git_has_the_commit_of_its_pack_if_it_is_the_same_code(machine, monkeypatch, digest, commit):
     machine.pack.mkdir()
-    pack = {"digest": digest, "commit": "abc", "dirty": False}
+    machine.dry = False
+    pack = {"digest": digest, "commit": "abc", "dirty": False, "python": "{}.{}".format(*sys.version_info)}
     (machine.pack / "pack.json").write_text(json.dumps(pack))
     answer(monkeypatch, gpu=["Some card"], commit=None, dirty=None)
     gpu.inspect_machine(machine)
     assert machine.facts["commit"] == commit
+
+
+def test_a_folder_that_is_no_pack_or_for_another_python_is_refused(tmp_path: Path):
+    with pytest.raises(SystemExit, match="no folder that"):
+        gpu.read_pack(tmp_path)
+    (tmp_path / "pack.json").write_text(json.dumps({"python": "2.7"}))
+    with pytest.raises(SystemExit, match=r"Python 2\.7"):
+        gpu.read_pack(tmp_path)
 
 
 def answer(monkeypatch, **facts):
