@@ -214,12 +214,13 @@ class PlainSpots(Dataset):
 class PlainModel(nn.Module):
     """The published sizes; the layers behind the image encoder are ours, so that only the style differs."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, spec: dict) -> None:
         super().__init__()
         self.features = torchvision.models.densenet121(weights=None).features
-        self.spot_encoder = SpotEncoder(N_GENES, 65536)
+        self.spot_encoder = SpotEncoder(N_GENES, spec["positions"])
         self.image_projection, self.spot_projection = ProjectionHead(1024, 256), ProjectionHead(N_GENES, 256)
-        self.device, self.adam = device, torch.optim.Adam(self.to(device).parameters(), lr=1e-4, weight_decay=1e-3)
+        self.device = spec["device"]
+        self.adam = torch.optim.Adam(self.to(self.device).parameters(), lr=1e-4, weight_decay=1e-3)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         batch = {key: value.to(self.device) for key, value in batch.items()}
@@ -237,7 +238,7 @@ class PlainModel(nn.Module):
 
 def train_plain(spec: dict, turns: Iterator[int]) -> None:
     """The same training step in the plain style, loader included."""
-    model = PlainModel(spec["device"])
+    model = PlainModel(spec)
     loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True, drop_last=True)
     batches = (batch for _ in iter(int, 1) for batch in loader)  # epoch after epoch
     for steps in turns:
@@ -248,7 +249,7 @@ def train_plain(spec: dict, turns: Iterator[int]) -> None:
 def fold_plain(spec: dict, turns: Iterator[int]) -> None:
     """Train, embed tiles and spots of every section, retrieve query by query, correlate gene by gene."""
     for _ in turns:
-        model = PlainModel(spec["device"])
+        model = PlainModel(spec)
         loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True)
         for _ in range(spec["epochs"]):
             for batch in loader:
@@ -410,6 +411,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stexp-bench-") as scratch:
         write_data(Path(scratch), n_sections, n_spots, image_px)
         spec = {"device": device, "batch": facts["batch"], "epochs": 2 if gpu else 1, "data": scratch}
+        spec["positions"] = 64 if args.dry else 65_536  # rows of the plain model's tables
         spec["k"] = min(FOLD_K, (n_sections - 1) * n_spots)
         bench = Bench({**spec, "scratch": scratch}, chosen)
         for letter, part in (("a", bench.training), ("c", bench.folds), ("d", bench.retrieval)):
