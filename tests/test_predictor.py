@@ -53,6 +53,7 @@ def equal(found: np.ndarray, expected: np.ndarray) -> None:
         (),
         ("protocol=paper",),
         ("model=hest_ridge", "data.stain=macenko"),
+        ("model=consensus",),
         STNET,
     ],
     ids=lambda overrides: " ".join(overrides) or "default",

@@ -42,10 +42,10 @@ class Consensus(ClosedForm):
     section and taken back to genes by several ranks, which are averaged: the first components count in all of them. The
     spread of the members is the uncertainty.
 
-    Weights of the members, the radius of the smoothing and the scale of the whole are learned on training and validation
-    spots, each predicted by members, embedding and scores that were fitted without its patient (of three or more), else
-    without its section, else without its block of the only section. Weights fit the scores, and are drawn to equal
-    ones; the radius has the best Pearson correlation; the scale is a least-squares slope.
+    Weights of the members, the radius of the smoothing and the scale of the whole are learned on training and
+    validation spots, each predicted by members, embedding and scores that were fitted without its patient (of three or
+    more), else without its section, else without its block of the only section. Weights fit the scores, and are drawn
+    to equal ones; the radius has the best Pearson correlation; the scale is a least-squares slope.
 
     Parameters
     ----------
@@ -131,8 +131,7 @@ class Consensus(ClosedForm):
 
     def fit_to(self, data: SpotDataModule) -> None:
         """Choose on spots that are left out in turn, then fit to all."""
-        rows = data.rows(*LEARNT_FROM)
-        self.fit_table(Table.of(data, rows))
+        self.fit_table(Table.of(data, data.rows(*LEARNT_FROM)))
 
     def fit_table(self, table: Table) -> None:
         """`fit_to` spots in a table."""
