@@ -11,7 +11,7 @@ DATA ?= her2st cscc alex10x
 RUNS ?= runs
 # what commands leave here when no output_dir= says otherwise
 OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
-.PHONY: help setup demo test test-all test-kills lint bench results clean clean-runs uninstall tables $(PAPER)
+.PHONY: help setup demo test test-all test-kills lint bench results clean clean-data clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,9 +69,12 @@ bench: $(READY)  ## speed and memory as ratios against plain alternatives, in on
 results: $(READY)  ## the README's results table and experiments/README.md from experiments/results
 	$(BIN)/python experiments/results.py
 
-clean:  ## delete caches, generated demo data and builds; not runs, data or the environment
-	rm -rf .coverage .venv-newer cache data/demo data/.demo.lock build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## delete caches and builds; not data, runs or the environment
+	rm -rf .coverage .venv-newer cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-data:  ## delete the demo's sections, which the next demo generates again; not data of yours
+	rm -rf data/demo data/.demo.lock
 	@rmdir data 2>/dev/null || true
 
 clean-runs:  ## delete trained runs, tables, predictions and exported models here, after asking

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from stexp import hardware
-from stexp.cli import train
+from stexp.cli.fold import train
 from stexp.config import build, dataset_of, to_plain
 from stexp.data.readers import samplesheet
 from stexp.files import CONF
@@ -173,10 +173,10 @@ def train_bare(spec: dict, turns: Iterator[int]) -> None:
 
 
 def fold_ours(spec: dict, turns: Iterator[int]) -> dict:
-    """A fold by ``stexp.cli.train.train``: besides the scores it makes floors, ceilings, audit and report."""
+    """A fold by ``stexp.cli.fold.train``: besides the scores it makes floors, ceilings, audit and report."""
     for _ in turns:
         sections = samplesheet.read_samplesheet(f"{spec['data']}/sheet.csv")
-        train.train(_config(spec), sections, sections[-1].name, Path(spec["scratch"]) / "run")
+        train(_config(spec), sections, sections[-1].name, Path(spec["scratch"]) / "run")
     return {"stages": json.loads((Path(spec["scratch"]) / "run" / "stages.json").read_text())}
 
 

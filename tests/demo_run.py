@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from stexp import config, files
-from stexp.cli.train import train
+from stexp.cli.fold import train
 from stexp.data.splits import folds
 
 

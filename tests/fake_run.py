@@ -112,7 +112,7 @@ def write_run(
     grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:spots]
     pitch, scale = 240.0, 0.1
     names = (*names, *(f"GENE{i}" for i in range(genes - len(names))))
-    observed, predicted, spatial, rows = [], [], {}, []
+    observed, predicted, raw, spatial, rows = [], [], [], {}, []
     for number_, section in enumerate(sections):
         xy = (grid + 2.0) * pitch + random.normal(0, 6, grid.shape)
         field = np.stack(
@@ -121,6 +121,7 @@ def write_run(
         loading = np.random.default_rng(1).gamma(0.5, 0.5, (4, len(names)))
         rate = np.exp(field @ loading - 1) * random.lognormal(0, 0.4, (spots, 1))
         counts = random.poisson(rate)
+        raw.append(counts.astype(np.float32))
         observed.append(np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1)).astype(np.float32))
         predicted.append((0.5 * np.log1p(rate) + random.normal(0, 0.1, rate.shape)).astype(np.float32))
         px = int((side + 4) * pitch * scale)
@@ -158,6 +159,7 @@ def write_run(
     spatial_px = obs[["x", "y"]].to_numpy()
     obs = obs.drop(columns=["x", "y"] + ["neighbour_section", "neighbour_section_weight"] * (not retrieval))
     layers = {"observed": np.concatenate(observed), "predicted": np.concatenate(predicted)}
+    layers["counts"] = np.concatenate(raw)
     layers["uncertainty"] = (
         np.abs(layers["predicted"]) * 0.2 if retrieval else np.full_like(layers["predicted"], np.nan)
     )
@@ -176,6 +178,7 @@ def write_run(
                 "fold": "B",
                 "data": "her2st",
                 "config": "model:\n  dim: 256  # <b>\n",
+                "chosen": "{}",
             },
         },
     )
@@ -220,6 +223,8 @@ def write_run(
             }
             for i, section in enumerate(sections)
         },
+        "oracle_floors": ["depth_oracle"],
+        "chosen": {},
         "scored_as": {"paper": {"scores": moved(own, 0.05), "floors": floors, "ceiling": ceiling}},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -264,6 +269,15 @@ def write_run(
                         "detail": "The checkpoint was chosen on patient C.",
                     },
                 ],
+                "facts": {
+                    "patient_of": {section: section[0] for section in sections},
+                    **{key: [] for key in ("train", "validation", "reference", "panel_saw_test")},
+                    "test": list(sections),
+                    "checkpoint": "best",
+                    "k_chosen_on": "validation",
+                    "published_settings": False,
+                    "spot_context": None,
+                },
             }
         )
     )
@@ -278,9 +292,10 @@ def write_run(
                 "stages": {"fit": 700.1, "predict": 60.0},
                 "peak_memory_gb": 7.9,
                 "precision": "bf16-mixed",
-                "hardware": {"cpu": "8 cores", "gpu": "H200"},
+                "hardware": {"device": "cuda", "cpu": "8 cores", "gpu": ["H200"]},
                 "versions": {"python": "3.11.9", "stexp": "0.1.0"},
-                "data_manifest": {"B1": "sha256:abc", "B2": "sha256:def"},
+                "data_manifest": {section: {f"{section}.jpg": "abc"} for section in sections},
+                "settings": {},
             }
         )
     )

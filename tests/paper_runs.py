@@ -18,6 +18,20 @@ GENES = ("GNAS", "FN1", "FASN", "RPL13", *(f"G{i}" for i in range(26)))
 FLOORS = {"mean": 0.0, "colour_ridge": 0.15, "depth_oracle": 0.6}
 
 
+WHOLE_AUDIT = {
+    **{key: [] for key in ("train", "validation", "test", "reference", "panel_saw_test")},
+    **{"checkpoint": "best", "k_chosen_on": "given", "published_settings": False, "spot_context": None},
+}
+WHOLE_DATA = {
+    **{key: None for key in ("sections", "published_sections", "um_per_px", "tile_um")},
+    **{"panel_file": None, "published_panel_file": None, "tile_px": 224, "tile_store": "raw", "leave_out": []},
+    "_target_": "stexp.data.datamodule.SpotDataModule",
+    "reader": {"_target_": "stexp.data.readers.demo.read_demo"},
+    "quality": {"_target_": "stexp.data.quality.Thresholds"},
+}
+WHOLE_RECORD = {"commit": None, "dirty": None, "date": "", "precision": "32-true", "versions": {}, "stages": {}}
+
+
 def cells(name: str, runs: Path, *overrides: str) -> list[Job]:
     return jobs(name, [*overrides, f"output_dir='{runs}'"])
 
@@ -37,8 +51,10 @@ def finish(job: Job, acg: float = 0.2, *, spots: int = 60, seed: int = 0, noise:
         "floors": {name: scores(value) for name, value in FLOORS.items()},
         "ceiling": {"pearson_acg": 0.8, "pearson_heg50": 0.9},
         "n_spots": spots,
+        "n_constant_genes": 0,
     }
     metrics = {
+        **part,
         "protocol": job.protocol,
         "fold": job.fold,
         "model": job.model,
@@ -53,6 +69,7 @@ def finish(job: Job, acg: float = 0.2, *, spots: int = 60, seed: int = 0, noise:
     patient_of = {section: patient for patient, of in listed.items() for section in of}
     leak = {"name": "same_patient_in_training", "leak": True, "detail": ""}
     provenance = {
+        **WHOLE_RECORD,
         "command": job.typed,
         "commit": "0123456789abcdef",
         "dirty": False,
@@ -61,7 +78,7 @@ def finish(job: Job, acg: float = 0.2, *, spots: int = 60, seed: int = 0, noise:
         "data_manifest": {job.fold: {"counts.tsv": "hash"}},
     }
     contents = {"metrics": metrics, "provenance": provenance}
-    contents["audit"] = {"leaks": 1, "items": [leak], "facts": {"patient_of": patient_of}}
+    contents["audit"] = {"leaks": 1, "items": [leak], "facts": {**WHOLE_AUDIT, "patient_of": patient_of}}
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "per_gene.csv").write_text("gene,pearson\n" + "".join(f"{gene},0.1\n" for gene in GENES))

@@ -9,11 +9,12 @@ from fake_run import write_run
 from hydra import compose, initialize_config_dir
 from predicted import predicted
 
-from stexp.cli.analyse import analyse, check, folders, main, wanted
+from stexp.cli.analyse import main
 from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.files import CONF
+from stexp.reporting.downstream import analyse, check, folders, wanted
 
 
 def configure(*overrides: str, name: str = "analyse"):
@@ -99,7 +100,7 @@ def test_bad_input_ends_with_one_line(capsys, overrides, says):
 def test_a_finished_slide_is_exported_without_predicting_it_again(tmp_path, monkeypatch):
     from exported_model import exported, killed_after, slide
 
-    from stexp.cli.predict import find_slides, predict
+    from stexp.cli.prediction import find_slides, predict
 
     def command(*overrides: str) -> None:
         common = [f"run={exported()}", f"slide={slide()}", f"output_dir={tmp_path}", "um_per_px=2", "spacing_um=300"]

@@ -6,16 +6,30 @@ import inspect
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NotRequired
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import TypedDict
 
 from stexp import arguments
-from stexp.arguments import Colour, Count, Depth, Odd, Positive, Rate, Share, Whole, check, check_keys, checked
+from stexp.arguments import (
+    Colour,
+    Count,
+    Depth,
+    Odd,
+    Positive,
+    Rate,
+    Share,
+    Whole,
+    check,
+    check_fields,
+    check_keys,
+    checked,
+)
 from stexp.errors import InputError
 
 
@@ -211,3 +225,37 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
         for name, parameter in inspect.signature(init).parameters.items():
             if parameter.default is not parameter.empty and arguments._is_plain(hints[name]):
                 check(name, parameter.default, hints[name])
+
+
+class Inner(TypedDict):
+    n: Count
+    share: NotRequired[Share | None]
+
+
+class Outer(TypedDict):
+    name: str
+    parts: dict[str, list[Inner]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"name": "x", "parts": {"a": [{"n": 1, "share": None, "more": object()}]}}, None),
+        ([], r"x.json: \[\]: input should be a valid dictionary; again"),
+        ({"parts": {"a": [{}]}}, "x.json has no name, parts.a.0.n; again"),
+        ({"name": "x", "parts": {"a": [{"n": True}]}}, "x.json: parts.a.0.n=true: input should be a valid integer"),
+        (
+            {"name": "x", "parts": {"a\n": [{"n": 0}]}},
+            r"parts\.a\\n\.0\.n=0: input should be greater than or equal to 1",
+        ),
+        ({"name": "x", "parts": {"a": [{"n": 1, "share": math.nan}]}}, r"parts\.a\.0\.share=NaN: "),
+        ({"name": "x" * 999, "parts": "y" * 999}, "parts="),
+    ],
+)
+def test_documents_are_held_against_their_fields(content, says):
+    if says is None:
+        check_fields("x.json", content, Outer, "again")
+        return
+    with pytest.raises(InputError, match=says) as caught:
+        check_fields("x.json", content, Outer, "again")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200

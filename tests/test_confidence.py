@@ -12,7 +12,7 @@ from exported_model import exported, finished_run, slide
 from hydra import compose, initialize_config_dir
 
 from stexp import load_model
-from stexp.cli.predict import find_slides, predict
+from stexp.cli.prediction import find_slides, predict
 from stexp.config import to_plain
 from stexp.errors import InputError
 from stexp.files import CONF

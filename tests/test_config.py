@@ -336,7 +336,7 @@ def test_a_bug_is_a_traceback_after_a_line_that_says_where_the_run_stands(error,
         raise error
     assert caught.value is error
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{type(error).__name__} (a bug)" in line and "goes on from the last checkpoint" in line
+    assert f"{type(error).__name__} (a bug)" in line and "the same command goes on from there" in line
 
 
 # what a command line reads as something else
@@ -367,3 +367,11 @@ def test_a_name_that_is_just_wrong_gets_no_hint(given):
 def test_a_folder_without_a_config_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is no run folder: it has no config.yaml"):
         RunFolder(tmp_path).require()
+
+
+@pytest.mark.parametrize(
+    "argument", ["data.root=~/data", "data.root=~", "data.root=~me/my x (1)", "data.root='~/data'"]
+)
+def test_a_home_folder_is_a_value(argument):
+    (override,) = parse([argument])
+    assert override.value() == argument.partition("=")[2].strip("'")

@@ -20,7 +20,7 @@ from torch import nn
 from stexp import config
 from stexp.data.batches import ShuffledBatches
 from stexp.errors import InputError
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import read_json
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.gather import gather
 from stexp.models.mean import Mean

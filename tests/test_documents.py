@@ -6,7 +6,7 @@ import pytest
 
 from stexp.documents import LARGEST, parse_json, parse_yaml
 from stexp.errors import InputError
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import read_json
 from stexp.runs.folder import RunFolder
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))

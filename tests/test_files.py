@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import gzip
+import os
 import subprocess
 import sys
 import threading
@@ -121,3 +122,15 @@ def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None
         write_atomically(path, "other")
         assert part.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_disk_that_takes_nothing_is_said_with_the_name_of_the_file(tmp_path, monkeypatch, reason):
+    def refuse(path, *_, **__):
+        raise OSError(reason, os.strerror(reason), str(path))
+
+    for name in ("open", "write_text", "unlink"):  # unlink, too: on a read-only disk it fails where nothing is
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "report.html", "x")
+    assert caught.value.errno == reason and caught.value.filename == str(tmp_path / "report.html")

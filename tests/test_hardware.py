@@ -60,7 +60,7 @@ def test_a_slide_is_predicted_and_recorded_without_what_only_linux_has(tmp_path)
 import numpy as np
 from pathlib import Path
 from PIL import Image
-from stexp.cli.predict import _predict
+from stexp.cli.prediction import _predict
 from stexp.inference.predictor import load_model
 
 rng = np.random.default_rng(0)

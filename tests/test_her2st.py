@@ -195,15 +195,15 @@ def test_ways_to_write_the_same_counts(tmp_path, rows):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("4x10\t0", "4x10\t0.5", "1 counts are fractional"),
+        ("4x10\t0", "4x10\t0.5", "hold fractions amid counts"),
         ("4x10\t0", "4x10\t-1", "1 counts are negative"),
         ("4x10\t0", "4x10\tNaN", "1 counts are NaN"),
         ("4x10\t0", "4x10\t", "1 counts are NaN"),
         ("4x10\t0", "4x10\tmany", "not a table of numbers"),
-        ("4x10\t0\t12", "4x10\t12", "4 genes in the header, 3 counts in a row|not a table of numbers"),
+        ("4x10\t0\t12", "4x10\t12", "5 names in the header .*, 4 cells in the row"),
         ("5x10\t00\t0", "5x10\t00", "1 counts are NaN"),
         ("5x10\t00", "5x10\t00\t1", "not a table of numbers: .*line 2"),
-        ("4x10\t0", "\n4x10\t0\t0", "5 counts in a row|not a table of numbers"),
+        ("4x10\t0", "\n4x10\t0\t0", "5 names in the header .*, 6 cells in the row|not a table of numbers"),
         ("5x10", "4x10", "1 spot ids occur twice in the counts"),
     ],
 )

@@ -415,3 +415,13 @@ def test_the_real_mobilenet_tells_textures_apart(real_data):
     other = build(settings("mobilenetv2", checkpoint=str(path), frozen=True, model_args={"pad_type": ""}))(crops)
     agreement = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(features.numpy(), other.numpy(), strict=True)])
     assert agreement < 0.9
+
+
+def test_what_a_library_says_is_repeated_in_whole_sentences():
+    one_line, first = encoder_weights.one_line, "An error happened while trying to locate the file."
+    assert one_line(OSError(first)) == first.removesuffix(".")
+    assert one_line(OSError(f"{first} {'Please check your connection and try again ' * 9}")) == first.removesuffix(".")
+    words = "some words without an end " * 20
+    shortened = one_line(OSError(words))
+    assert shortened.endswith(" ...") and words.startswith(shortened.removesuffix("..."))
+    assert one_line(KeyError("a\nb")) == "a b" and one_line(ValueError()) == "ValueError"

@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from stexp import config
 from stexp.errors import InputError
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import read_json
 from stexp.evaluation.verdict import best_floor
 from stexp.runs.folder import RunFolder
 from stexp.training import loggers as logs

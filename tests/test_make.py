@@ -80,10 +80,10 @@ def make_in(folder: Path, target: str, answer: str = "") -> str:
 def test_cleaning_takes_what_can_be_made_again_and_nothing_else(used: Path):
     before = files(used)
     make_in(used, "clean")
-    assert before - files(used) == {
-        *("cache/tiles/a.npy", "data/demo/sheet.csv", "data/.demo.lock", ".pytest_cache/x"),
-        "src/stexp/__pycache__/a.pyc",
-    }
+    caches = {"cache/tiles/a.npy", ".pytest_cache/x", "src/stexp/__pycache__/a.pyc"}
+    assert before - files(used) == caches
+    make_in(used, "clean-data")
+    assert before - files(used) == caches | {"data/demo/sheet.csv", "data/.demo.lock"}
 
 
 @NEEDS_MAKE
@@ -93,8 +93,8 @@ def test_runs_go_only_when_the_answer_is_yes(used: Path):
         assert "runs" in make_in(used, "clean-runs", answer)
         assert files(used) == before
     make_in(used, "clean-runs", "y\n")
-    make_in(used, "clean")
-    make_in(used, "uninstall")
+    for target in ("clean", "clean-data", "uninstall"):
+        make_in(used, target)
     assert files(used) == {"data/mine/sheet.csv", "src/stexp/a.py"}
 
 

@@ -18,7 +18,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from stexp import config, files
-from stexp.cli.train import train
+from stexp.cli.fold import train
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.runs.rescore import predict_again

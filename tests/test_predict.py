@@ -6,14 +6,17 @@ import json
 import shutil
 
 import anndata as ad
+import hydra
 import numpy as np
 import pytest
-from exported_model import exported, killed_after, slide
-from hydra import compose, initialize_config_dir
+from exported_model import exported, finished_run, killed_after, slide
+from hydra import initialize_config_dir
 
 from stexp import hardware
-from stexp.cli.predict import find_slides, main, predict, slides_of
+from stexp.cli.predict import main
+from stexp.cli.prediction import check_settings, find_slides, predict, slides_of
 from stexp.config import to_plain
+from stexp.config.compose import compose
 from stexp.errors import InputError
 from stexp.files import CONF
 from stexp.inference import model_folder
@@ -23,7 +26,7 @@ def configure(out, *overrides: str):
     model = exported()  # before Hydra is at work here, which it may be once
     with initialize_config_dir(str(CONF), version_base="1.3"):
         common = [f"run={model}", f"output_dir={out}", "um_per_px=2", "spacing_um=200", "batch_size=16"]
-        return compose("predict", [*common, *overrides])
+        return hydra.compose("predict", [*common, *overrides])
 
 
 def run(out, *overrides: str) -> None:
@@ -69,13 +72,54 @@ def test_a_finished_slide_is_skipped_and_other_settings_need_a_word(finished, mo
     with pytest.raises(InputError, match=r"holds a prediction with another genes, spacing_um; choose another"):
         run(finished.parent, f"slide={slide()}", "spacing_um=250", "genes=all")
     assert (finished / "predictions.h5ad").stat().st_mtime_ns == before
+    monkeypatch.setattr("stexp.inference.predictor.load_model", lambda _: pytest.fail("the model is loaded"))
+    listed: list[dict] = []
+    monkeypatch.setattr("stexp.cli.prediction.write_index", lambda _, lacking: listed.append(lacking) or [])
+    with pytest.raises(InputError, match="another spacing_um"):
+        run(finished.parent, f"slide={slide()}", "spacing_um=250")
+    assert listed == [{}], "its prediction stands, and the index does not call it failed"
+
+
+def test_a_run_and_its_exported_model_are_one_model(finished):
+    before = (finished / "predictions.h5ad").stat().st_mtime_ns
+    cfg = to_plain(configure(finished.parent, f"slide={slide()}")) | {"run": str(finished_run())}
+    predict(cfg, find_slides(cfg["slide"]))
+    assert (finished / "predictions.h5ad").stat().st_mtime_ns == before, "it was predicted by the exported model"
+
+
+def test_genes_are_judged_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("stexp.inference.model_folder.read_weights", lambda _: pytest.fail("weights are read"))
+    with pytest.raises(InputError, match="1 of 1 genes are not among the 200 that this model predicts: NONE"):
+        run(tmp_path / "out", f"slide={slide()}", "genes=[NONE]")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("um_per_px", -1, "um_per_px=-1: a number above 0"),
+        ("um_per_px", "fine", "um_per_px=fine: a number above 0"),
+        ("grid", "round", "grid=round: choose"),
+        ("spacing_um", 0, "spacing_um=0: a number above 0"),
+        ("batch_size", 0, "batch_size=0: a whole number of at least 1"),
+        ("coordinates", "nowhere.csv", r"coordinates nowhere\.csv do not exist"),
+        ("exports", ["geojsn"], "did you mean geojson"),
+        ("device", "tpu", "device=tpu: choose"),
+    ],
+)
+def test_keys_that_fit_no_slide_are_refused_before_one_is_read(tmp_path, key, value, says):
+    with pytest.raises(InputError, match=says):
+        check_settings(to_plain(compose("predict", ["run=x", "slide=y"])) | {key: value})
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        check_settings(to_plain(compose("predict", ["run=x", "slide=y"])) | {"output_dir": str(tmp_path / "file")})
 
 
 def test_a_kill_before_or_after_the_report_leaves_nothing(monkeypatch, tmp_path):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stexp.cli.predict.write_report", killed)
+    monkeypatch.setattr("stexp.cli.prediction.write_report", killed)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, f"slide={slide()}", "spacing_um=400")
     folder = tmp_path / "A1"

@@ -13,7 +13,6 @@ from sections import make_sections
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.files import write_csv
 from stexp.protocol import Protocol
 
 GENES = 70
@@ -172,32 +171,8 @@ def test_what_a_file_lacks_is_named(tmp_path, made):
     needs = ("layers/counts", "obs/section", "obsm/spatial", "uns/stexp/protocol", "uns/spatial/A1/images")
     assert predictions.read(path, *needs).shape == made[0].shape
     lacks = ("layers/count", "obs/sections", "obsm/pca", "uns/stexp/fold", "uns/spatial/A1/images/lowres", "uns/x/y")
-    with pytest.raises(InputError, match=f"predictions.h5ad has no {', '.join(lacks)}; delete it and give the command"):
+    with pytest.raises(InputError, match=f"predictions.h5ad has no {', '.join(lacks)}, .*; delete it"):
         predictions.read(path, *needs, *lacks)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "x.json does not exist: the run has not got that far; give the command that made the run again"),
-        (b"", "x.json cannot be read: Expecting value"),
-        (b'{"a": [1, 2', "x.json cannot be read: "),
-        (b"\x80\x00", "x.json cannot be read: "),
-        (b"[1, 2]", "x.json is no JSON object; delete it"),
-        (b'{"a": 1}', "x.json has no b; delete it and give the command that made the run again"),
-    ],
-)
-def test_a_damaged_json_file_is_refused_in_one_line(tmp_path, content, says):
-    if content is not None:
-        (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(InputError, match=says) as caught:
-        predictions.read_json(tmp_path / "x.json", "a", "b")
-    assert "\n" not in str(caught.value)
-
-
-def test_json_comes_back_with_none_for_nan(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps({"a": float("nan"), "b": {"c": 0.5}}))
-    assert predictions.read_json(tmp_path / "x.json", "a") == {"a": None, "b": {"c": 0.5}}
 
 
 @pytest.fixture
@@ -239,37 +214,3 @@ def test_runs_of_before_without_a_record_are_not_judged(recorded):
     assert not predictions.changed_since_run(recorded)
     (recorded / "provenance.json").unlink()
     assert not predictions.changed_since_run(recorded)
-
-
-@pytest.mark.parametrize(
-    ("need", "lacks"),
-    [
-        ("a", False),
-        ("a/b", False),
-        ("list/*/x", False),
-        ("empty/*/x", False),
-        ("c", True),
-        ("a/c", True),
-        ("a/b/c", True),
-        ("list/*/y", True),
-        ("a/*/x", True),
-    ],
-)
-def test_needs_of_json_reach_into_it(tmp_path, need, lacks):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"a": {"b": 1}, "list": [{"x": 1, "y": 2}, {"x": 3}], "empty": {}}))
-    if lacks:
-        with pytest.raises(InputError, match=f"has no {need.replace('*', '[*]')}; delete it"):
-            predictions.read_json(path, need)
-    else:
-        assert predictions.read_json(path, need)
-
-
-def test_genes_are_read_as_they_were_named(tmp_path):
-    table = pd.DataFrame({"gene": ["=A", "NA", "'B"], "pearson": [0.1, np.nan, -0.2], "heg50": [True, False, True]})
-    write_csv(table, tmp_path / "per_gene.csv")
-    assert predictions.read_genes(tmp_path / "per_gene.csv", "pearson") == [
-        {"gene": "=A", "pearson": 0.1, "heg50": 1},
-        {"gene": "NA", "pearson": None, "heg50": 0},
-        {"gene": "'B", "pearson": -0.2, "heg50": 1},
-    ]

@@ -89,7 +89,7 @@ def test_dates_that_only_one_gene_became_are_that_gene(caplog, date, gene):
      "1.5", "2.31E+19"],
 )  # fmt: skip
 def test_names_that_may_have_been_several_genes_are_refused_unless_an_id_stands_behind(name):
-    with pytest.raises(InputError, match="are dates or numbers that a spreadsheet made of genes") as caught:
+    with pytest.raises(InputError, match=r"are dates or numbers .* that a spreadsheet made of genes") as caught:
         counts_of([name, *HUMAN])
     assert name in str(caught.value) and "\n" not in str(caught.value)
     ids = [f"ENSG{i:011d}" for i in range(4)]
@@ -145,6 +145,104 @@ def test_a_feature_without_a_name_has_no_counts():
 def test_nothing_but_summaries_is_no_matrix():
     with pytest.raises(InputError, match=r"none of 2 features is a gene .first: __no_feature"):
         counts_of(["__no_feature", "__ambiguous"])
+
+
+SPOT_COLUMNS = """Total counts|Total UMI|UMIs|UMI|total_umi_count|n_features|nFeatures|detected_genes|gene_count
+num_genes|num_counts|library.size|lib.size|sizeFactor|pct_mt|mt_frac|x_coord
+row|col|label|annotation|cluster_id
+Patient_ID|in tissue|reads|nuclei|V1|X.1|level_0|nUMI|Sample.Name|CellType|RNA_snn_res.0.8|UMAP_1|percent.largest.gene
+new_x|n_cells
+pct_counts_hb|array-row|Spot ID|SizeFactors|num_reads|TOTAL_READS|predicted_labels|orig.ident"""
+
+
+@pytest.mark.parametrize("name", SPOT_COLUMNS.replace("\n", "|").split("|"))
+def test_a_column_about_spots_is_known_by_its_words(caplog, name):
+    values, counts = counts_of([name, *HUMAN])
+    assert list(counts.var_names) == HUMAN and f"left out: {name}" in caplog.text
+    assert counts.X.sum() == values[:, 1:].sum()
+
+
+GENES = """MT1X CD8A AREG TOTAL1 IDS Ids SNN Snn ID1 Id2 PC SCORE1 NUMB
+LIBX CELSR1 T N y MT-ND1 mt-Co1 n-R5s211 HLA-DRA
+SUM1 X1 RN7SK SUMO2 CLU SPOCK1 LABX Row1 COL1A1 ROWAN COUNTIN NAME MT FRA10AC1 REGIONX PCT1 SAMD9 LAYN ANNX
+TOTALIN H2-Aa
+5-HT1A 14-3-3zeta RP11-206L10.9 hsa_circ_0001 Human1 rat1 mm9a MARK3 MARCKS Sepp1 JUNB MAYA DECR1 NOV OCT4 APRIL
+AUG1 sep-1 mar-2 MARK-3 Junb-1 GRCh TRUEX FALSE1"""
+
+
+@pytest.mark.parametrize("name", GENES.split())
+def test_a_gene_is_no_column_about_spots_no_date_and_no_genome(caplog, name):
+    assert list(counts_of([name, *HUMAN])[1].var_names) == [name, *HUMAN] and not caplog.text
+
+
+def measured(column, n_spots=40):
+    """Counts of ten genes with the column amid them."""
+    rng = np.random.default_rng(3)
+    values = rng.poisson(rng.uniform(2, 9, (n_spots, 1)) * rng.uniform(1, 3, (1, 10))).astype(np.float32)
+    values = np.insert(values, 4, column(values), axis=1)
+    names = [*"ABCD", "odd", *"EFGHIJ"]
+    return genes_of(sp.csr_matrix(values), [f"s{i}" for i in range(n_spots)], names, where="counts c.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (lambda values: values.sum(1), "odd is the sum of all other genes"),
+        (lambda values: values.sum(1) // 2 + np.arange(40) % 3, "odd follows the sum of all other genes"),
+        (lambda values: values.sum(1) * 3 + 2, "odd follows the sum of all other genes"),
+        (lambda values: values.sum(1) / 100, "odd hold fractions amid counts"),
+        (lambda values: np.arange(40), "odd numbers the spots .0, 1"),
+    ],
+)
+def test_a_column_that_was_computed_is_refused_by_its_values(column, message):
+    with pytest.raises(InputError, match=message):
+        measured(column)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 2.0])
+def test_a_gene_that_is_a_share_of_the_total_scatters_and_stays(share):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert measured(lambda values, rng=rng: rng.poisson(share * values.sum(1))).n_vars == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "gene"),
+    [
+        ("2-wrz", "SEPTIN2"), ("02.сен", "SEPTIN2"), ("2-Eyl", "SEPTIN2"), ("2-zář", "SEPTIN2"), ("9月2日", "SEPTIN2"),
+        ("2006年9月2日", "SEPTIN2"), ("9월 2일", "SEPTIN2"), ("2-September", "SEPTIN2"), ("September 2", "SEPTIN2"),
+        ("Sept. 2, 2006", "SEPTIN2"), ("2 septembre", "SEPTIN2"), ("2 de septiembre de 2006", "SEPTIN2"),
+        ("2006-09-02 00:00", "SEPTIN2"), ("2006/09/02", "SEPTIN2"), ("2006-09-02T00:00:00Z", "SEPTIN2"),
+        ("2nd Sep", "SEPTIN2"), ("X2.Sep", "SEPTIN2"), ("2. září", "SEPTIN2"), ("7.syys", "SEPTIN7"),
+        ("11-set", "SEPTIN11"), ("4-Σεπ", "SEPTIN4"), ("5-ruj", "SEPTIN5"), ("6-szept.", "SEPTIN6"),
+        ("3-бер", "MARCHF3"), ("4-мар", "MARCHF4"), ("5 marzec", "MARCHF5"), ("6-bře", "MARCHF6"),
+        ("8-març", "MARCHF8"),
+    ],
+)  # fmt: skip
+def test_dates_of_other_languages_are_that_gene(name, gene):
+    assert list(counts_of([name, *HUMAN])[1].var_names) == [gene, *HUMAN]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1-gru", "1-lis", "1-мар", "2-březen", "9/2", "09-02", "9.2.06", "2,31E+19", "#REF!", "#NAME?", "#N/A", "#####",
+     "TRUE", "FALSE", "WAHR", "1-Aralık", "9/2/2006 0:00", "20060902", "15 septembre"],
+)  # fmt: skip
+def test_what_a_spreadsheet_left_of_a_gene_is_refused(name):
+    with pytest.raises(InputError, match=r"1 names are dates or numbers \(or errors\)"):
+        counts_of([name, *HUMAN])
+
+
+@pytest.mark.parametrize("prefix", ["human_", "mouse_", "GRCh38-", "hg38:", "mm10.", "Homo_sapiens_", "Rat-", "Human:"])
+def test_the_species_before_every_name_goes_and_before_some_is_refused(prefix):
+    assert list(counts_of([f"{prefix}{gene}" for gene in ("HLA-A", *HUMAN)])[1].var_names) == ["HLA-A", *HUMAN]
+    with pytest.raises(InputError, match="1 of 4 names have a genome or species before them"):
+        counts_of([f"{prefix}XIST", *HUMAN])
+
+
+def test_two_species_by_their_words_are_refused():
+    with pytest.raises(InputError, match=r"genes of 2 genomes .2 human, 2 mouse"):
+        counts_of(["human_ACTB", "human_CD74", "mouse_Actb", "mouse-Cd74"])
 
 
 # panels

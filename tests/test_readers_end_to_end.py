@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from stexp import config, files
-from stexp.cli.train import train
+from stexp.cli.fold import train
 from stexp.data import readers
 from stexp.data.splits import folds
 from stexp.runs.rescore import predict_again

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -151,3 +152,39 @@ def test_what_is_written_is_read(tmp_path: Path, whole: SlidePicture) -> None:
     path.write_bytes(b"\x89HDF half")
     with pytest.raises(InputError, match=r"pictures\.h5 cannot be read"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("cells", np.zeros(3)),
+        ("cells", np.array([[4, 0, 0, 10**9]])),
+        ("cells", np.full((1, 4), -5)),
+        ("jpeg", np.zeros((2, 2))),
+        ("width", 2.0**60),
+        ("side_px", np.nan),
+        ("height", "x"),
+    ],
+)
+def test_a_slide_of_another_shape_is_refused(tmp_path: Path, whole: SlidePicture, where: str, value) -> None:
+    path = tmp_path / "pictures.h5"
+    write(path, {"a": whole})
+    with h5py.File(path, "r+") as file:
+        group = file["slides/0"]
+        if where in group:
+            del group[where]
+            group[where] = value
+        else:
+            group.attrs[where] = value
+    with pytest.raises(InputError, match=r"pictures\.h5 cannot be read: .*without it the report is made") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_slides_in_another_file_are_refused(tmp_path: Path, whole: SlidePicture) -> None:
+    write(tmp_path / "other.h5", {"a": whole})
+    write(tmp_path / "pictures.h5", {})
+    with h5py.File(tmp_path / "pictures.h5", "r+") as file:
+        file["slides"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/slides")
+    with pytest.raises(InputError, match=r"pictures\.h5: slides is a link to the file"):
+        read(tmp_path / "pictures.h5")

@@ -10,12 +10,13 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import yaml
 from demo_run import configure, run
 from hydra import compose, initialize_config_dir
 
 from stexp import config, files
+from stexp.cli.fold import train
 from stexp.cli.score import main as score_main
-from stexp.cli.train import train
 from stexp.data.dataset import DataSet
 from stexp.errors import InputError
 from stexp.reporting.report import write_report
@@ -67,7 +68,7 @@ def copy_of(strict: Path, folder: Path) -> Path:
         ("config.yaml", b"- 1\n", "retrieve train", "cannot be read"),
         ("config.yaml", b"\x89HDF\xff\x00", "retrieve train", "cannot be read"),
         ("audit.json", b'{"protocol": ', "retrieve report train", "audit.json cannot be read"),
-        ("audit.json", b"{}", "retrieve train", "audit.json has no facts"),
+        ("audit.json", b"{}", "retrieve train", "audit.json has no leaks, items, facts"),
         ("metrics.json", b'{"scores"', "report", "metrics.json cannot be read"),
         ("provenance.json", b"[1]", "retrieve report train", "provenance.json is no JSON object"),
         ("provenance.json", b"{}", "retrieve report train", "lack|has no"),
@@ -96,7 +97,11 @@ def test_a_damaged_file_of_a_run_is_one_line(strict, demo, tmp_path, name, conte
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
-        ("predictions.h5ad", lambda a: a.layers.pop("counts"), "has no layers/counts; delete it and give the command"),
+        (
+            "predictions.h5ad",
+            lambda a: a.layers.pop("counts"),
+            "has no layers/counts, or it is of another kind; delete it and give the command",
+        ),
         ("predictions.h5ad", lambda a: a.uns["stexp"].pop("fold"), "has no uns/stexp/fold"),
         ("predictions.h5ad", lambda a: a.uns.pop("stexp"), "has no uns/stexp/protocol, uns/stexp/fold"),
         ("floors.h5ad", lambda a: a[:-1].copy(), "is of other spots than predictions.h5ad"),
@@ -145,10 +150,21 @@ def test_an_output_folder_for_no_new_prediction_is_refused(strict: Path, tmp_pat
 
 def test_config_of_a_run_is_data(strict: Path, tmp_path: Path) -> None:
     assert RunFolder(strict).config["fold"] == "A"
-    text = "seed: 0\nprotocol: {}\ndata: {}\nmodel: {_target_: os.system, command: 'touch owned'}\n"
-    (tmp_path / "config.yaml").write_text(text)
+    text = (strict / "config.yaml").read_text()
+    changed = {**yaml.safe_load(text), "model": {"_target_": "os.system", "name": "x", "command": "touch owned"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(InputError, match="not allowed"):
         config.build(RunFolder(tmp_path).config["model"])
+    for part, damage in (
+        *((part, damage) for part in ("protocol", "data", "model", "trainer") for damage in (1, [], {}, None)),
+        ("protocol", {"_target_": "stexp.data.readers.demo.read_demo", "name": "x", "root": str(tmp_path / "owned")}),
+        ("seed", "0"),
+        ("seed", -1),
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**yaml.safe_load(text), part: damage}))
+        with pytest.raises(InputError, match=rf"config\.yaml(: | has no ){part}.*; train again") as caught:
+            RunFolder(tmp_path).require()
+        assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no run folder"):
         RunFolder(tmp_path / "nowhere").require()
 
@@ -182,7 +198,7 @@ def test_a_protocol_in_a_prediction_file_is_never_called(strict: Path, tmp_path:
     folder.mkdir()
     adata.write_h5ad(folder / "predictions.h5ad")
     (folder / "floors.h5ad").write_bytes((strict / "floors.h5ad").read_bytes())
-    with pytest.raises(InputError, match="do not say their protocol"):
+    with pytest.raises(InputError, match="protocol of these predictions takes no key '_target_'"):
         score_run(folder)
     assert not (tmp_path / "owned").exists()
     with pytest.raises(InputError, match="not allowed"):

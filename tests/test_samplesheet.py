@@ -218,13 +218,13 @@ def test_columns_that_may_be_left_out_and_columns_that_are_kept(folder, caplog):
 def test_genes_in_rows_are_found_and_said(folder, caplog, separator, quoted):
     caplog.set_level(logging.INFO)
     (plain,) = samplesheet.read_samplesheet(folder / "sheet.csv")
-    assert "s1.tsv: spots are rows, 3 x 2; 3 of them have a position" in caplog.text
+    assert "s1.tsv: spots are rows, 3 of 3 with a position" in caplog.text
     table = pd.DataFrame(plain.counts(["ACTB", "CD3E"]), plain.spots.obs_names, ["ACTB", "CD3E"]).astype(int).T
     name = "turned.csv" if separator == "," else "turned.tsv"
     table.to_csv(folder / name, sep=separator, quoting=2 if quoted else 0)
     (folder / "sheet.csv").write_text(SHEET.replace("s1.tsv", name))
     (turned,) = samplesheet.read_samplesheet(folder / "sheet.csv")
-    assert "spots are columns, 2 x 3; 3 of them have a position" in caplog.text
+    assert "spots are columns, 3 of 3 with a position" in caplog.text
     assert (turned.spots.X != plain.spots.X).nnz == 0 and turned.spots.X.format == "csr"
     assert list(turned.spots.obs_names) == list(plain.spots.obs_names) and list(turned.genes) == list(plain.genes)
 
@@ -329,6 +329,13 @@ def test_a_sheet_of_a_spreadsheet_in_europe(folder, caplog):
     (folder / "sheet.csv").write_bytes(SHEET.replace(",", ";").replace("0.5", "0,5").encode("utf-16"))
     (section,) = samplesheet.read_samplesheet(folder / "sheet.csv")
     assert section.um_per_px == 0.5 and "semicolons" in caplog.text and "decimal commas" in caplog.text
+
+
+def test_empty_lines_above_the_header_count_as_lines(folder):
+    (folder / "sheet.csv").write_text("\n,,,,,\n" + SHEET)
+    assert len(samplesheet.read_samplesheet(folder / "sheet.csv")) == 1
+    (folder / "s1.tsv").unlink()
+    refused(folder, "line 4: column counts")
 
 
 def test_tildes_in_a_sheet_are_the_home_folder(folder, monkeypatch, tmp_path_factory):

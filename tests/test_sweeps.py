@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
@@ -23,9 +24,9 @@ from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import compose
 from stexp.errors import InputError
 from stexp.runs.folder import RESULTS
-from stexp.sweeps import schedule
+from stexp.sweeps import launching, schedule
 from stexp.sweeps.choice import choose
-from stexp.sweeps.failure import cause_of
+from stexp.sweeps.failure import Failure, cause_of, write_failure
 from stexp.sweeps.jobs import Job, jobs, with_needs
 from stexp.sweeps.launching import starter, sweep
 from stexp.sweeps.local import Local, gpu_slots, visible_gpus
@@ -319,9 +320,9 @@ def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again
     start = lambda job, slot: Local(job, {})  # noqa: E731
     failed = run(members, start, [Slot()])
     assert set(failed) == {tmp_path / "bad", tmp_path / "half", tmp_path / "after-bad"}
-    assert failed[tmp_path / "bad"] == f"no such gene ({tmp_path / 'bad/logs/job.log'})"
-    assert "without its results" in failed[tmp_path / "half"]
-    assert "it needs" in failed[tmp_path / "after-bad"] and not (tmp_path / "after-bad").exists()
+    assert str(failed[tmp_path / "bad"]) == f"no such gene ({tmp_path / 'bad/logs/job.log'})"
+    assert "without its results" in str(failed[tmp_path / "half"])
+    assert "it needs" in str(failed[tmp_path / "after-bad"]) and not (tmp_path / "after-bad").exists()
     assert (tmp_path / "bad/logs/job.log").read_text().startswith("$ stexp-train fold=bad\n")
 
     ran = []
@@ -341,8 +342,8 @@ def test_a_failed_job_stops_only_what_needs_it_and_what_is_done_is_not_run_again
 
 
 def test_a_job_that_is_killed_or_only_has_a_status_is_said_to_be(tmp_path):
-    assert "SIGKILL" in cause_of(tmp_path, -signal.SIGKILL)
-    assert "7" in cause_of(tmp_path, 7)
+    assert "SIGKILL" in str(cause_of(tmp_path, -signal.SIGKILL))
+    assert "7" in str(cause_of(tmp_path, 7))
 
 
 def raising(error: BaseException):
@@ -378,7 +379,7 @@ def test_a_job_records_why_it_failed(error, kind, status, says, tmp_path, monkey
         return
     record = json.loads((tmp_path / "failure.json").read_text())
     assert (record["kind"], record["exit"]) == (kind, status) and says in record["message"]
-    assert record["message"] in cause_of(tmp_path, status)
+    assert record["message"] in str(cause_of(tmp_path, status))
 
 
 @pytest.fixture
@@ -542,6 +543,28 @@ def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
     assert given[1]["slurm_additional_parameters"] == {"qos": "long"} and "slurm_account" not in given[1]
 
 
+@pytest.mark.parametrize(("ends", "status"), [((2, 2), 2), ((2, 1), 1), ((0, 2), 2), ((0, 0), 0), ((-9, 2), 1)])
+def test_a_sweep_ends_with_2_where_the_user_can_mend_all(tmp_path, monkeypatch, ends, status) -> None:
+    causes = (Failure("OSError", "no space", end) for end in ends if end)
+    failed = dict(zip((tmp_path / "a", tmp_path / "b"), causes, strict=False))
+    monkeypatch.setattr(launching, "run", lambda *_: failed)
+    assert (
+        launching.sweep(["data=demo", "model=stnet", "fold=A", "trainer.accelerator=cpu", f"output_dir={tmp_path}/x"])
+        == status
+    )
+
+
+def test_a_record_that_the_disk_does_not_take_leaves_the_status(tmp_path) -> None:
+    (tmp_path / "logs").write_text("in the way of a folder")
+    write_failure(tmp_path / "logs", OSError(28, "No space left on device", "/x/predictions.h5ad"), 2)
+    cause = cause_of(tmp_path / "logs", 2)
+    assert cause.is_mendable and str(tmp_path / "logs") in str(cause)
+    write_failure(tmp_path / "other", OSError(28, "No space left on device", "/x/predictions.h5ad"), 2)
+    assert str(cause_of(tmp_path / "other", 2)).startswith("/x/predictions.h5ad: No space left on device")
+    (tmp_path / "other" / "failure.json").write_text('{"kind": 1')
+    assert "exit status 2" in str(cause_of(tmp_path / "other", 2))
+
+
 def test_the_preview_says_what_is_done_and_scales_recorded_hours_by_epochs(tmp_path):
     members = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4,C2,C3"])
     text = preview(members)
@@ -550,17 +573,17 @@ def test_the_preview_says_what_is_done_and_scales_recorded_hours_by_epochs(tmp_p
     other = jobs("tableS2", [f"output_dir={tmp_path}", "fold=B4", "trainer.max_epochs=9"])[0].output_dir
     record = {"seconds": 3600, "stages": {"fit": 3000}, "hardware": {"cpu": "abacus"}}
     finish(other, provenance=record)
-    config = "{seed: 0, protocol: {}, data: {}, model: {}, trainer: {max_epochs: 9}}"
-    (other / "config.yaml").write_text(config)
+    settings = to_plain(compose("train", ["data=her2st", "model=mclstexp", "fold=B4", f"output_dir={other}"]))
+    settings["trainer"]["max_epochs"] = 9
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
     (other / "weights").write_bytes(bytes(10_000_000))
     text = preview(members)
     assert f"{(600 + 30000) / 3600:.2f}" in text and "unknown" not in text
     assert f"3 to do: {3 * 30600 / 3600:.1f} h and 0.0 GB by runs on CPU abacus" in text
     # the same settings count alone
     finish(members[0].output_dir, provenance={**record, "seconds": 36000, "stages": {"fit": 1}})
-    (members[0].output_dir / "config.yaml").write_text(
-        "{seed: 0, protocol: {}, data: {}, model: {}, trainer: {max_epochs: 90}}"
-    )
+    settings["trainer"]["max_epochs"] = 90
+    (members[0].output_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     text = preview(members)
     assert f"done   {members[0].output_dir}" in text and "1 done, 2 to do: 20.0 h" in text
 

@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 
+from stexp.cli.table import main as table_main
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.reporting.labels import label_methods
@@ -55,7 +57,8 @@ def write_run(
         "model": {"_target_": "x", "name": model, "image_encoder": image, "k": "auto"},
         "trainer": {"_target_": "x", "accelerator": "cpu", "max_epochs": 9},
         "logger": {"save_dir": str(folder)},
-        "data": {"name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "data": {**WHOLE_DATA, "name": "demo", "root": "data/demo", "stain": None, "cache_dir": str(folder)},
+        "hardware": {"channels_last": True},
         "seed": seed,
         "fold": fold,
         "output_dir": str(folder),
@@ -72,9 +75,11 @@ def write_run(
             "floors": floors,
             "ceiling": {"pearson_acg": 0.8, "pearson_heg50": 0.9},
             "n_spots": 9,
+            "n_constant_genes": 0,
         }
 
     metrics = {
+        **part(0.1),
         "protocol": "strict",
         "fold": fold,
         "model": model,
@@ -83,11 +88,20 @@ def write_run(
         "n_genes": len(genes),
         "chosen": chosen or {"k": 5, "k_validation_pearson": {"5": 0.1}},
         "sections": {name: part(acg) for name, acg in sections.items()},
-        "scored_as": {} if other is None else {"paper": {"sections": {name: part(acg) for name, acg in other.items()}}},
+        "scored_as": {}
+        if other is None
+        else {"paper": {**part(0.1), "sections": {name: part(acg) for name, acg in other.items()}}},
     }
+    if other is not None:
+        metrics["scored_as"] = {"paper": {**part(0.1), "sections": {name: part(acg) for name, acg in other.items()}}}
     leak = {"name": "same_patient_in_training", "leak": seed > 0, "detail": ""}
-    audit = {"leaks": int(seed > 0), "items": [leak], "facts": {"patient_of": {name: name[0] for name in ACG}}}
+    audit = {
+        "leaks": int(seed > 0),
+        "items": [leak],
+        "facts": {**WHOLE_AUDIT, "patient_of": {name: name[0] for name in ACG}},
+    }
     provenance = {
+        **WHOLE_RECORD,
         "command": f"stexp-train data=demo model={model} fold={fold} output_dir={folder} seed={seed}",
         "seconds": 60.0 + 60 * seed,
         "peak_memory_gb": 2.5,
@@ -192,6 +206,39 @@ def test_a_gap_is_printed_as_a_gap_and_never_averaged(runs: list[Path]) -> None:
     assert [cell.strip() for cell in by_section[0]] == ["C1", "C", "0.400", "–", "0.150"]
 
 
+def test_two_runs_of_one_cell_are_left_out_and_named(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path / "ours", model="ours") + write_folds(tmp_path / "theirs", model="theirs")
+    folders.append(write_run(tmp_path / "again", {"B1": 0.9}, model="ours"))
+    with pytest.raises(InputError, match=r"same method, seed 0 and fold B; name one of them in runs="):
+        one(folders)
+    table = one(folders, allow_missing=True)
+    (gap,) = table.gaps
+    assert gap[:2] == ("ours, seed 0,", "fold B") and all(
+        str(folder) in gap.fill for folder in (folders[1], folders[6])
+    )
+    assert np.isnan(row(table, "ours")["pearson_acg"]) and row(table, "theirs")["n_sections"] == 4
+    with pytest.raises(InputError, match="same method"):  # nothing is left to print
+        one([folders[1], folders[6]], allow_missing=True)
+
+
+def test_a_table_that_cannot_be_made_leaves_the_others(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    write_run(tmp_path / "runs" / "x", {"A1": 0.1})
+    write_run(tmp_path / "runs" / "y", {"A1": 0.2}, seed=1, genes=("FASN",))
+    write_run(tmp_path / "runs" / "z", {"A1": 0.3}, **{"protocol.name": "paper"})
+    arguments = ["stexp-table", f"runs={tmp_path / 'runs'}", f"output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        table_main()
+    printed = capsys.readouterr().out
+    assert ended.value.code == 2 and "## demo, protocol paper" in printed and "protocol strict" not in printed
+    assert (tmp_path / "out" / "table.md").is_file()
+    monkeypatch.setattr(sys, "argv", [*arguments[:2], "allow_missing=false", f"output_dir={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit):
+        table_main()
+    assert not (tmp_path / "none").exists() and "##" not in capsys.readouterr().out
+
+
 def test_a_section_that_others_were_tested_on_is_missed(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / "x", {"A1": 0.1, "A2": 0.2}, model="x"),
@@ -255,7 +302,7 @@ def test_rescored_folds_are_one_method_though_each_chose_its_k(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "are the same method, seed 0 and fold A; name one"),
+        ({}, "are the same method, seed 0 and fold A; name one of them"),
         ({"seed": 1, "genes": ("FASN",)}, r"they predict other genes \(fold A, section A1\)"),
     ],
 )
@@ -398,11 +445,15 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
 
     (runs[0] / "metrics.json").unlink()
     (runs[0] / "checkpoints").mkdir()
-    refused = subprocess.run(
-        [sys.executable, "-m", "stexp.cli.table", *arguments], capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config" in refused.stderr
+    finish = f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config"
+    for more, status, n_lines in ((["allow_missing=false"], 2, 1), ([], 0, 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "stexp.cli.table", *arguments, *more], capture_output=True, text=True, check=False
+        )
+        lines = done.stderr.splitlines()
+        assert done.returncode == status and len(lines) == n_lines and finish in lines[0]
+    assert "ours, seed 0, lacks fold A; fill it with: stexp-train data=demo model=ours fold=A" in lines[1]
+    assert "Gap: ours, seed 0, lacks fold A." in done.stdout and "| theirs" in done.stdout
 
 
 def test_a_table_of_genes_that_is_cut_and_a_config_that_is_cut_are_one_line(runs: list[Path]) -> None:

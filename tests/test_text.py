@@ -113,10 +113,135 @@ def test_cells_that_may_mean_two_things_are_refused_with_their_cause(tmp_path, c
         read_counts(tmp_path / "c.csv")
 
 
-def test_an_offered_decimal_comma_beats_thousands(tmp_path):
-    """One cell that can only be a fraction settles what the others are."""
-    (tmp_path / "p.csv").write_text("spot;array_x;array_y;pixel_x;pixel_y\na;0;0;1,125;2,5\n")
-    assert read_positions(tmp_path / "p.csv").loc["a"].tolist() == [0, 0, 1.125, 2.5]
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (["1,800", "800"], ["800,0", "2,5"]),  # decimal commas of another column are no proof
+        (["1.800", "800"], ["800", "900"]),
+        (["1.800", "2.300"], ["1.400", "1.500"]),
+        (["12.345", "0"], ["1.5", "2.5"]),
+        (["1.234.567", "8"], ["7", "7"]),
+    ],
+)
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("kind", ["columns", "visium"])
+def test_positions_that_may_be_a_thousand_times_too_small_are_refused(tmp_path, x, y, separator, kind):
+    table = pd.DataFrame({"spot": ["a", "b"], "array_x": [0, 1], "array_y": 0, "pixel_x": x, "pixel_y": y})
+    if kind == "visium":
+        table.insert(1, "in_tissue", 1)
+        table = table.rename(columns={"spot": "barcode", "array_x": "array_col", "array_y": "array_row"})
+        table = table.rename(columns={"pixel_x": "pxl_col_in_fullres", "pixel_y": "pxl_row_in_fullres"})
+    table.to_csv(tmp_path / "p.csv", sep=separator, index=False)
+    column = "pxl_col_in_fullres" if kind == "visium" else "pixel_x"
+    sign = "comma" if "," in x[0] else "point"
+    with pytest.raises(InputError, match=rf"in {x[0]} the {sign} may divide thousands .*column {column}"):
+        read_positions(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["1.125", "2.5"], [1.125, 2.5]),
+        (["1,125", "2,5"], [1.125, 2.5]),
+        (["1.125", "1800"], [1.125, 1800]),
+        (["1.125", "0.125"], [1.125, 0.125]),
+        (["1.125", "1800.125"], [1.125, 1800.125]),
+        (["1.12", "2.00"], [1.12, 2]),
+        (["1 800", "2 000"], [1800, 2000]),
+        (["1'800", "2’000"], [1800, 2000]),
+        (["1\u202f800,5", "2\u00a0000,25"], [1800.5, 2000.25]),
+        (["1\u2009800.5", "20.25"], [1800.5, 20.25]),
+    ],
+)
+def test_numbers_that_can_mean_one_thing_only(tmp_path, cells, values):
+    table = pd.DataFrame({"spot": ["a", "b"], "array_x": [0, 1], "array_y": 0, "pixel_x": cells, "pixel_y": [7, 8]})
+    table.to_csv(tmp_path / "p.csv", sep=";", index=False)
+    assert read_positions(tmp_path / "p.csv")["pixel_x"].tolist() == values
+
+
+def test_corrected_places_on_the_array_have_three_decimals(tmp_path):
+    (tmp_path / "p.tsv").write_text("x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\n4\t5\t4.125\t4.993\t10.5\t7\n")
+    assert read_positions(tmp_path / "p.tsv").loc["4x5", ["new_x", "new_y"]].tolist() == [4.125, 4.993]
+
+
+@pytest.mark.parametrize("cell", ["3.000", "1.234", "12.345", "1,234", "3,000", "1 234", "1'234"])
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_counts_with_thousands_are_refused(tmp_path, cell, separator):
+    pd.DataFrame({"A": ["0", "5", cell], "B": ["3", "7", "0"]}, index=list("stu")).to_csv(
+        tmp_path / "c.csv", sep=separator
+    )
+    with pytest.raises(InputError, match=rf"column A.*\b{cell}|{cell}.*column A"):
+        read_counts(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("sign", [".", ","])
+def test_counts_of_three_decimals_are_counts(tmp_path, sign):
+    (tmp_path / "c.tsv").write_text("\tA\tB\ns\t3.000\t5.000\nt\t12.000\t0.000\n".replace(".", sign))
+    assert read_counts(tmp_path / "c.tsv").X.toarray().tolist() == [[3, 5], [12, 0]]
+
+
+def test_a_measure_with_three_decimals_beside_counts_is_left_out(tmp_path):
+    (tmp_path / "c.csv").write_text(",A,B,pct_mt\ns,3,5,12.345\nt,1,0,3.5\n")
+    assert list(read_counts(tmp_path / "c.csv").var_names) == ["A", "B"]
+
+
+# headers that do not fit the rows
+
+
+NAMES = {"human": ["ACTB", "C1orf112", "CD74", "HLA-A"], "mouse": ["Xkr4", "Gm1992", "mt-Co1", "0610005C09Rik"]}
+
+
+@pytest.mark.parametrize("names", list(NAMES.values()))
+@pytest.mark.parametrize("separator", [",", ";", "\t", " "])
+def test_a_header_as_r_writes_it(tmp_path, caplog, names, separator):
+    caplog.set_level(logging.INFO)
+    lines = [separator.join(f'"{name}"' for name in names), separator.join(['"s1"', "1", "2", "3", "4"])]
+    (tmp_path / "c.txt").write_text("\n".join(lines))
+    counts = read_counts(tmp_path / "c.txt")
+    assert list(counts.var_names) == names and counts.X.toarray().tolist() == [[1, 2, 3, 4]]
+    assert "as write.table of R leaves it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "corner",
+    ["spot", "", "Barcode", "gene", "Gene_ID", "GeneSymbol", "id", "X", "Spots", "cell.id", "sample", "My spots"],
+)
+@pytest.mark.parametrize("names", list(NAMES.values()))
+def test_a_header_that_lacks_the_name_of_a_gene_is_refused(tmp_path, corner, names):
+    lines = [",".join([corner, *names[:-1]]), *(f"s{i},1,2,3,4" for i in range(3))]
+    (tmp_path / "c.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"4 names in the header .*, 5 cells in the row 's0'; a name for every column"):
+        read_counts(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("header", ["geneset,AAACAAGTAT-1,AAACACCAAT-1", "foo,10x12,11x12"])
+def test_a_corner_is_unlike_the_spots_beside_it(tmp_path, header):
+    (tmp_path / "c.csv").write_text(f"{header}\nACTB,1,2,3\nCD74,1,2,3\n")
+    with pytest.raises(InputError, match="3 names in the header"):
+        read_counts(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("header", ["spot,A,B,C,D", "spot,A"])
+def test_a_header_of_other_width_is_refused(tmp_path, header):
+    (tmp_path / "c.csv").write_text(f"{header}\ns,1,2,3\n")
+    with pytest.raises(InputError, match="names in the header"):
+        read_counts(tmp_path / "c.csv")
+
+
+# line ends and empty lines
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\n,A,B\ns,1,2\n", ",,\n,,\n,A,B\ns,1,2\n", ",A,B\rs,1,2\r\n", ",A,B\r\r\ns,1,2\r\r\n", ",A,B\rs,1,2\n",
+     "\r\n,A,B\r\ns,1,2"],
+)  # fmt: skip
+def test_line_ends_and_empty_lines_of_any_kind(tmp_path, content):
+    (tmp_path / "c.csv").write_bytes(content.encode())
+    assert read_counts(tmp_path / "c.csv").X.toarray().tolist() == [[1, 2]]
+    content = content.replace(",A,B", "spot,array_x,array_y,pixel_x,pixel_y").replace("s,1,2", "s,1,2,3,4")
+    (tmp_path / "p.csv").write_bytes(content.encode())
+    assert read_positions(tmp_path / "p.csv").loc["s"].tolist() == [1, 2, 3, 4]
 
 
 def bomb(path, megabytes: int) -> None:

@@ -18,12 +18,15 @@ from demo_run import configure, overrides_of, run
 from omegaconf import OmegaConf
 
 from stexp import config
-from stexp.cli.train import main, train
+from stexp.cli.fold import train
+from stexp.cli.train import main
+from stexp.config.compose import compose
 from stexp.errors import InputError
 from stexp.models.method import Method, Prediction
 from stexp.runs.rescore import predict_again
 from stexp.runs.scoring import score_run
 from stexp.training import callbacks
+from stexp.training.fit import in_words
 
 RUN_FOLDER = {
     "config.yaml",
@@ -148,7 +151,7 @@ def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, c
 
     made = {"A": scored(0.2, 0.1), "B": scored(0.4, -0.1), "C": scored(None, 0.2)}
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # its handler would outlive the captured stream
-    monkeypatch.setattr("stexp.cli.train.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
+    monkeypatch.setattr("stexp.cli.fold.train", lambda cfg, sections, fold, folder: made[fold] | {"fold": folder.name})
     main.__wrapped__(configure(demo, tmp_path, "fold=all"))
     head, _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert " ".join(head) == "demo, m, protocol strict: 3 folds"
@@ -158,6 +161,64 @@ def test_all_folds_end_with_one_table(demo: Path, tmp_path: Path, monkeypatch, c
         ["C", "-", "-", "colour_ridge", "0.2000", "0.3000"],
         ["mean", "0.3000", "0.4000", "0.1000", "0.1667"],
     ]
+
+
+def test_what_was_chosen_is_said_in_words() -> None:
+    assert in_words({"k": 50, "k_validation_pearson": {"5": 0.034, "50": 0.0745}}) == (
+        "k=50 by a validation score of 0.0745"
+    )
+    assert in_words({"k": 5}) == "k=5"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, Path]]:
+    """Folds and folders that the command would train."""
+    made: list[tuple[str, Path]] = []
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr("stexp.cli.fold.train", lambda cfg, sections, fold, folder: made.append((fold, folder)))
+    return made
+
+
+def test_the_folder_of_a_run_holds_the_name_of_the_fold_that_was_not_named(demo: Path, trained) -> None:
+    by_itself = [text for text in overrides_of(demo, demo) if not text.startswith("output_dir=")]
+    main.__wrapped__(compose("train", by_itself))
+    assert trained == [("A", Path("runs/demo-mclstexp-strict-A-s0"))]
+
+
+def test_a_wrong_fold_leaves_no_folder(demo: Path, tmp_path: Path, trained, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main.__wrapped__(configure(demo, tmp_path / "run", "fold=Z"))
+    assert "fold=Z is no patient" in capsys.readouterr().err
+    assert not trained and not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_is_refused_before_sections_are_read(
+    strict: Path, demo: Path, trained, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("stexp.data.dataset.DataSet.read_sections", lambda *_: pytest.fail("sections are read"))
+    with pytest.raises(SystemExit):
+        main.__wrapped__(configure(demo, strict, "fold=A", "trainer.max_epochs=3"))
+    assert "holds a run with another config (trainer.max_epochs)" in capsys.readouterr().err
+
+
+def test_keys_of_the_data_are_judged_before_weights_are_loaded(demo: Path, tmp_path: Path) -> None:
+    absent = ["image_encoder.pretrained=true", "image_encoder.checkpoint=nowhere.safetensors"]
+    cfg = configure(demo, tmp_path / "run", "data.augmentation=all", *absent)
+    with pytest.raises(InputError, match="augmentation=all: choose none"):
+        train(cfg, config.dataset_of(cfg).read_sections(config.build(cfg.protocol)), "A", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("checkpoint", "says"), [(False, "no epoch is finished"), (True, "goes on from .*last.ckpt")])
+def test_what_is_said_of_ctrl_c_is_true(checkpoint: bool, says: str, demo: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_) -> None:
+        if checkpoint:
+            (tmp_path / "checkpoints").mkdir()
+            (tmp_path / "checkpoints" / "last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stexp.cli.fold._train", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=says):
+        train(configure(demo, tmp_path), [], "A", tmp_path)
 
 
 def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:

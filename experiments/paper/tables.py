@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from scipy.special import betainc, betaln, hyp2f1
+from typing_extensions import TypedDict  # that of typing carries no annotations before Python 3.12
 
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import pearson_per_gene
+from stexp.evaluation.records import read_json
 from stexp.evaluation.verdict import count
 from stexp.reporting import grids
 from stexp.reporting.tables import LOWER_IS_BETTER, METRICS, Table, details, tabulate
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 TITLES = METRICS | {"ari": "ARI", "nmi": "NMI", "minus_log10_p": "−log10 p", "pearson": "Pearson", "best_k": "best k"}
 TOP = 8
 NOT_ROWS = ("data", "protocol")
+
+
+class Sections(TypedDict):
+    """What ``metrics.json`` says of the sections of a run."""
+
+    sections: dict[str, dict]
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class Cells:
         """``provenance.json`` of a finished cell, and its sections; every number asks for them."""
         folder = job.output_dir
         if folder not in self._facts:
-            metrics = predictions.read_json(folder / "metrics.json", "sections")
-            self._facts[folder] = predictions.read_json(folder / "provenance.json"), list(metrics["sections"])
+            metrics = read_json(folder / "metrics.json", Sections)
+            self._facts[folder] = read_json(folder / "provenance.json"), list(metrics["sections"])
         return self._facts[folder]
 
     @property

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
+import textwrap
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import NoneType, UnionType
@@ -140,6 +142,41 @@ def check_keys(function: Callable, keys: Collection[str], name: str) -> None:
         of_any_number = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if key not in keys and parameter.default is parameter.empty and not of_any_number:
             raise InputError(f"{name} lacks the key {key!r}")
+
+
+def check_fields(document: str, content: Any, fields: Any, remedy: str) -> None:
+    """InputError where plain data do not fit a TypedDict, in one line that names the keys.
+
+    Strictly, as :func:`checked`; keys that the TypedDict does not name are left alone.
+
+    Parameters
+    ----------
+    document
+        What the message calls the data.
+    remedy
+        End of the message.
+    """
+    try:
+        _fields_validator(fields).validate_python(content, strict=True)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False)
+        lacking = [_dotted(each["loc"]) for each in errors if each["type"] == "missing"]
+        if lacking:
+            raise InputError(f"{document} has no {', '.join(lacking[:5])}; {remedy}") from None
+        where, value, reason = errors[0]["loc"], errors[0]["input"], errors[0]["msg"]
+        key = f"{_dotted(where)}=" if where else ""
+        shown = textwrap.shorten(json.dumps(value, default=repr), 80, placeholder="...")
+        raise InputError(f"{document}: {key}{shown}: {reason[0].lower()}{reason[1:]}; {remedy}") from None
+
+
+def _dotted(where: tuple[int | str, ...]) -> str:
+    """The place of a value, its own keys in the form that they are printed in."""
+    return ".".join(json.dumps(str(key))[1:-1][:80] for key in where)
+
+
+@functools.cache
+def _fields_validator(fields: Any) -> TypeAdapter:
+    return TypeAdapter(fields)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import secrets
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
@@ -58,7 +58,8 @@ def replacing(path: Path, suffix: str = ".part") -> Iterator[Path]:
             yield part
             os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this even where nothing is to delete
+            part.unlink()
 
 
 @contextmanager

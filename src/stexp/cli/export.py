@@ -13,13 +13,13 @@ from stexp.errors import InputError
 
 @entry("export")
 def main(cfg: DictConfig) -> None:
-    # torch is heavy, and help does without it
-    from stexp.inference.export import export, finished_export
-
     with command():
         for key, example in (("run", "runs/x"), ("output", "model.stexp")):
             if OmegaConf.is_missing(cfg, key):
                 raise InputError(f"{key} is not given; as in: stexp-export run=runs/x output=model.stexp ({example})")
+        # torch is heavy, and help does without it
+        from stexp.inference.export import export, finished_export
+
         plain = to_plain(cfg)
         run, output = (Path(str(plain[key])).expanduser() for key in ("run", "output"))
         options = {key: plain[key] for key in ("bank", "prototypes", "folds", "alpha")}

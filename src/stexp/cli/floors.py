@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from omegaconf import DictConfig
 
-from stexp.config import build, command, to_plain
+from stexp.config import build, command, dataset_of
 from stexp.config.compose import entry
-from stexp.data.dataset import DataSet
-from stexp.data.section import Section
-from stexp.evaluation.floors import ORACLES, floors_without_images
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol
+
+if TYPE_CHECKING:
+    from stexp.data.section import Section  # brings anndata
 
 
 @entry("floors")
 def main(cfg: DictConfig) -> None:
     with command():
-        protocol, dataset = build(cfg.protocol), DataSet(to_plain(cfg.data))
+        from stexp.evaluation.floors import ORACLES, floors_without_images  # scikit-learn, which --help does without
+
+        protocol, dataset = build(cfg.protocol), dataset_of(cfg)
         sections = dataset.read_sections(protocol)
         scores = floors_without_images(sections, protocol, dataset.panel(protocol))
         written = (
@@ -48,6 +50,11 @@ def write(
     data: str, sections: list[Section], protocol: Protocol, scores: dict[str, dict], folder: Path
 ) -> tuple[Path, Path]:
     """Write ``floors.json``, with the protocol and the names of the sections, and ``floors.csv``, a row a floor."""
+    # pandas and anndata, which --help does without
+    import pandas as pd
+
+    from stexp.evaluation.floors import ORACLES
+
     folder.mkdir(parents=True, exist_ok=True)
     names = [section.name for section in sections]
     facts = {"data": data, "protocol": asdict(protocol), "sections": names, "oracles": sorted(ORACLES & set(scores))}

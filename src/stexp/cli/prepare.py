@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
@@ -15,6 +15,9 @@ from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
 from stexp.files import CONF, write_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,9 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     DataFrame
         A row per section, as in ``qc.csv``.
     """
+    # these bring torch and pandas, which --help does without
+    import pandas as pd
+
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
     from stexp.data.slides.store import file_of
@@ -135,6 +141,8 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
 
 def _spot_rows(section, table: pd.DataFrame) -> pd.DataFrame:
     """What ``spots.csv.gz`` says of a section's spots."""
+    import pandas as pd
+
     where = pd.DataFrame(
         {
             "section": section.name,

@@ -6,7 +6,6 @@ import sys
 
 from stexp import __version__
 from stexp.errors import InputError, in_one_line
-from stexp.reporting.report import write_report
 
 HELP = """\
 usage: stexp-report run=<folder>
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("which run? give its folder and nothing else, as in: stexp-report run=runs/x")
         if not argv[0].startswith("run="):
             raise InputError(f"{argv[0]!r} is not understood; give run=<folder>, as in: stexp-report run=runs/x")
+        from stexp.reporting.report import write_report  # anndata and jinja, which --help does without
+
         report = write_report(argv[0].removeprefix("run="))
     except (InputError, OSError, MemoryError) as error:
         print(f"stexp-report: {in_one_line(error)}", file=sys.stderr)

@@ -9,11 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from stexp.config import command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
-from stexp.evaluation.score import summary
 from stexp.files import alone_in
-from stexp.reporting.report import write_report
-from stexp.runs.folder import RunFolder
-from stexp.runs.scoring import score_run
 
 
 @entry("score")
@@ -21,6 +17,12 @@ def main(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "run"):
             raise InputError("which run? give its folder, as in: stexp-score run=runs/x")
+        # pandas and anndata, which --help does without
+        from stexp.evaluation.score import summary
+        from stexp.reporting.report import write_report
+        from stexp.runs.folder import RunFolder
+        from stexp.runs.scoring import score_run
+
         run = Path(cfg.run)
         RunFolder(run).require()
         changes = {key: value for key, value in to_plain(cfg.model).items() if value is not None}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,9 +16,10 @@ from stexp.config import command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError, did_you_mean
 from stexp.files import CONF
-from stexp.reporting.agreement import FINISH
-from stexp.reporting.tables import FILES, METRICS, markdown, tabulate_all, write
-from stexp.runs.scored import find_runs, read_scored_run
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 def main() -> None:
@@ -41,29 +45,62 @@ def of_runs(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "runs"):
             raise InputError("which runs? name folders, as in: stexp-table runs=runs")
-        if cfg.metric not in METRICS:
-            raise InputError(
-                f"metric={cfg.metric}: choose {', '.join(METRICS)}{did_you_mean(str(cfg.metric), METRICS)}"
-            )
-        patterns = to_plain(cfg.runs) if OmegaConf.is_list(cfg.runs) else [cfg.runs]
-        folders, unfinished = find_runs([str(pattern) for pattern in patterns])
-        if unfinished and not cfg.allow_missing:
-            raise InputError(
-                f"{unfinished[0]} is not finished; finish it with: {FINISH.format(unfinished[0].resolve())}"
-            )
-        if not folders:
-            raise InputError(f"none of these runs is finished: {', '.join(map(str, unfinished))}")
-        scored_as = OmegaConf.select(cfg, "protocol.name")
-        runs = [read_scored_run(folder, scored_as) for folder in folders]
-        tables = tabulate_all(runs, cfg.metric, cfg.baseline, cfg.allow_missing)
-        text = "\n\n".join(markdown(table) for table in tables)
-        if unfinished:
-            text += f"\n\nNot finished, left out: {', '.join(folder.name for folder in unfinished)}."
-        name = "+".join(dict.fromkeys(f"{run.metrics['data']}-{run.scored_as}" for run in runs))
-        folder = Path(cfg.output_dir or Path("tables") / name)
-        write(tables, text, folder)
-        print(text)
-        print(f"\nwrote {', '.join(FILES)} in {folder}")
+        if cfg.allow_missing not in (None, True, False):
+            raise InputError(f"allow_missing={cfg.allow_missing}: true or false would fit")
+        _tabulate(cfg)
+
+
+def _tabulate(cfg: DictConfig) -> None:
+    """Print and write the tables that can be made, and name what they lack; status 2 where a run or table is refused.
+
+    With ``allow_missing=false`` anything missing is an error, and nothing is written.
+    """
+    # pandas and scipy, which --help does without
+    from stexp.reporting.agreement import FINISH
+    from stexp.reporting.tables import FILES, METRICS, by_table, markdown, tabulate, write
+    from stexp.runs.scored import find_runs, read_scored_run
+
+    if cfg.metric not in METRICS:
+        raise InputError(f"metric={cfg.metric}: choose {', '.join(METRICS)}{did_you_mean(str(cfg.metric), METRICS)}")
+    patterns = to_plain(cfg.runs) if OmegaConf.is_list(cfg.runs) else [cfg.runs]
+    folders, unfinished = find_runs([str(pattern) for pattern in patterns])
+    refused: list[InputError] = []
+    lacking = [f"{folder} is not finished; finish it with: {FINISH.format(folder.resolve())}" for folder in unfinished]
+    if not folders:
+        raise InputError(f"none of these runs is finished: {', '.join(map(str, unfinished))}")
+    if lacking and cfg.allow_missing is False:
+        raise InputError(lacking[0])
+
+    def made(function: Callable[..., Made], *arguments: object) -> list[Made]:
+        try:
+            return [function(*arguments)]
+        except InputError as error:
+            if cfg.allow_missing is False:
+                raise
+            refused.append(error)
+            return []
+
+    scored_as = OmegaConf.select(cfg, "protocol.name")
+    runs = [run for folder in folders for run in made(read_scored_run, folder, scored_as)]
+    options = cfg.metric, cfg.baseline, cfg.allow_missing is not False
+    tables = [table for title, members in by_table(runs) for table in made(tabulate, title, members, *options)]
+    if not tables:
+        raise refused[0]
+    text = "\n\n".join(markdown(table) for table in tables)
+    if unfinished:
+        text += f"\n\nNot finished, left out: {', '.join(folder.name for folder in unfinished)}."
+    name = "+".join(dict.fromkeys(f"{run.metrics['data']}-{run.scored_as}" for run in runs))
+    folder = Path(cfg.output_dir or Path("tables") / name)
+    write(tables, text, folder)
+    print(text)
+    print(f"\nwrote {', '.join(FILES)} in {folder}")
+    lacking += [f"{gap.method} lacks {gap.missing}; {gap.fill}" for table in tables for gap in table.gaps]
+    for line in lacking:
+        log.warning("left out: %s", line)
+    for error in refused:
+        log.error("%s", error)
+    if refused:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

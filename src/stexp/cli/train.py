@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stexp import hardware
-from stexp.arguments import Count, Seed, check
-from stexp.config import build, command, to_plain
+from stexp.config import build, command, dataset_of
 from stexp.config.compose import entry
-from stexp.data.dataset import DataSet
-from stexp.data.section import Section
-from stexp.data.splits import check_fold, folds
 from stexp.errors import InputError
-from stexp.evaluation.predictions import DIGEST
-from stexp.evaluation.score import folds_table, summary
-from stexp.files import alone_in, write_atomically
-from stexp.reporting.report import write_report
-from stexp.runs.folder import RunFolder
-from stexp.runs.provenance import Stages, changed_sections, provenance
-from stexp.runs.scoring import score_run
-
-if TYPE_CHECKING:
-    from stexp.training.machine import Machine
 
 log = logging.getLogger(__name__)
-
-NO_SETTING = ("overwrite", "verbose", "hydra", "sweep")
-"""Keys that change nothing of a run: a run folder's config goes without them."""
-
 
 DEMO = (
     "this is the demo, on generated sections: 90 epochs, about 3 minutes on two idle CPU cores; "
@@ -50,171 +28,37 @@ def _sweep(arguments: list[str]) -> int:
 @entry("train", multirun=_sweep, bare=DEMO)
 def main(cfg: DictConfig) -> None:
     with command():
-        _check_numbers(cfg)  # before sections are read
-        protocol, dataset = build(cfg.protocol), DataSet(to_plain(cfg.data))
-        sections = dataset.read_sections(protocol)
-        names = folds(sections, protocol)
-        if not names:
-            raise InputError(f"no section of {dataset.name} under {dataset.root} has an image; nothing can be trained")
-        if str(cfg.fold) == "all":
-            runs = [train(cfg, sections, fold, Path(cfg.output_dir) / fold) for fold in names]
-            finished = [metrics for metrics in runs if metrics is not None]
-            if finished:  # in the first process, all of them
-                print(folds_table(finished))
-            return
-        if cfg.fold is None:
-            log.info("fold=%s: the first of %s", names[0], ", ".join(names))
-            cfg.fold = names[0]  # output_dir, unless it was given, holds its name
-        check_fold(sections, protocol, str(cfg.fold))  # before there is a folder
-        train(cfg, sections, str(cfg.fold), Path(cfg.output_dir))
+        _train(cfg)
 
 
-def train(cfg: DictConfig, sections: list[Section], fold: str, folder: Path) -> dict | None:
-    """One fold, from sections to report; goes on where an interrupted run stopped.
+def _train(cfg: DictConfig) -> None:
+    """Train a fold, or all; what is wrong whatever the data are is refused before sections are read."""
+    # pandas and anndata, which --help does without
+    from stexp.cli.fold import check_settings, config_of, train
+    from stexp.data.splits import check_fold, folds
+    from stexp.evaluation.score import folds_table
+    from stexp.runs.folder import RunFolder
 
-    Returns
-    -------
-    dict
-        ``metrics.json``; None in a process of another rank than the first, which only takes part in the fit.
-
-    Raises
-    ------
-    InputError
-        Another process is at work in `folder`, or it holds a run with another config or of other data.
-    """
-    _check_numbers(cfg)
-    if cfg.hardware.keep_memory:
-        hardware.keep_freed_memory()  # before torch takes any
-    # imports torch and Lightning, which --help and refusals do without
-    from stexp.training.machine import Machine
-
-    machine = Machine(to_plain(cfg.trainer), cfg.hardware.precision, cfg.hardware.channels_last, cfg.hardware.threads)
-    cfg = cfg.copy()
-    cfg.fold, cfg.output_dir = fold, str(folder)
-    config = {key: value for key, value in to_plain(cfg).items() if key not in NO_SETTING}
-    if not machine.is_first:
-        logging.getLogger().setLevel(logging.ERROR)  # the first process says what there is to say
-    with alone_in(folder) if machine.is_first else nullcontext():
-        return _train(config, sections, RunFolder(folder), machine, bool(cfg.overwrite), bool(cfg.verbose))
-
-
-def _train(
-    config: dict[str, Any],
-    sections: list[Section],
-    folder: RunFolder,
-    machine: Machine,
-    overwrite: bool,
-    verbose: bool,
-) -> dict | None:
-    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
-    from stexp.runs.results import write_results
-    from stexp.training import loggers
-    from stexp.training.fit import best_validation_score, build_method, fit, predict, size_of_training
-
-    if machine.is_first:
-        if folder.claim(config, overwrite):
-            return _finished(folder, sections)
-    elif folder.finished and not overwrite:
-        return None
-    dataset, protocol, seed = DataSet(config["data"]), build(config["protocol"]), config["seed"]
-    stages = Stages(folder.path if machine.is_first else None)
-    logger: Any = build(config["logger"]) if machine.is_first else False  # before the work: it may not be installed
-    _announce(config, machine)
-    with stages("data"):
-        encoder = build({**config["image_encoder"], **UNTUNED})
-        frozen = FrozenEncoder(
-            encoder, machine.device, machine.autocast(), config["data"]["cache_dir"], config["data"]["eval_batch_size"]
-        )
-        data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen)
-        data.open_tiles()
-        for line in data.summary():
-            log.info("%s", line)
-    with stages("floors"):
-        data.setup()  # the features: what the encoder's weights are worth before any training
-    with stages("model"):
-        method = build_method(config["model"], data, machine, seed)
-    status = "failed"
-    try:
-        if machine.is_first:
-            loggers.begin(logger, config)
-        with stages("fit"):
-            trainer = fit(
-                method,
-                data,
-                folder.path,
-                machine,
-                callbacks=[build(node) for node in config["callbacks"].values()],
-                logger=logger,
-                about={"name": config["model"]["name"], "image_encoder": config["image_encoder"]["name"]},
-                resume=not overwrite,
-            )
-        if not machine.is_first:
-            return None
-        with stages("predict"):
-            prediction, chosen = predict(method, data, machine, trainer)
-        (folder.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are made anew
-        with stages("results"):
-            digest = write_results(folder, data, method, prediction, chosen, build(config["data"]["quality"]))
-        with stages("score"):
-            metrics = score_run(folder.path)
-        record = provenance(
-            data.sections, size_of_training(trainer), stages, machine.chosen_precision, machine.device.type
-        )
-        record["hardware"]["devices"] = machine.world_size
-        record[DIGEST] = digest
-        if folder.best_checkpoint.exists():
-            record["validation_pearson"] = best_validation_score(folder.best_checkpoint)
-        write_atomically(folder.path / "provenance.json", json.dumps(record, indent=1))
-        report = write_report(folder.path)
-        loggers.results(logger, folder.path, metrics, trainer.global_step)
-        status = "success"
-    finally:
-        if machine.is_first:
-            loggers.end(logger, status)
-    print(f"wrote {folder.path}; look at {report}")
-    print(summary(metrics, verbose))
-    return metrics
-
-
-def _finished(folder: RunFolder, sections: list[Section]) -> dict:
-    changed = changed_sections(folder.path, sections)
-    if changed:
-        raise InputError(
-            f"{folder.path} is finished, and its data changed since ({', '.join(changed[:5])}); choose another "
-            f"output_dir, or overwrite=true to start anew"
-        )
-    log.info("%s is finished; give overwrite=true to run it again", folder.path)
-    return score_run(folder.path)
-
-
-def _announce(config: dict[str, Any], machine: Machine) -> None:
-    """Seed the run, and say what differs between machines and was chosen here."""
-    import pytorch_lightning as pl
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its import sets INFO
-    threads = machine.set_threads()
-    pl.seed_everything(config["seed"], verbose=False)
-    log.info(
-        "fold %s on %s: %s, %s, %s",
-        config["fold"],
-        machine.kind if machine.world_size == 1 else f"{machine.world_size} x {machine.kind}",
-        machine.chosen_precision,
-        "channels last" if machine.channels_last else "channels first",
-        threads,
-    )
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    """What would else be found wrong after the tiles are cut, or the features computed."""
-    tuning = cfg.image_encoder.get("tuning", "all")
-    if cfg.image_encoder.frozen and tuning != "all":
-        raise InputError(f"image_encoder.frozen=true trains nothing; tuning={tuning} needs image_encoder.frozen=false")
-    check("trainer.max_epochs", cfg.trainer.max_epochs, Count)
-    check("hardware.threads", cfg.hardware.threads, Count | None)
-    check("seed", cfg.seed, Seed)
-    for key in ("fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_predict_batches"):
-        if key in cfg.trainer:
-            raise InputError(f"trainer.{key}: a run takes all its spots; to try something out, take fewer sections")
+    check_settings(cfg)
+    protocol, dataset = build(cfg.protocol), dataset_of(cfg)
+    if cfg.fold is not None and str(cfg.fold) != "all" and not cfg.overwrite:
+        RunFolder(Path(cfg.output_dir)).check(config_of(cfg, str(cfg.fold), Path(cfg.output_dir)))
+    dataset.panel(protocol)
+    sections = dataset.read_sections(protocol)
+    names = folds(sections, protocol)
+    if not names:
+        raise InputError(f"no section of {dataset.name} under {dataset.root} has an image; nothing can be trained")
+    if str(cfg.fold) == "all":
+        runs = [train(cfg, sections, fold, Path(cfg.output_dir) / fold) for fold in names]
+        finished = [metrics for metrics in runs if metrics is not None]
+        if finished:  # in the first process, all of them
+            print(folds_table(finished))
+        return
+    if cfg.fold is None:
+        log.info("fold=%s: the first of %s", names[0], ", ".join(names))
+        cfg.fold = names[0]  # output_dir, unless it was given, holds its name
+    check_fold(sections, protocol, str(cfg.fold))  # before there is a folder
+    train(cfg, sections, str(cfg.fold), Path(cfg.output_dir))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stexp import construct
-from stexp.data.dataset import DataSet
 from stexp.errors import InputError, UnknownName, in_one_line, is_of_memory
+
+if TYPE_CHECKING:
+    from stexp.data.dataset import DataSet  # brings pandas and anndata
 
 
 def build(node: Any, **extra: Any) -> Any:
@@ -67,7 +69,7 @@ def command() -> Iterator[None]:
         if not isinstance(error, InputError | OSError | OmegaConfBaseException) and not is_of_memory(error):
             print(
                 f"stexp: stopped by {type(error).__name__} (a bug); what was finished is whole, and the same command "
-                f"goes on from the last checkpoint. Where it happened:",
+                f"goes on from there. Where it happened:",
                 file=sys.stderr,
             )
             raise
@@ -75,8 +77,9 @@ def command() -> Iterator[None]:
             traceback.print_exc()
         print(f"stexp: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stexp: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        then = str(interrupt) or "what was finished is whole, and the same command goes on from there"
+        print(f"stexp: interrupted; {then}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -120,4 +123,6 @@ def misread(given: str, names: Iterable[str], typed: str) -> str:
 
 def dataset_of(cfg: DictConfig) -> DataSet:
     """The data set that a config describes."""
+    from stexp.data.dataset import DataSet  # pandas and anndata, which --help does without
+
     return DataSet(to_plain(cfg.data))

@@ -114,6 +114,8 @@ def parse(arguments: Iterable[str]) -> list[Override]:
     """Arguments of a command line, read as Hydra reads them."""
     parser, overrides = OverridesParser.create(), []
     for argument in arguments:
+        # shells leave ~ alone after key=, and Hydra reads it as a deletion
+        argument = re.sub(r"(?<==)~[^'\"]*$", lambda path: quoted(path[0]), argument)
         try:
             overrides.append(parser.parse_override(argument))
         except HydraException:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stexp.arguments import Positive, check
 from stexp.construct import build
 from stexp.data.genes import read_panel
+from stexp.data.readers.formats import tables_in_one_line
 from stexp.data.section import Section
 from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
@@ -61,7 +62,8 @@ class DataSet:
         reader = dict(self.config["reader"])
         if "sections" in reader:
             reader["sections"] = names
-        sections = build(reader)
+        with tables_in_one_line(self.name):
+            sections = build(reader)
         if names is not None:
             choices, wanted = {section.name: section for section in sections}, set(names)
             unknown = [name for name in names if name not in choices]

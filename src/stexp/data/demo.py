@@ -155,7 +155,7 @@ def _made_from(folder: Path) -> dict | None:
 
 def _replace(folder: Path, made_from: dict) -> None:
     """Write into a folder beside, then swap; the caller holds the lock."""
-    log.info("writing demo data to %s: %s", folder, made_from)
+    log.info("writing demo data to %s: %s", folder, ", ".join(f"{key}={made_from[key]}" for key in made_from))
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
     try:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +13,26 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from stexp.data.hdf5 import new_hdf5
-from stexp.data.readers.memory import check_fits
+from stexp.arguments import check_fields, check_keys
+from stexp.data.hdf5 import new_hdf5, open_hdf5
 from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.spacing import spacing as spacing
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation.metrics import top_genes
-from stexp.files import restore
+from stexp.evaluation.records import AGAIN, damaged, read_json
 from stexp.protocol import Protocol
 
-AGAIN = "give the command that made the run again"
-"""What makes a missing file of a run folder: the command goes on from what is there."""
+OF_RUN = (
+    *(f"layers/{key}" for key in ("observed", "predicted", "uncertainty", "counts")),
+    *(f"obs/{key}" for key in ("section", "patient", "spot", "total_counts")),
+    "obsm/spatial",
+    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen", "config")),
+)
+"""What ``predictions.h5ad`` of every run holds."""
+NUMBERS = ("obs/total_counts", "var/expected_pearson", "var/n_held_out_sections")
+"""Columns that are computed with."""
 DIGEST = "predictions_digest"
 """Key of ``provenance.json``: :func:`digest` of the predictions as the method wrote them."""
 CHANGED = "Predictions changed since the run: these are the scores of what the file holds now"
@@ -162,15 +166,21 @@ def read(path: Path, *needs: str) -> ad.AnnData:
     InputError
         The file is missing or damaged, or lacks something.
     """
-    return _read(path, ad.read_h5ad, needs)
+
+    def load(path: Path) -> ad.AnnData:
+        with open_hdf5(path, ""):
+            return ad.read_h5ad(path)
+
+    return _read(path, load, needs)
 
 
 def read_annotations(path: Path, *needs: str) -> ad.AnnData:
     """Read an h5ad without its matrices: ``obs``, ``var`` and ``uns``; otherwise as :func:`read`."""
 
     def load(path: Path) -> ad.AnnData:
-        with h5py.File(path) as file:
-            return ad.AnnData(**{key: ad.io.read_elem(file[key]) for key in ("obs", "var", "uns")})
+        keys = ("obs", "var", "uns")
+        with open_hdf5(path, "", keys) as file:
+            return ad.AnnData(**{key: ad.io.read_elem(file[key]) for key in keys})
 
     return _read(path, load, needs)
 
@@ -180,78 +190,14 @@ def _read(path: Path, load: Callable[[Path], ad.AnnData], needs: tuple[str, ...]
         raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
     try:
         adata = load(path)
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # h5py and anndata raise errors of every kind at damaged bytes
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     absent = [need for need in needs if not _holds(adata, need)]
     if absent:
-        raise InputError(f"{path} has no {', '.join(absent)}; delete it and {AGAIN}")
+        raise InputError(f"{path} has no {', '.join(absent)}, or it is of another kind; delete it and {AGAIN}")
     return adata
-
-
-def read_json(path: Path, *needs: str) -> dict:
-    """Read a JSON object of a run folder.
-
-    Parameters
-    ----------
-    needs
-        Keys that it must hold, as ``fold``, ``chosen/k``, or ``sections/*/scores`` of everything in ``sections``.
-
-    Raises
-    ------
-    InputError
-        The file is missing or damaged, or lacks a key.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
-    try:
-        # NaN is not JSON, but Python writes it; both mean "no value"
-        check_fits(20 * path.stat().st_size, str(path))
-        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise _damaged(path, error) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object; delete it and {AGAIN}")
-    absent = [need for need in needs if not _is_in(content, need)]
-    if absent:
-        raise InputError(f"{path} has no {', '.join(absent)}; delete it and {AGAIN}")
-    return content
-
-
-def read_genes(path: Path, *needs: str) -> list[dict[str, Any]]:
-    """Read ``per_gene.csv`` of a run folder: a row a gene, its name and numbers; None where there is no value.
-
-    Parameters
-    ----------
-    needs
-        Columns that it must have besides ``gene``.
-
-    Raises
-    ------
-    InputError
-        The file is missing, cut or not a table of numbers, or lacks a column.
-    """
-    again = f"score the run again (stexp-score run={path.parent})"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; {again}")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            rows, columns = list(table), table.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
-    absent = [key for key in ("gene", *needs) if key not in columns]
-    if absent and columns:
-        raise InputError(f"{path} has no column {', '.join(absent)}; {again}")
-    if not rows:
-        raise InputError(f"{path} names no gene; {again}")
-    if any(None in row or None in row.values() for row in rows):
-        raise InputError(f"{path} is not a table of numbers (a row has fewer or more cells than columns); {again}")
-    try:
-        return [{key: restore(cell) if key == "gene" else _number(cell) for key, cell in row.items()} for row in rows]
-    except ValueError as error:
-        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
 
 
 def digest(adata: ad.AnnData) -> str:
@@ -270,7 +216,7 @@ def changed_since_run(folder: Path) -> bool:
         return False
 
     def load(path: Path) -> ad.AnnData:
-        with h5py.File(path) as file:
+        with open_hdf5(path, "", ("obs", "var", "layers/predicted")) as file:
             obs, var = (ad.io.read_elem(file[key]) for key in ("obs", "var"))
             return ad.AnnData(obs=obs, var=var, layers={"predicted": ad.io.read_elem(file["layers/predicted"])})
 
@@ -280,62 +226,40 @@ def changed_since_run(folder: Path) -> bool:
 def is_of_a_slide(path: Path) -> bool:
     """Whether an h5ad holds the prediction of a slide without a truth, not of a run."""
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path, "", ("uns/stexp/kind",)) as file:
             kind = file.get("uns/stexp/kind")
             return isinstance(kind, h5py.Dataset) and kind.asstr()[()] == "prediction"
     except OSError:
         return False  # missing or damaged: what reads it next says so
 
 
-def read_fact(adata: ad.AnnData, key: str) -> dict[str, Any]:
-    """A JSON object that predictions hold in ``uns["stexp"]``; InputError where it is none."""
+def read_fact(adata: ad.AnnData, key: str, fields: Any = dict) -> Any:
+    """A JSON object in ``uns["stexp"]`` of predictions; InputError where it is none, or does not fit `fields`."""
     try:
         fact = parse_json(str(adata.uns["stexp"][key]))
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"these predictions do not say their {key} ({error}); they are not whole") from None
-    if not isinstance(fact, dict):
-        raise InputError(f"these predictions do not say their {key} (no JSON object); they are not whole")
+    check_fields(f"{key} of these predictions", fact, fields, "they are not whole")
     return fact
 
 
 def protocol_of(adata: ad.AnnData) -> Protocol:
     """The protocol that predictions were made under, from its fields."""
-    facts = adata.uns.get("stexp", {})
-    fields = read_fact(adata, "protocol") if "protocol" in facts else {}
-    unknown = set(fields) - {field.name for field in dataclasses.fields(Protocol)}
-    if "name" not in fields or unknown:
-        reason = f"unknown fields {', '.join(sorted(unknown))}" if unknown else "no name"
-        raise InputError(f"these predictions do not say their protocol ({reason}); they are not whole")
+    fields = read_fact(adata, "protocol")
+    check_keys(Protocol, fields, "protocol of these predictions")
     return Protocol(**fields)
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(f"{path} cannot be read: {reason}; delete it and {AGAIN}")
 
 
 def _holds(adata: ad.AnnData, need: str) -> bool:
     attribute, *keys = need.split("/")
     held = getattr(adata, attribute)
     for key in keys:
-        if key not in held:
+        if not isinstance(held, Mapping | pd.DataFrame) or key not in held:
             return False
         held = held[key]
-    return True
-
-
-def _is_in(content: Any, need: str) -> bool:
-    key, _, rest = need.partition("/")
-    if key == "*":
-        values = content.values() if isinstance(content, dict) else content
-        return isinstance(content, dict | list) and all(_is_in(value, rest) for value in values)
-    return isinstance(content, dict) and key in content and (not rest or _is_in(content[key], rest))
-
-
-def _number(cell: str) -> float | None:
-    value = {"true": 1.0, "false": 0.0, "": math.nan}.get(cell.lower())
-    value = float(cell) if value is None else value
-    return value if math.isfinite(value) else None
+    if attribute in ("layers", "obsm"):
+        return isinstance(held, np.ndarray) and held.dtype.kind in "fiu"
+    return need not in NUMBERS or pd.api.types.is_numeric_dtype(held)
 
 
 def _mean_measured(values: np.ndarray) -> np.ndarray:

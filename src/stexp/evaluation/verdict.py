@@ -53,6 +53,12 @@ def is_oracle(floor: str) -> bool:
     return floor.endswith("_oracle")
 
 
+def by_score(floors: Mapping[str, Mapping[str, float | None]], score: str = "pearson_acg") -> list[tuple[str, Any]]:
+    """Floors with their scores, the highest first, those without a score last."""
+    value = {name: own.get(score) for name, own in floors.items()}
+    return sorted(floors.items(), key=lambda item: (value[item[0]] is None, -(value[item[0]] or 0.0)))
+
+
 def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """Judge the scores of a run.
 

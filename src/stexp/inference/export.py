@@ -43,10 +43,10 @@ def exported_run(run: Path) -> Path:
     """``<run>/model.stexp``, exported first where it is not there, or of an earlier training or format."""
     folder = run / "model.stexp"
     if (folder / "model.json").is_file():
-        facts = read_json(folder / "model.json")
-        trained, checkpoint = facts.get("trained", {}), RunFolder(run).checkpoint
-        if trained.get("checkpoint") == file_digest(checkpoint) and facts.get("format") == model_folder.FORMAT:
-            return folder
+        facts, checkpoint = read_json(folder / "model.json"), RunFolder(run).checkpoint
+        trained = facts.get("trained") if facts.get("format") == model_folder.FORMAT else None
+        if isinstance(trained, dict) and trained.get("checkpoint") == file_digest(checkpoint):
+            return folder  # what is wrong with it otherwise is said where it is read
     log.info("%s is exported to %s", run, folder)
     export(run, folder)
     return folder
@@ -90,8 +90,7 @@ def export(
     """
     if bank not in ("float32", "float16"):
         raise InputError(f"bank={bank}: choose float32 or float16")
-    if alpha is not None:
-        check("alpha", alpha, Between)
+    check("alpha", alpha, Between | None)
     source = FinishedRun(RunFolder(run))
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Collection
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # those of typing carry no annotations before Python 3.12
+)
 
-from stexp.data.slides.stain import METHODS as STAINS
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from stexp.arguments import Between, Count, NotNegative, Share, Whole, check_fields, check_keys
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.inference.bank import LONGEST
@@ -18,13 +22,144 @@ from stexp.protocol import Protocol
 
 LARGEST = 256 << 20  # bytes of model.json
 DEEPEST = 32  # objects and lists within each other
-MOST = 1 << 24  # of what is counted: genes, positions, neighbours
-LARGEST_TILE = 4096  # pixels a side
-NEEDED = (
-    *("method", "model", "sizes", "features_by", "k", "panel", "protocol", "data", "fold", "tile", "stain"),
-    *("precision", "channels_last", "interval", "looks", "expected", "licences", "trained"),
-)
-"""Keys without which nothing is predicted, or said of what is."""
+
+Name = Annotated[str, Field(max_length=LONGEST)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+"""Of what is counted: genes, positions, neighbours."""
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+Above0 = Annotated[float, Field(gt=0, le=1e6)]
+Colours = Annotated[list[Number], Field(min_length=3, max_length=3)]
+Stains = Annotated[list[Colours], Field(min_length=2, max_length=2)]
+File = Literal["model.safetensors", "bank.safetensors", "references.jpg", "known.safetensors", "genes.csv"]
+"""What a folder may hold beside ``model.json``."""
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{1,128}$")]
+
+
+class Tile(TypedDict):
+    """See :func:`stexp.inference.places.lay_out`."""
+
+    px: Annotated[int, Field(ge=1, le=4096)]
+    um: Above0 | None
+    trained_um_per_px: Above0 | None
+    um_per_px: dict[Name, Above0 | None]
+
+
+class StainTarget(TypedDict):
+    """See :meth:`stexp.data.slides.stain.StainNormaliser.state`."""
+
+    glass: Annotated[list[Above0], Field(min_length=3, max_length=3)]
+    stains: Stains
+    strength: Annotated[list[Above0], Field(min_length=2, max_length=2)]
+
+
+class Stain(TypedDict):
+    method: Literal["macenko"]
+    target: StainTarget
+
+
+class Interval(TypedDict):
+    """See :func:`stexp.inference.intervals.calibrate`."""
+
+    alpha: Between
+    spread: bool
+    n_spots: Whole
+    coverage: Share | None
+    coverage_by_group: dict[Name, Share | None]
+    note: str
+
+
+class KnownTiles(TypedDict):
+    """See :mod:`stexp.inference.out_of_distribution`."""
+
+    spots: Count
+    apart: str
+    limit: Share
+    held_out_share: Share
+
+
+class Look(TypedDict):
+    """See :func:`stexp.inference.slide_checks.look`."""
+
+    tissue: Number
+    blur: NotRequired[Number | None]
+    od_red: NotRequired[Number | None]
+    od_green: NotRequired[Number | None]
+    od_blue: NotRequired[Number | None]
+    grain: NotRequired[Number | None]
+    grain_half: NotRequired[Number | None]
+    grain_double: NotRequired[Number | None]
+    stains: NotRequired[Stains | None]
+    thumbnail: NotRequired[str]
+
+
+class Flags(TypedDict):
+    """See :func:`stexp.inference.expected.reliability_of_flags`."""
+
+    patients: Count
+    flags: Whole
+    held: Share | None
+    missed: Share | None
+
+
+class Expected(TypedDict):
+    runs: list[Name]
+    sections: list[Name]
+    flags: NotRequired[Flags | None]
+
+
+class Trained(TypedDict):
+    run: str
+    checkpoint: Digest
+    data_manifest: dict[Name, dict[Name, str]] | None
+    sections: dict[Literal["train", "validation", "test", "reference"], list[Name]]
+
+
+class Licences(TypedDict):
+    weights: str
+    data: str
+
+
+class Reproduced(TypedDict):
+    """How far the exported model is from its run on the same spots."""
+
+    spots: Whole
+    mean_difference: NotNegative
+    largest_difference: NotNegative
+
+
+class BankSize(TypedDict):
+    spots: Size
+    of: Size
+    embedding: Literal["float32", "float16"]
+    loss: NotRequired[dict[Name, Number | None]]
+
+
+class ModelFacts(TypedDict):
+    """All of ``model.json`` that something is computed from, or said by; older exports lack what is not required."""
+
+    method: Name
+    model: dict[str, Any]
+    sizes: dict[Literal["n_genes", "n_positions", "n_features"], Size]
+    features_by: dict[str, Any] | None
+    k: Size | None
+    panel: Annotated[list[Name], Field(min_length=1)]
+    protocol: dict[str, Any]
+    data: Name
+    fold: Name
+    tile: Tile
+    stain: Stain | None
+    precision: Name
+    channels_last: bool
+    licences: Licences
+    trained: Trained
+    reproduces: Reproduced
+    bank: NotRequired[BankSize]
+    expected: Expected
+    interval: Interval | None
+    known_tiles: KnownTiles | None
+    looks: Annotated[dict[Name, Look], Field(min_length=1)]
+    reference_tiles: NotRequired[list[str]]
+    files: dict[File, Digest]
 
 
 def read_json(path: Path) -> dict:
@@ -60,145 +195,10 @@ def check(facts: dict) -> None:
     InputError
         One line that names the key.
     """
-    lacking = sorted({*NEEDED} - {*facts})
-    if lacking:
-        raise InputError(f"model.json does not say {', '.join(lacking)}; {AGAIN}")
-    top = _Part(facts, "")
-    for key in ("method", "data", "fold", "precision"):
-        top.text(key)
-    top.truth("channels_last")
-    panel = top.names("panel")
-    if not panel or len(set(panel)) < len(panel):
-        raise top.refuse("panel", "names, each once,")
-    sizes = top.part("sizes")
-    for key in sizes.values:
-        sizes.number(key, 1, MOST, whole=True)
-    if sizes.values.get("n_genes") != len(panel):
-        raise sizes.refuse("n_genes", f"{len(panel)}, the length of the panel,")
-    top.number("k", 1, MOST, whole=True, optional=True)
-    protocol = top.part("protocol")
-    for key in protocol.values:
-        if key not in {field.name for field in fields(Protocol)}:
-            raise InputError(f"model.json: protocol has no {key!r}; {AGAIN}")
-    _check_tile(top.part("tile"))
-    if facts["stain"] is not None:
-        _check_stain(top.part("stain"))
-    for name in top.part("looks").values:
-        _check_look(_Part(facts["looks"][name], f"looks.{name}."))
-    if not facts["looks"]:
-        raise top.refuse("looks", "those of a section at least")
-    if facts["interval"] is not None:
-        _check_interval(top.part("interval"))
-    if facts.get("known_tiles") is not None:
-        known = top.part("known_tiles")
-        for key in ("limit", "held_out_share"):
-            known.number(key, 0, 1)
-    for key in ("expected", "licences", "trained"):
-        top.part(key)
-
-
-def _check_tile(tile: _Part) -> None:
-    tile.number("px", 1, LARGEST_TILE, whole=True)
-    for key in ("um", "trained_um_per_px"):
-        tile.number(key, 0, 1e6, above=True, optional=True)
-    scales = tile.part("um_per_px")
-    for name in scales.values:
-        scales.number(name, 0, 1e6, above=True, optional=True)
-
-
-def _check_stain(stain: _Part) -> None:
-    method = stain.text("method", STAINS)
-    target = stain.part("target")
-    target.matrix("glass", (3,), above=0)
-    if method == "reinhard":
-        target.matrix("mean", (3,))
-        target.matrix("sd", (3,), above=0)
-    else:
-        target.matrix("stains", (2, 3))
-        target.matrix("strength", (2,), above=0)
-
-
-def _check_look(look: _Part) -> None:
-    for key in ("tissue", "blur", "od_red", "od_green", "od_blue", "grain", "grain_half", "grain_double"):
-        look.number(key, -1e6, 1e6, optional=key != "tissue")
-    if look.values.get("stains") is not None:
-        look.matrix("stains", (2, 3))
-    if "thumbnail" in look.values:
-        look.text("thumbnail")
-
-
-def _check_interval(interval: _Part) -> None:
-    interval.number("alpha", 0, 1)
-    interval.truth("spread")
-    interval.text("note")
-    interval.number("coverage", 0, 1, optional=True)
-    groups = interval.part("coverage_by_group")
-    for name in groups.values:
-        groups.number(name, 0, 1, optional=True)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """An object of ``model.json``, each of its values asked for with what it may be."""
-
-    values: Any
-    where: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.values, dict):
-            raise InputError(f"model.json: {self.where.rstrip('.')} is no object; {AGAIN}")
-
-    def refuse(self, key: str, fits: str) -> InputError:
-        value = json.dumps(self.values.get(key))
-        shown = value if len(value) < 60 else f"{value[:60]}..."
-        return InputError(f"model.json: {self.where}{key}={shown}: {fits} would fit; {AGAIN}")
-
-    def part(self, key: str) -> _Part:
-        return _Part(self.values.get(key), f"{self.where}{key}.")
-
-    def number(
-        self,
-        key: str,
-        least: float,
-        most: float,
-        *,
-        whole: bool = False,
-        above: bool = False,
-        optional: bool = False,
-    ) -> None:
-        """Refuse all but a finite number from `least` (`above`: more than it) to `most`."""
-        value = self.values.get(key)
-        if value is None and optional:
-            return
-        is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not (is_number and least <= value <= most and not (above and value == least)):
-            kind = "a whole number" if whole else "a number"
-            raise self.refuse(key, f"{kind} {'above' if above else 'from'} {least:g} to {most:g}")
-
-    def text(self, key: str, choices: Collection[str] = ()) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str) or (choices and value not in choices):
-            raise self.refuse(key, " or ".join(choices) if choices else "a text")
-        return value
-
-    def truth(self, key: str) -> None:
-        if not isinstance(self.values.get(key), bool):
-            raise self.refuse(key, "true or false")
-
-    def names(self, key: str) -> list[str]:
-        value = self.values.get(key)
-        if not isinstance(value, list) or not all(isinstance(name, str) and len(name) <= LONGEST for name in value):
-            raise self.refuse(key, "a list of names")
-        return value
-
-    def matrix(self, key: str, shape: tuple[int, ...], above: float = -math.inf) -> None:
-        """Refuse all but finite numbers of a shape of one or two dimensions, more than `above`."""
-        value: Any = self.values.get(key)
-        rows: Any = value if len(shape) == 2 else [value]
-        fits = isinstance(rows, list) and len(rows) == (shape[0] if len(shape) == 2 else 1)
-        if not fits or not all(isinstance(row, list) and len(row) == shape[-1] for row in rows):
-            raise self.refuse(key, f"numbers of shape {shape}")
-        for number in (number for row in rows for number in row):
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if not (is_number and math.isfinite(number) and number > above):
-                raise self.refuse(key, f"finite numbers of shape {shape}")
+    check_fields("model.json", facts, ModelFacts, AGAIN)
+    panel, sizes = facts["panel"], facts["sizes"]
+    check_keys(Protocol, facts["protocol"], "protocol of model.json")
+    if len(set(panel)) < len(panel):
+        raise InputError(f"model.json: panel names a gene twice; {AGAIN}")
+    if sizes.get("n_genes") != len(panel):
+        raise InputError(f"model.json: sizes.n_genes is {sizes.get('n_genes')}, the panel has {len(panel)}; {AGAIN}")

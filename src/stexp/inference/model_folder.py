@@ -20,7 +20,6 @@ A folder may come from anyone: nothing of it is executed, and its values are jud
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -31,15 +30,15 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from stexp.data.digests import checksum
-from stexp.data.slides.pictures import BANK_TILES, SHEET_COLUMNS, SHEET_PX, Sheet
+from stexp.data.slides.pictures import Sheet, read_sheet
 from stexp.errors import InputError
 from stexp.files import naming, restore, write_atomically, write_csv
 from stexp.inference.bank import Bank, read_bank, write_bank
 from stexp.inference.intervals import COLUMNS
-from stexp.inference.model_facts import read_json
+from stexp.inference.model_facts import check, read_json
 from stexp.inference.out_of_distribution import KnownTiles
 from stexp.inference.tensors import (
     AGAIN,
@@ -54,8 +53,6 @@ from stexp.inference.tensors import (
 
 FORMAT = "stexp-model 2"
 ACCURACY = ("expected_pearson", "expected_floor")
-FILES = ("model.safetensors", "bank.safetensors", "references.jpg", "known.safetensors", "genes.csv")
-"""What a folder may hold beside ``model.json``."""
 
 
 @dataclass(frozen=True)
@@ -167,23 +164,26 @@ def read(folder: str | Path) -> ExportedModel:
         raise InputError(f"{path} is of format {kind!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
     if facts.get("digest") != _digest(facts):
         raise InputError(f"{path} was changed or damaged: its checksum is another; {AGAIN}")
-    _check_files(folder, facts.get("files"))
+    check(facts)
     files = facts["files"]
-    tiles = _read_sheet(folder / "references.jpg", facts.get("reference_tiles")) if "references.jpg" in files else None
+    _check_files(folder, files)
+    names = facts.get("reference_tiles", [])
+    tiles = _read_sheet(folder / "references.jpg", names) if "references.jpg" in files else None
     return ExportedModel(
         facts,
         weights=read_weights(folder / "model.safetensors"),
         bank=read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None,
-        genes=_read_genes(folder / "genes.csv", facts),
+        genes=read_genes(folder / "genes.csv", facts),
         tiles=tiles,
         known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
     )
 
 
-def _check_files(folder: Path, files: object) -> None:
+def _check_files(folder: Path, files: dict[str, str]) -> None:
     """Refuse a folder that lacks a file of its list, or holds another than was written."""
-    if not isinstance(files, dict) or not {"model.safetensors", "genes.csv"} <= set(files) <= set(FILES):
-        raise InputError(f"{folder / 'model.json'} does not name its files, which are of {', '.join(FILES)}; {AGAIN}")
+    for name in ("model.safetensors", "genes.csv"):
+        if name not in files:
+            raise InputError(f"{folder / 'model.json'} does not name {name} among its files; {AGAIN}")
     for name, recorded in files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")
@@ -191,7 +191,8 @@ def _check_files(folder: Path, files: object) -> None:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 
-def _read_genes(path: Path, facts: dict) -> pd.DataFrame:
+def read_genes(path: Path, facts: dict) -> pd.DataFrame:
+    """``genes.csv``, see `ExportedModel`."""
     check_size(path, bytes_per_byte=4)
     numbers = [*ACCURACY, *COLUMNS, "n_held_out_sections"]
     try:
@@ -209,7 +210,7 @@ def _read_genes(path: Path, facts: dict) -> pd.DataFrame:
     for column in (column for column in numbers if column in genes):
         if genes[column].dtype.kind not in "iuf" or np.isinf(genes[column].to_numpy(float)).any():
             raise damaged(path, f"{column} holds more than numbers")
-    if "beats_floor" in genes and "flags" not in (facts.get("expected") or {}):
+    if "beats_floor" in genes and "flags" not in facts["expected"]:
         genes["beats_floor"] = pd.array([pd.NA] * len(genes), dtype="boolean")  # of before flags were calibrated
     return genes
 
@@ -224,20 +225,12 @@ def _read_known(path: Path) -> KnownTiles:
     return KnownTiles(embedding, distance, k)
 
 
-def _read_sheet(path: Path, names: object) -> Sheet:
-    """Tiles of references: their image has the size that their number asks for, and is decoded when one is shown."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > BANK_TILES:
-        raise damaged(path, f"model.json names no tiles for it, or more than {BANK_TILES}")
-    data = path.read_bytes()
+def _read_sheet(path: Path, names: list[str]) -> Sheet:
+    """Tiles of references; their image is decoded when one is shown."""
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:  # reads the header
-            size = image.size
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        return read_sheet(names, path.read_bytes())
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # of the image
         raise damaged(path, error) from None
-    expected = (SHEET_COLUMNS * SHEET_PX, -(-len(names) // SHEET_COLUMNS) * SHEET_PX)
-    if size != expected:
-        raise damaged(path, f"it has {size[0]} x {size[1]} px, {len(names)} tiles need {expected[0]} x {expected[1]}")
-    return Sheet(names, data)
 
 
 def _digest(facts: dict) -> str:

@@ -22,10 +22,11 @@ from stexp.data.slides.formats import free_memory, qupath_origin, slide_name
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
-from stexp.errors import InputError, did_you_mean
+from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference import confidence, model_facts, model_folder, slide_checks, training_slides
+from stexp.inference import confidence, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
+from stexp.inference.gene_choice import choose_genes
 from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
@@ -50,14 +51,19 @@ def load_model(path: str | Path) -> Model:
     InputError
         Neither of them, or a file of it is missing, damaged or was changed.
     """
+    return Model(model_folder.read(exported_model(path)))
+
+
+def exported_model(path: str | Path) -> Path:
+    """The folder of an exported model; of a run, what it is exported to, see :func:`load_model`."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give a run, or a model that stexp-export wrote")
     if (path / "config.yaml").is_file():
         from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
-        path = exported_run(path)
-    return Model(model_folder.read(path))
+        return exported_run(path)
+    return path
 
 
 class Model:
@@ -88,7 +94,6 @@ class Model:
     """
 
     def __init__(self, exported: ExportedModel) -> None:
-        model_facts.check(exported.facts)
         self.facts, self.genes, self.bank = exported.facts, exported.genes, exported.bank
         self.reference_tiles, self.known = exported.tiles, exported.known
         self.panel: list[str] = self.facts["panel"]
@@ -176,7 +181,7 @@ class Model:
             A slide without scale, without tissue or that cannot be read, unknown genes, or too little memory.
         """
         slide = slide if isinstance(slide, Slide) else Slide(slide)
-        names, on = self._names(genes), _device(device)
+        names, on = choose_genes(genes, self.panel, self.genes.index), _device(device)
         check("batch_size", batch_size, Count)
         check("exclude_slide", exclude_slide, bool)
         trained_on = self._training_sections(slide)
@@ -201,27 +206,11 @@ class Model:
 
     # what was asked for, judged against what the model is
 
-    def _names(self, genes: str | Sequence[str]) -> list[str]:
-        if isinstance(genes, str) and genes in ("panel", "all"):
-            return self.panel if genes == "panel" else list(self.genes.index)
-        if genes is None or isinstance(genes, int | float):
-            raise InputError(f"genes={genes}: give panel, all, or a list of names")
-        names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
-        if not names or len(set(names)) < len(names):
-            raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
-        unknown = [name for name in names if name not in self.genes.index]
-        if unknown:
-            raise InputError(
-                f"{len(unknown)} of {len(names)} genes are not among the {len(self.genes)} that this model predicts: "
-                f"{', '.join(unknown[:5])}{did_you_mean(unknown[0], self.genes.index)}"
-            )
-        return names
-
     def _training_sections(self, slide: Slide) -> dict[str, str]:
         """Sections of training that a slide is, and by what: its file or its look."""
         trained = self.facts["trained"]
         by_digest = training_slides.by_digest(
-            file_digest(slide.path), trained.get("data_manifest") or {}, trained.get("sections") or {}
+            file_digest(slide.path), trained["data_manifest"] or {}, trained["sections"]
         )
         images = {name: look["thumbnail"] for name, look in self.facts["looks"].items() if "thumbnail" in look}
         by_look = training_slides.by_look(training_slides.fingerprint(slide), images) if images else []

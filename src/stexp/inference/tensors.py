@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -46,6 +47,21 @@ def write_arrays(
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    if texts is not None:
+        _sort_texts(path)
+
+
+def _sort_texts(path: Path) -> None:
+    """Put the texts in order, which safetensors does not: the same model is the same bytes, with the same digest."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise ValueError(f"the header of {path} would take {len(text)} bytes instead of {size}")
+        file.seek(8)
+        file.write(text)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

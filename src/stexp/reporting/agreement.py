@@ -52,22 +52,26 @@ def check_agreement(runs: list[ScoredRun]) -> None:
             agree((cell, "genes"), run.genes, run, f"they predict other genes ({cell}); a table has one panel")
 
 
-def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
-    """Folds and sections that other runs have and a method, with one of its seeds, has not.
+def find_copies(runs: list[ScoredRun], labels: list[str]) -> dict[Gap, list[ScoredRun]]:
+    """Cells of which there are several runs: the same method, seed and fold, none of which goes before another."""
+    cells: dict[tuple[str, int, str], list[ScoredRun]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        cells.setdefault((label, run.seed, run.fold), []).append(run)
+    copies: dict[Gap, list[ScoredRun]] = {}
+    for (label, seed, fold), alike in cells.items():
+        if len(alike) > 1:
+            folders = " and ".join(str(run.folder) for run in alike)
+            fill = f"{folders} are the same method, seed {seed} and fold {fold}; name one of them in runs=[...]"
+            copies[Gap(f"{label}, seed {seed},", f"fold {fold}", fill)] = alike
+    return copies
 
-    Raises
-    ------
-    InputError
-        Two runs of the same method, seed and fold.
-    """
+
+def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
+    """Folds and sections that other runs have and a method, with one of its seeds, has not."""
     cells: dict[tuple[str, int], dict[str, ScoredRun]] = {}
     tested: dict[str, dict[str, ScoredRun]] = {}
     for run, label in zip(runs, labels, strict=True):
-        before = cells.setdefault((label, run.seed), {}).setdefault(run.fold, run)
-        if before is not run:
-            raise InputError(
-                f"{before.folder} and {run.folder} are the same method, seed {run.seed} and fold {run.fold}; name one"
-            )
+        cells.setdefault((label, run.seed), {})[run.fold] = run
         for section in run.sections:
             tested.setdefault(run.fold, {}).setdefault(section, run)
     gaps = []

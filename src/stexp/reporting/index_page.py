@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from stexp.evaluation.predictions import is_of_a_slide, read_annotations, read_json
+from stexp.evaluation.predictions import is_of_a_slide, read_annotations
+from stexp.evaluation.records import SlideProvenance, read_json
 from stexp.files import write_atomically, write_csv
 from stexp.reporting.maps import thumbnail
 from stexp.reporting.page import render
@@ -63,7 +64,7 @@ def write_index(folder: Path, failed: Mapping[str, str] | None = None) -> list[P
 def _summary(folder: Path) -> dict[str, Any]:
     """A row of the table, and a small picture of the slide as a data URI."""
     adata = read_annotations(folder / "predictions.h5ad", *PREDICTIONS)
-    provenance = read_json(folder / "provenance.json", "date", "seconds")
+    provenance = read_json(folder / "provenance.json", SlideProvenance)
     about, var, checks = adata.uns["stexp"], adata.var, checks_of(adata)
     measured = var["expected_pearson"].notna()
     flags = var.loc[measured, "beats_floor"].dropna()  # NA where too few patients were held out to say

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from stexp.evaluation.verdict import label, number
+from stexp.evaluation.verdict import by_score, label, number
 from stexp.protocol import Protocol
 from stexp.reporting.maps import Maps
 
@@ -33,7 +33,7 @@ def render(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "label": label}
+    environment.filters |= {"number": number, "label": label, "by_score": by_score}
     return environment.get_template(template).render(style=Markup(_text("page.css")), **content)
 
 

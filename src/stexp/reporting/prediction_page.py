@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.slides import pictures
-from stexp.evaluation.predictions import protocol_of, read, read_json
+from stexp.evaluation.predictions import protocol_of, read
+from stexp.evaluation.records import SlideProvenance, read_json
 from stexp.evaluation.verdict import count, number
 from stexp.reporting.maps import make_maps
 from stexp.reporting.page import render_report, unit
@@ -24,8 +25,7 @@ PREDICTIONS = (
     *(f"var/{key}" for key in ("expected_pearson", "beats_floor", "n_held_out_sections")),
     *(f"uns/stexp/{key}" for key in ("protocol", "expected", "model", "data", "slide")),
 )
-PROVENANCE = ("command", "commit", "dirty", "date", "seconds", "hardware", "versions")
-"""Parts of the files of a predicted slide that its page shows; a file without them is refused where it is read."""
+"""What the page shows of the predictions; a file without it is refused where it is read."""
 
 COLUMNS = [
     ("gene", "Gene", "text"),
@@ -45,7 +45,7 @@ COLUMNS = [
 def prediction_page(folder: Path) -> str:
     """The page of a predicted slide; see :func:`~stexp.reporting.report.write_report`."""
     predictions = read(folder / "predictions.h5ad", *PREDICTIONS)
-    provenance = read_json(folder / "provenance.json", *PROVENANCE)
+    provenance = read_json(folder / "provenance.json", SlideProvenance)
     slides, references = pictures.read(folder / pictures.NAME)
     about, var = predictions.uns["stexp"], predictions.var
     by_worth = list(var["expected_pearson"].sort_values(ascending=False, na_position="last", kind="stable").index)

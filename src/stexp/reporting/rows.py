@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def cost_of(runs: list[ScoredRun]) -> dict:
     records = [run.provenance for run in runs]
     sizes = [record.get("parameters") or {} for record in records]
 
-    def highest(facts: list[dict], key: str) -> float | None:
+    def highest(facts: Iterable[Mapping], key: str) -> float | None:
         return max((each[key] for each in facts if each.get(key) is not None), default=None)
 
     return {
@@ -82,11 +82,11 @@ def cost_of(runs: list[ScoredRun]) -> dict:
         "peak_gpu_memory_gb": highest(records, "peak_gpu_memory_gb"),
         "parameters": highest(sizes, "total"),
         "trained_parameters": highest(sizes, "trained"),
-        "hardware": ", ".join(sorted({_hardware(record.get("hardware", {})) for record in records})),
+        "hardware": ", ".join(sorted({_hardware(record["hardware"]) for record in records})),
     }
 
 
-def _hardware(facts: dict) -> str:
+def _hardware(facts: Mapping) -> str:
     gpus = facts.get("gpu") or []
     return (
         ", ".join(sorted(set(gpus)))

@@ -12,7 +12,8 @@ import anndata as ad
 
 from stexp.data.slides import pictures
 from stexp.errors import InputError
-from stexp.evaluation.predictions import CHANGED, changed_since_run, protocol_of, read, read_genes, read_json
+from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
+from stexp.evaluation.records import Audit, Provenance, read_audit, read_genes, read_metrics, read_provenance
 from stexp.evaluation.verdict import best_floor, has_more_than_highest, is_oracle, label, verdict
 from stexp.reporting.maps import make_maps
 from stexp.reporting.page import render_report, unit
@@ -45,21 +46,6 @@ GENE_COLUMNS = [
 ]
 
 
-PREDICTIONS = (
-    *(f"layers/{key}" for key in ("observed", "predicted")),
-    *(f"obs/{key}" for key in ("section", "patient", "spot")),
-    *(f"uns/stexp/{key}" for key in ("protocol", "config")),
-    "obsm/spatial",
-)
-METRICS = (
-    *("protocol", "fold", "model", "data", "n_spots", "n_genes", "scores", "floors", "ceiling"),
-    *(f"sections/*/{key}" for key in ("scores", "floors", "ceiling", "n_spots", "n_constant_genes")),
-)
-AUDIT = ("leaks", *(f"items/*/{key}" for key in ("name", "leak", "detail")))
-PROVENANCE = ("command", "commit", "dirty", "date", "seconds", "hardware", "versions", "data_manifest")
-"""Parts of the files of a run that its page shows; a file without them is refused where it is read."""
-
-
 FLOORS = {
     "mean": "mean of the training and validation spots, the same for every spot",
     "nearest_section": "mean of the training section whose colours are nearest",
@@ -73,15 +59,15 @@ FLOORS = {
 
 def run_page(run: Path) -> str:
     """The page of a run, from the files in its folder; see :func:`~stexp.reporting.report.write_report`."""
-    metrics = read_json(run / "metrics.json", *METRICS)
-    audit = read_json(run / "audit.json", *AUDIT)
-    provenance = read_json(run / "provenance.json", *PROVENANCE)
+    metrics = read_metrics(run)
+    audit = read_audit(run)
+    provenance = read_provenance(run)
     genes = read_genes(run / "per_gene.csv", *(key for key, _ in GENE_COLUMNS), "ceiling")
-    predictions = read(run / "predictions.h5ad", *PREDICTIONS)
+    predictions = read(run / "predictions.h5ad", *OF_RUN)
     again = f"score the run again (stexp-score run={run})"
     if len(genes) != metrics["n_genes"]:
         raise InputError(f"{run / 'per_gene.csv'} has {len(genes)} of {metrics['n_genes']} genes; {again}")
-    patient_of = audit.get("facts", {}).get("patient_of", {})  # runs of before had it only there
+    patient_of = audit["facts"]["patient_of"]  # runs of before had it only there
     sections = {name: {"patient": patient_of.get(name), **section} for name, section in metrics["sections"].items()}
     slides, references = pictures.read(run / pictures.NAME)
     by_worth = sorted(genes, key=lambda row: math.inf if row["pearson"] is None else -row["pearson"])
@@ -106,7 +92,7 @@ def changes(metrics: dict[str, Any]) -> str:
 
 
 def _render(
-    metrics: dict, audit: dict, provenance: dict, genes: list[dict], predictions: ad.AnnData, **content: Any
+    metrics: dict, audit: Audit, provenance: Provenance, genes: list[dict], predictions: ad.AnnData, **content: Any
 ) -> str:
     best, judged = best_floor(metrics), verdict(metrics)
     heg = "Pearson HEG50" if has_more_than_highest(metrics) else f"Pearson HEG50 (all {metrics['n_genes']})"

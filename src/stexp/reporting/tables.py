@@ -23,7 +23,7 @@ from stexp.evaluation.compare import (
 from stexp.evaluation.verdict import count
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import grids
-from stexp.reporting.agreement import Gap, check_agreement, find_gaps
+from stexp.reporting.agreement import Gap, check_agreement, find_copies, find_gaps
 from stexp.reporting.labels import label_methods
 from stexp.reporting.rows import cost_of, scores_of, span
 from stexp.runs.scored import ScoredRun
@@ -65,6 +65,8 @@ class Table:
         Every other complete method with the baseline.
     sections
         What both are computed from: every row in every section, seeds averaged.
+    gaps
+        What a method lacks; its row has no mean.
     """
 
     title: str
@@ -75,26 +77,31 @@ class Table:
     rows: pd.DataFrame
     comparisons: pd.DataFrame
     sections: pd.DataFrame
+    gaps: list[Gap]
 
 
 def tabulate_all(
     runs: list[ScoredRun], metric: str = "pearson_acg", baseline: str | None = None, allow_missing: bool = False
 ) -> list[Table]:
-    """A table for every data set and protocol among the runs, so that no mean mixes two of them."""
+    """A table for every data set and protocol among the runs; see `by_table` and `tabulate`."""
+    return [tabulate(title, members, metric, baseline, allow_missing) for title, members in by_table(runs)]
+
+
+def by_table(runs: list[ScoredRun]) -> list[tuple[str, list[ScoredRun]]]:
+    """The runs of every data set and protocol, with a title, so that no mean mixes two of them."""
     groups: dict[tuple[str, str], list[ScoredRun]] = {}
     for run in sorted(runs, key=lambda run: (run.metrics["data"], run.protocol.name, run.fold, str(run.folder))):
         names = f"{run.metrics['data']}, protocol {run.protocol.name}"
         if run.scored_as != run.protocol.name:
             names += f", scored as {run.scored_as}"
         groups.setdefault((names, json.dumps(_choices(run))), []).append(run)
-    tables = []
+    titled = []
     for (names, _), members in groups.items():
         choices = _choices(members[0])
         alike = [_choices(others[0]) for (title, _), others in groups.items() if title == names]
         differing = [key for key in choices if any(other[key] != choices[key] for other in alike)]
-        title = ", ".join([names, *(f"{key}={choices[key]}" for key in differing)])
-        tables.append(tabulate(title, members, metric, baseline, allow_missing))
-    return tables
+        titled.append((", ".join([names, *(f"{key}={choices[key]}" for key in differing)]), members))
+    return titled
 
 
 def _choices(run: ScoredRun) -> dict[str, Any]:
@@ -120,13 +127,21 @@ def tabulate(
     Raises
     ------
     InputError
-        Runs that do not mean the same by a section; a gap, unless `allow_missing`; a baseline that is no row.
+        Runs that do not mean the same by a section; a gap, or two runs of one cell, unless `allow_missing`, which
+        leaves both out; a baseline that is no row.
     """
-    check_agreement(runs)
     besides: list[str] = []
     if labels is None:
         labels, besides = label_methods([run.settings for run in runs])
-    gaps = find_gaps(runs, labels)
+    copies = find_copies(runs, labels)
+    copied = {run.folder for alike in copies.values() for run in alike}
+    if copied and (not allow_missing or len(copied) == len(runs)):
+        raise InputError(next(iter(copies)).fill)
+    labels = [label for run, label in zip(runs, labels, strict=True) if run.folder not in copied]
+    runs = [run for run in runs if run.folder not in copied]
+    check_agreement(runs)
+    cells = {gap[:2] for gap in copies}
+    gaps = [*copies, *(gap for gap in find_gaps(runs, labels) if gap[:2] not in cells)]
     if gaps and not allow_missing:
         more = f", and {len(gaps) - 1} more," if len(gaps) > 1 else ""
         gap = gaps[0]
@@ -148,6 +163,7 @@ def tabulate(
         rows=rows,
         comparisons=compare_each(values, list(others), baseline).assign(metric=metric),
         sections=sections[["kind", "label", "patient", "section", *METRICS]],
+        gaps=gaps,
     )
 
 

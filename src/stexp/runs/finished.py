@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 
+from stexp.arguments import Count, checked
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.records import Chosen, read_provenance
 from stexp.models.method import Prediction
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
 from stexp.protocol import Protocol
@@ -29,11 +30,12 @@ EMBEDDINGS = (
 """What retrieval reads of ``embeddings.h5ad``."""
 
 
+@checked("model")
 @dataclass(frozen=True)
 class Retrieval:
     """How references are searched: the settings of a retrieval method that its encoders do not depend on."""
 
-    k: int
+    k: Count
     distance: Distance
     weighting: Weighting
     reference: Reference
@@ -68,11 +70,9 @@ class FinishedRun:
         self.folder, self.config = folder, folder.config
         self.dataset = DataSet(self.config["data"])
         path = folder.path
-        self.predictions: ad.AnnData = predictions.read(
-            path / "predictions.h5ad", "uns/stexp/chosen", "uns/stexp/fold", "layers/predicted"
-        )
-        self.provenance = predictions.read_json(path / "provenance.json", "command", "precision", "data_manifest")
-        self.chosen: dict[str, Any] = predictions.read_fact(self.predictions, "chosen")
+        self.predictions: ad.AnnData = predictions.read(path / "predictions.h5ad", *predictions.OF_RUN)
+        self.provenance = read_provenance(path)
+        self.chosen: Chosen = predictions.read_fact(self.predictions, "chosen", Chosen)
         self.sections: list[Section] = self.dataset.read_sections(self.protocol)
         changed = changed_sections(path, self.sections)
         if changed:
@@ -85,7 +85,8 @@ class FinishedRun:
         if (path / "embeddings.h5ad").is_file():
             self.embeddings = predictions.read(path / "embeddings.h5ad", *EMBEDDINGS)
             model = self.config["model"]
-            self.retrieval = Retrieval(self.chosen["k"], model["distance"], model["weighting"], model["reference"])
+            settings = {key: model.get(key) for key in ("distance", "weighting", "reference")}
+            self.retrieval = Retrieval(self.chosen.get("k"), **settings)
             self._check_spots(self.embeddings)
 
     @property

@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # those of typing carry no annotations before Python 3.12
+)
 
 import yaml
+from typing_extensions import TypedDict
 
+from stexp.arguments import Count, Seed, check_fields
 from stexp.construct import build
 from stexp.documents import parse_yaml
 from stexp.errors import InputError
-from stexp.evaluation import predictions
+from stexp.evaluation.records import AGAIN
 from stexp.files import write_atomically
 from stexp.protocol import Protocol
 
@@ -22,6 +28,74 @@ RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
 ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath")
 """How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
+
+
+Names = list[str | int] | str | int | None
+
+
+class Built(TypedDict):
+    """What a config describes to be built."""
+
+    _target_: str
+
+
+class ProtocolConfig(TypedDict):
+    _target_: Literal["stexp.protocol.Protocol"]
+    name: str
+
+
+class NamedConfig(Built):
+    name: str
+
+
+class EncoderConfig(NamedConfig):
+    checkpoint: NotRequired[str | None]
+
+
+class ThresholdsConfig(TypedDict):
+    _target_: Literal["stexp.data.quality.Thresholds"]
+
+
+class DataConfig(TypedDict):
+    """What :class:`stexp.data.dataset.DataSet` reads; its data module judges its own arguments."""
+
+    _target_: Literal["stexp.data.datamodule.SpotDataModule"]
+    name: str
+    root: str
+    reader: Built
+    quality: ThresholdsConfig
+    sections: Names
+    published_sections: Names
+    um_per_px: Any
+    leave_out: Names
+    tile_px: Any
+    tile_um: Any
+    cache_dir: str
+    tile_store: str
+    panel_file: str | None
+    published_panel_file: str | None
+    licence: NotRequired[str | None]
+
+
+class TrainerConfig(TypedDict):
+    max_epochs: Count
+
+
+class HardwareConfig(TypedDict):
+    channels_last: bool
+
+
+class RunConfig(TypedDict):
+    """``config.yaml`` of a run, as far as it is read back."""
+
+    seed: Seed
+    fold: str | int
+    protocol: ProtocolConfig
+    data: DataConfig
+    model: NamedConfig
+    image_encoder: EncoderConfig
+    trainer: TrainerConfig
+    hardware: HardwareConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +129,7 @@ class RunFolder:
         for path in (self.best_checkpoint, self.last_checkpoint):
             if path.is_file():
                 return path
-        raise InputError(f"{self.path} has no checkpoint; {predictions.AGAIN}")
+        raise InputError(f"{self.path} has no checkpoint; {AGAIN}")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -70,9 +144,7 @@ class RunFolder:
             raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
         if not isinstance(config, dict) or not config:
             raise InputError(f"{path} cannot be read: it holds no keys; train again with overwrite=true")
-        cut = [key for key in ("seed", "protocol", "data", "model") if key not in config]
-        if cut:
-            raise InputError(f"{path} lacks {', '.join(cut)}: it is not whole")
+        check_fields(str(path), config, RunConfig, "train again with overwrite=true")
         return config
 
     def require(self) -> RunFolder:
@@ -99,28 +171,36 @@ class RunFolder:
         InputError
             The folder holds a run with another config, or its config is gone or damaged.
         """
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         path = self.path / "config.yaml"
-        started = (self.path / "checkpoints").exists() or (self.path / "predictions.h5ad").exists()
-        if started and not path.exists():
-            raise InputError(
-                f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
-            )
-        if started and not overwrite:
-            differing = sorted(differing_keys(self.config, yaml.safe_load(text)))
-            differing = [key for key in differing if not key.startswith(ELSEWHERE)]
-            if differing:
-                raise InputError(
-                    f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "
-                    f"output_dir, or overwrite=true to start anew"
-                )
+        if self._started and not (overwrite and path.exists()):
+            self.check(config)
             return self.finished
         if overwrite and path.exists():
             self.clear()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, _as_yaml(config))
         self.__dict__.pop("config", None)
         return False
+
+    @property
+    def _started(self) -> bool:
+        return (self.path / "checkpoints").exists() or (self.path / "predictions.h5ad").exists()
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """InputError where the folder holds a run with another config, or one whose config is gone or damaged."""
+        if not self._started:
+            return
+        if not (self.path / "config.yaml").exists():
+            raise InputError(
+                f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
+            )
+        differing = sorted(differing_keys(self.config, yaml.safe_load(_as_yaml(config))))
+        differing = [key for key in differing if not key.startswith(ELSEWHERE)]
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "
+                f"output_dir, or overwrite=true to start anew"
+            )
 
     def clear(self) -> None:
         """Delete what a run left, but for its config and the log that this process may be writing."""
@@ -131,6 +211,10 @@ class RunFolder:
                 shutil.rmtree(logged, ignore_errors=True)
         for name in (*RESULTS, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _as_yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -14,10 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stexp import hardware
+from stexp.arguments import NotNegative
 from stexp.data.digests import file_digest
 from stexp.data.progress import track
 from stexp.data.section import Section
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import read_audit, read_json, read_provenance
 from stexp.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ class Stages:
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / "stages.json"
-        self.seconds: dict[str, float] = read_json(self.path) if self.path is not None and self.path.exists() else {}
+        self.seconds: dict[str, float] = {}
+        if self.path is not None and self.path.exists():
+            self.seconds = read_json(self.path, dict[str, NotNegative])
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -80,8 +83,8 @@ def now() -> str:
 
 def changed_sections(run: Path, sections: list[Section]) -> list[str]:
     """Sections whose files or patient are not what a finished run read, and those with an image that it lacks."""
-    recorded = read_json(run / "provenance.json", "data_manifest")["data_manifest"]
-    patient_of = read_json(run / "audit.json", "facts")["facts"].get("patient_of", {})
+    recorded = read_provenance(run)["data_manifest"]
+    patient_of = read_audit(run)["facts"]["patient_of"]
     today = manifest([section for section in sections if section.name in recorded])
     changed = {name for name in recorded if today.get(name) != recorded[name]}
     # sections without an image may have been left out, by the split or for genes they do not measure

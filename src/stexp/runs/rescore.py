@@ -16,7 +16,8 @@ import yaml
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
-from stexp.evaluation.predictions import DIGEST, read_json
+from stexp.evaluation.predictions import DIGEST
+from stexp.evaluation.records import read_audit
 from stexp.files import write_atomically
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
@@ -73,13 +74,13 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     )
     chosen = {**({} if changes else source.chosen), "k": how.k, "rescored_from": run.resolve().name, "changed": changed}
     config = {**source.config, "model": {**source.config["model"], **asdict(how)}}
-    facts = read_json(run / "audit.json", "facts")["facts"]
-    facts |= {"reference": list(data.spots["section"].iloc[rows].unique())}
+    facts: dict = {**read_audit(run)["facts"], "reference": list(data.spots["section"].iloc[rows].unique())}
     if changes:
         facts["k_chosen_on"] = "after_scoring"
     if genes != "panel":
         facts["panel_saw_test"] = []
-    record = source.provenance | {
+    record: dict = {
+        **source.provenance,
         "trained_by": source.provenance["command"],
         "command": command_line(),
         "date": now(),

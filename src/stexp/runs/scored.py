@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stexp.errors import InputError
-from stexp.evaluation.predictions import changed_since_run, read_genes, read_json
+from stexp.evaluation.predictions import changed_since_run
+from stexp.evaluation.records import (
+    AGAIN,
+    Audit,
+    Metrics,
+    Provenance,
+    read_audit,
+    read_genes,
+    read_metrics,
+    read_provenance,
+)
 from stexp.protocol import Protocol
 from stexp.runs.folder import RunFolder
 
@@ -24,10 +34,6 @@ NO_METHOD = (
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.log_every_n_steps"),
 )
 """Beginnings of config keys that say where, when and on what a method ran, not what it is."""
-METRICS = ("protocol", "n_genes", "fold", "data", "sections", "scored_as", "chosen", "oracle_floors")
-AUDIT = ("leaks", "items", "facts")
-PROVENANCE = ("command", "seconds", "data_manifest")
-"""What tables read of the files of a run."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,11 @@ class ScoredRun:
     settings: dict[str, Any]
     protocol: Protocol
     scored_as: str
-    sections: dict[str, dict]
+    sections: Mapping[str, Any]
     genes: frozenset[str]
-    metrics: dict
-    audit: dict
-    provenance: dict
+    metrics: Metrics
+    audit: Audit
+    provenance: Provenance
     changed: bool
 
     @property
@@ -106,13 +112,16 @@ def read_scored_run(folder: Path, scored_as: str | None = None) -> ScoredRun:
         A file is missing or damaged, or the run is not scored as `scored_as`, section by section.
     """
     run = RunFolder(folder)
-    metrics = read_json(folder / "metrics.json", *METRICS)
+    metrics = read_metrics(folder)
     genes = frozenset(row["gene"] for row in read_genes(folder / "per_gene.csv"))
     if len(genes) != metrics["n_genes"]:
         raise InputError(
             f"{folder / 'per_gene.csv'} has {len(genes)} of {metrics['n_genes']} genes; write it again with "
             f"stexp-score run={folder}"
         )
+    audit = read_audit(folder)
+    if not set(metrics["sections"]) <= set(audit["facts"]["patient_of"]):
+        raise InputError(f"{folder}: metrics.json and audit.json are of different sections; {AGAIN}")
     return ScoredRun(
         folder=folder,
         fold=str(metrics["fold"]),
@@ -123,13 +132,13 @@ def read_scored_run(folder: Path, scored_as: str | None = None) -> ScoredRun:
         sections=_sections_under(folder, metrics, scored_as),
         genes=genes,
         metrics=metrics,
-        audit=read_json(folder / "audit.json", *AUDIT),
-        provenance=read_json(folder / "provenance.json", *PROVENANCE),
+        audit=audit,
+        provenance=read_provenance(folder),
         changed=changed_since_run(folder),
     )
 
 
-def settings_of(config: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def settings_of(config: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What a method is, of the config of a run and of what it chose: dotted key -> value."""
     encoder = config.get("model", {}).get("image_encoder") or config.get("image_encoder") or {}
     settings = _flat(config) | _flat({"image_encoder": encoder})
@@ -141,7 +150,7 @@ def settings_of(config: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any
     return settings
 
 
-def _sections_under(folder: Path, metrics: dict[str, Any], scored_as: str | None) -> dict[str, dict]:
+def _sections_under(folder: Path, metrics: Metrics, scored_as: str | None) -> Mapping[str, Any]:
     """Scores by section under a protocol; None: that of the run."""
     sections = metrics["sections"]
     if scored_as in (None, metrics["protocol"]):

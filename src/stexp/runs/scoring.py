@@ -11,18 +11,10 @@ import numpy as np
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.records import AGAIN, Chosen
 from stexp.evaluation.score import score_under
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
-
-NEEDED = (
-    "layers/predicted",
-    "layers/counts",
-    "obs/section",
-    "obs/total_counts",
-    *(f"uns/stexp/{key}" for key in ("protocol", "fold", "model", "data", "chosen")),
-)
-"""What scoring reads of ``predictions.h5ad``."""
 
 
 def score_run(run: Path) -> dict:
@@ -31,7 +23,7 @@ def score_run(run: Path) -> dict:
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
     """
-    observed = predictions.read(run / "predictions.h5ad", *NEEDED)
+    observed = predictions.read(run / "predictions.h5ad", *predictions.OF_RUN)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
     facts, own = observed.uns["stexp"], predictions.protocol_of(observed)
     scored, genes = {}, None
@@ -54,7 +46,7 @@ def score_run(run: Path) -> dict:
         "n_spots": observed.n_obs,
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
-        "chosen": predictions.read_fact(observed, "chosen"),
+        "chosen": predictions.read_fact(observed, "chosen", Chosen),
         "sections": mine["sections"],
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
@@ -81,4 +73,4 @@ def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, 
         problem = f"has no ceiling of section {', '.join(lacking)} under protocol {protocol.name}"
     else:
         return
-    raise InputError(f"{path} {problem}; delete it and {predictions.AGAIN}")
+    raise InputError(f"{path} {problem}; delete it and {AGAIN}")

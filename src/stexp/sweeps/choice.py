@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from typing_extensions import TypedDict  # that of typing carries no annotations before Python 3.12
 
 from stexp.errors import InputError
-from stexp.evaluation.predictions import read_json
+from stexp.evaluation.records import Scores, read_json
 from stexp.sweeps.jobs import Job
 
 SCORES = ("pearson_acg", "pearson_heg50")
+
+
+class OnTest(TypedDict):
+    """What ``metrics.json`` says of the test spots as a whole."""
+
+    scores: Scores
 
 
 def choose(cells: Sequence[Job], by: str) -> pd.DataFrame:
@@ -30,11 +37,11 @@ def choose(cells: Sequence[Job], by: str) -> pd.DataFrame:
     rows = []
     for job in cells:
         value = read_json(job.output_dir / "provenance.json").get(by)
-        if value is None:
+        if not isinstance(value, int | float):
             raise InputError(f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots")
-        scores = read_json(job.output_dir / "metrics.json", "scores")["scores"]
+        scores = read_json(job.output_dir / "metrics.json", OnTest)["scores"]
         where = {"data": job.data, "protocol": job.protocol, "model": job.model, "seed": job.seed, "fold": job.fold}
-        rows.append({**where, **job.cell, by: value, **{key: scores[key] for key in SCORES}})
+        rows.append({**where, **job.cell, by: value, **{key: scores.get(key) for key in SCORES}})
     table = pd.DataFrame(rows)
     best = table.groupby(["data", "protocol", "model", "seed", "fold"], sort=False)[by].idxmax()
     return table.loc[best].reset_index(drop=True)

@@ -15,6 +15,7 @@ from stexp.config.compose import compose, parse
 from stexp.errors import InputError
 from stexp.files import write_csv
 from stexp.sweeps.choice import choose
+from stexp.sweeps.failure import MENDABLE
 from stexp.sweeps.jobs import Job, jobs, with_needs
 from stexp.sweeps.local import Local, gpu_slots, visible_gpus
 from stexp.sweeps.plan import read_plan
@@ -26,7 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Run what ``stexp-train -m`` names, and return its exit status: 1 where a job failed.
+    """Run what ``stexp-train -m`` names, and return its exit status.
+
+    It is 1 where a job failed by a bug, 2 where the user can mend why jobs failed.
 
     Raises
     ------
@@ -56,7 +59,9 @@ def sweep(arguments: Sequence[str]) -> int:
         failed = run(everything, start, slots, anew)
     if name and not failed and (by := read_plan(name).get("choose_by")):
         _write_choice(name, cells, by)
-    return int(bool(failed))
+    if not failed:
+        return 0
+    return MENDABLE if all(failure.is_mendable for failure in failed.values()) else 1
 
 
 def starter(launcher: Mapping[str, Any], everything: Sequence[Job], name: str | None) -> tuple[Start, list[Slot]]:

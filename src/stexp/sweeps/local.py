@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stexp.errors import InputError
+from stexp.files import naming
 from stexp.sweeps.failure import clear_failure
 from stexp.sweeps.jobs import Job
 from stexp.sweeps.schedule import Slot
@@ -52,7 +53,8 @@ def start_process(
     """
     logs.mkdir(parents=True, exist_ok=True)
     clear_failure(logs)
-    with open(logs / "job.log", "a", encoding="utf-8") as file:
+    path = logs / "job.log"
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(f"$ {typed}\n")
         file.flush()
         return subprocess.Popen(

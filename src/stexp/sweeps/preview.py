@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stexp.evaluation.predictions import read_json
+from typing_extensions import TypedDict  # that of typing carries no annotations before Python 3.12
+
+from stexp.arguments import NotNegative
+from stexp.evaluation.records import Hardware, read_json
 from stexp.runs.folder import RunFolder
 from stexp.sweeps.jobs import Job
 
 HEADER = f"  {'jobs':>5} {'done':>5} {'h each':>8} {'h left':>8} {'GB left':>8}"
 MOST_RECORDS = 50
 """Finished runs that are averaged."""
+
+
+class Record(TypedDict):
+    """What ``provenance.json`` says of the cost of a run."""
+
+    seconds: NotNegative
+    stages: dict[str, NotNegative]
+    hardware: Hardware
 
 
 @dataclass(frozen=True)
@@ -84,11 +95,11 @@ def recorded_cost(job: Job) -> Cost | None:
     same = [path for path in records if path.parts[-4:-2] == (method.parent.name, method.name)]
     hours, sizes, hardware = [], [], ""
     for path in sorted(same or records)[:MOST_RECORDS]:
-        record, epochs = read_json(path, "seconds", "stages"), RunFolder(path.parent).config["trainer"]["max_epochs"]
+        record, epochs = read_json(path, Record), RunFolder(path.parent).config["trainer"]["max_epochs"]
         fit = record["stages"].get("fit", 0.0)
         hours.append((record["seconds"] - fit + fit * job.settings["trainer"]["max_epochs"] / epochs) / 3600)
         sizes.append(sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file()) / 1e9)
-        machine = record.get("hardware", {})
+        machine = record["hardware"]
         hardware = ", ".join(sorted(set(machine.get("gpu") or []))) or f"CPU {machine.get('cpu', '')}".strip()
     return Cost(sum(hours) / len(hours), sum(sizes) / len(sizes), hardware) if hours else None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from stexp.reporting.grids import duration
-from stexp.sweeps.failure import cause_of
+from stexp.sweeps.failure import Failure, cause_of
 from stexp.sweeps.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Running:
     since: float
 
 
-def run(everything: Sequence[Job], start: Start, slots: Sequence[Slot], anew: bool = False) -> dict[Path, str]:
+def run(everything: Sequence[Job], start: Start, slots: Sequence[Slot], anew: bool = False) -> dict[Path, Failure]:
     """Run jobs, as many at a time as there are slots, each in a slot of its own; the next takes whichever frees first.
 
     Parameters
@@ -91,7 +91,7 @@ class _Schedule:
         self.done = set() if anew else {job.output_dir for job in everything if job.done}
         self.waiting = [job for job in everything if job.output_dir not in self.done]
         self.running: list[_Running] = []
-        self.failed: dict[Path, str] = {}
+        self.failed: dict[Path, Failure] = {}
         self.seconds: list[float] = []
 
     def start_what_can(self) -> None:
@@ -99,7 +99,9 @@ class _Schedule:
         for job in list(self.waiting):
             training = job.needs.output_dir if job.needs else None
             if training in self.failed:
-                self.failed[job.output_dir] = f"not started: it needs {training}"
+                self.failed[job.output_dir] = replace(
+                    self.failed[training], message=f"not started: it needs {training}"
+                )
                 self.waiting.remove(job)
             elif self.free and (training is None or training in self.done):
                 slot = self.free.pop(0)
@@ -118,7 +120,8 @@ class _Schedule:
             if status == 0 and each.job.done:
                 self.done.add(folder)
             else:
-                self.failed[folder] = f"{cause_of(each.job.logs, status)} ({each.job.logs / 'job.log'})"
+                cause = cause_of(each.job.logs, status)
+                self.failed[folder] = replace(cause, message=f"{cause.message} ({each.job.logs / 'job.log'})")
             self._report(each.job)
         return bool(ended)
 

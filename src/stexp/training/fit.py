@@ -222,12 +222,21 @@ def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Tra
     alone.strategy.connect(method)  # whose loaders ask for it before its first prediction
     chosen = method.to(machine.device).tune(data)
     if chosen:
-        log.info("chosen: %s", chosen)
+        log.info("chosen: %s", in_words(chosen))
     # of one loader, the outputs of all batches
     with _interruptible():
         parts: list[Prediction] = alone.predict(method, datamodule=data)  # type: ignore[assignment]
     data.trainer = trainer
     return Prediction.concatenate(parts), chosen
+
+
+def in_words(chosen: Mapping[str, Any]) -> str:
+    """What a method chose on validation spots, for the log: ``k=50``, with the highest score it was chosen by."""
+    scores = [max(map(float, value.values())) for value in chosen.values() if isinstance(value, dict) and value]
+    best = [f"by a validation score of {max(scores):.4f}"] if scores else []
+    return " ".join(
+        [", ".join(f"{key}={value}" for key, value in chosen.items() if not isinstance(value, dict)), *best]
+    )
 
 
 def size_of_training(trainer: Trainer) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +13,19 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from stexp.data.join import PLACE
 from stexp.data.readers.memory import check_fits, one_line_without_memory
-from stexp.data.readers.text import Dialect, find_dialect, read_text, separator_of_ending
+from stexp.data.readers.numbers import check_thousands, decimal_points
+from stexp.data.readers.spot_columns import is_about_spots, words_of
+from stexp.data.readers.text import EMPTY_LINES, find_separator, read_text, separator_of_ending
 from stexp.errors import InputError
 
-TABS = Dialect("\t")
+log = logging.getLogger(__name__)
+
+CORNERS = re.compile(
+    r"spot|barcode|cell|gene(?:id)?|symbol|feature|transcript|probe|ensembl|entrez|id|name|index|row|sample|tile|bin|x"
+)
+"""Words of what stands above the names of rows."""
 BLOCK = 1 << 25  # bytes of text parsed at a time; the parser needs ten times as much
 
 
@@ -31,15 +41,15 @@ def read_count_table(path: Path, also: tuple[str, ...] = ()) -> tuple[pd.Index, 
         Endings beside those of tables that would fit, for the message.
     """
     expected = separator_of_ending(path, "counts", also)
-    content, dialect = find_dialect(read_text(path, "counts"), path, "counts", expected)
+    content, separator = find_separator(read_text(path, "counts"), path, "counts", expected)
     with one_line_without_memory(f"counts {path}"):
-        header, _, body = content.partition(b"\n")
-        columns = _column_names(header, body, path, dialect.separator)
+        header, _, body = EMPTY_LINES.sub(b"", content).partition(b"\n")
+        columns = _column_names(header, body, path, separator)
         parts = []
         for block in _blocks(body):
-            part = None if dialect.decimal_comma else parse_digits(block, len(columns), dialect.separator)
+            part = parse_digits(block, len(columns), separator)
             if part is None:
-                parts = [parse_any(body, columns, path, dialect)]
+                parts = [parse_any(body, columns, path, separator)]
                 break
             parts.append(part)
         rows = [name.strip() for ids, _ in parts for name in ids]
@@ -48,21 +58,37 @@ def read_count_table(path: Path, also: tuple[str, ...] = ()) -> tuple[pd.Index, 
 
 
 def _column_names(header: bytes, body: bytes, path: Path, separator: str) -> list[str]:
+    first_line = body.lstrip(b"\n").partition(b"\n")[0]
     try:
-        names = next(csv.reader([header.decode().rstrip("\r")], delimiter=separator), [])
-        first = next(csv.reader([body[: body.find(b"\n") + 1 or None].decode()], delimiter=separator), [])
+        names, first = (next(csv.reader([line.decode()], delimiter=separator), []) for line in (header, first_line))
     except csv.Error:
         raise InputError(f"counts {path} are not text; need a table of counts, plain or gzip") from None
-    # write.table of R leaves out the name above the row names
-    columns = names if names and names[0] and len(first) == len(names) + 1 else names[1:]
-    if names and not columns and (names[0].strip() or len(first) > 1):
+    names = [name.strip() for name in names]
+    if len(names) == 1 and (names[0] or len(first) > 1) and len(first) != 2:
         raise InputError(
             f"counts {path} have one column ({names[0][:50]!r}); names in the first row and column, and cells divided "
             f"by commas, tabs or semicolons would fit"
         )
-    if not columns or not body.strip():
+    if not any(names) or not first:
         raise InputError(f"counts {path} are empty; need names in the first row and column, and counts")
-    return [name.strip() for name in columns]
+    if len(names) == len(first):
+        return names[1:]
+    if len(names) == len(first) - 1 and not _is_corner(names[0], names[1:]):
+        log.info("counts %s: no name stands above those of the rows, as write.table of R leaves it", path)
+        return names
+    raise InputError(
+        f"counts {path}: {len(names)} names in the header (first: {names[0]!r}), {len(first)} cells in the row "
+        f"{first[0][:50]!r}; a name for every column would fit, or, as R writes it, none above the names of the rows"
+    )
+
+
+def _is_corner(name: str, others: list[str]) -> bool:
+    """Whether the first name of a header may stand above the names of the rows, for it is not like the others."""
+    words = [word.removesuffix("s") for word in words_of(name)]
+    if not words or any(map(CORNERS.fullmatch, words)) or is_about_spots(name):
+        return True
+    kinds = (lambda other: bool(PLACE.fullmatch(other)), str.isupper, lambda other: other[:3].isalpha())
+    return any(not kind(name) and sum(map(kind, others)) > 0.9 * len(others) for kind in kinds)
 
 
 def _blocks(body: bytes) -> Iterator[bytes]:
@@ -110,20 +136,31 @@ def parse_digits(body: bytes, n_columns: int, separator: str = "\t") -> tuple[li
     return [name.decode() for name in ids], counts
 
 
-def parse_any(body: bytes, columns: list[str], path: Path, dialect: Dialect = TABS) -> tuple[list[str], sp.csr_matrix]:
+def _has_commas_or_thousands(body: bytes, separator: str) -> bool:
+    """Whether cells such as ``30,5`` or ``1.800`` occur."""
+    sign = re.escape(separator.encode())
+    return re.search(rb"%s\"?[+-]?(?:\d+,\d|[1-9]\d{0,2}\.\d{3}(?!\d))" % sign, body) is not None
+
+
+def parse_any(body: bytes, columns: list[str], path: Path, separator: str = "\t") -> tuple[list[str], sp.csr_matrix]:
     """Row names and counts of a table whose numbers may be written in any way that pandas reads."""
     n_columns = len(columns)
     # missing counts are missing, but a row may be called NA, or 007
     missing = {column: ["", "NA", "NaN", "nan"] for column in range(1, n_columns + 1)}
-    options = {"dtype": {0: object}, "na_values": missing, "keep_default_na": False}
-    check_fits(3 * 8 * body.count(b"\n") * n_columns, f"counts {path}")
+    as_text = _has_commas_or_thousands(body, separator)
+    options = {"dtype": object if as_text else {0: object}, "na_values": missing, "keep_default_na": False}
+    check_fits((8 if as_text else 3) * 8 * body.count(b"\n") * n_columns, f"counts {path}")
     try:
-        decimal = "," if dialect.decimal_comma else "."
-        table = pd.read_csv(io.BytesIO(body), sep=dialect.separator, decimal=decimal, header=None, **options)
+        table = pd.read_csv(io.BytesIO(body), sep=separator, header=None, **options)
     except ValueError as error:  # pandas' own errors are
         raise InputError(
             f"counts {path} are not a table of numbers: {' '.join(str(error).split())}, not counting the header"
         ) from None
+    if as_text:
+        cells = table.iloc[:, 1:].set_axis(columns, axis=1) if table.shape[1] == n_columns + 1 else table.iloc[:, 1:]
+        check_thousands(cells, f"counts {path}", ".")
+        cells = decimal_points(cells, f"counts {path}")
+        table = pd.concat([table[0], cells.apply(_as_numbers)], axis=1)
     names, cells = list(table[0]), table.iloc[:, 1:]
     if cells.shape[1] != n_columns:
         raise InputError(f"counts {path}: {n_columns} names in the header, {cells.shape[1]} counts in a row")
@@ -137,3 +174,11 @@ def parse_any(body: bytes, columns: list[str], path: Path, dialect: Dialect = TA
             f"(first: {str(column.iloc[row])[:50]!r} in the row {names[row]}, column {columns[text[0]]})"
         )
     return names, sp.csr_matrix(cells.to_numpy(np.float32))
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, or as it is where one cell is none."""
+    try:
+        return pd.to_numeric(column)
+    except ValueError:
+        return column

@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from stexp.data.readers.excel_dates import date_of, gene_of
+from stexp.data.readers.spot_columns import is_about_spots
 from stexp.errors import InputError
 
 Names = Sequence[str] | np.ndarray
@@ -32,12 +33,16 @@ ENSEMBL_ID = re.compile(r"(?:\w+?_+)?ENS[A-Z]{0,6}G\d{11}(?:\.\d+)?(?:_PAR_Y)?")
 GENOME = re.compile(
     r"((?:GRC[a-z]\d+|hg(?:1[789]|38)|mm(?:9|10|39)|rn[4-7]|danRer\d+|dm[36]|ce1[01]|CHM13|T2T|Rnor|mRatBN|Sscrofa|"
     r"BDGP\d+|WBcel\d+|TAIR\d+)"
-    r"[-.\w]*?)_+([^_].*)",
+    r"(?:[-.\w]*?(?=_)|(?=[-:.]))|human|mouse|rat|homo_sapiens|mus_musculus)(?:_+|[-:.])([^_].*)",
     re.IGNORECASE,
 )
-"""The genome that references of two species set before every name: GRCh38_ACTB, mm10___Actb."""
+"""The genome or species that references of two species set before every name: GRCh38_ACTB, mm10___Actb, mouse_Actb."""
 
-SPECIES = (("human", r"(?:GRCh|hg|CHM13|T2T)"), ("mouse", r"(?:GRCm|mm)\d"), ("rat", r"(?:GRCr|rn\d|Rnor|mRatBN)"))
+SPECIES = (
+    ("human", r"(?:GRCh|hg|CHM13|T2T|human|homo)"),
+    ("mouse", r"(?:GRCm|mm\d|mouse|mus)"),
+    ("rat", r"(?:GRCr|rn\d|Rnor|mRatBN|rat)"),
+)
 
 SUMMARIES = re.compile(
     r"__.*|\*|N_(?:unmapped|multimapping|noFeature|ambiguous)|(?:Un)?assigned(?:_\w+)?|"
@@ -54,21 +59,15 @@ CONTROLS = re.compile(
 
 ANTIBODIES = re.compile(r".+_TotalSeq[A-C]?|(?:ADT|HTO|CITE)[_-].+|Hashtag[_ -]?\d+.*", re.IGNORECASE)
 
-METADATA = re.compile(
-    r"total_counts.*|n_genes(?:_by_counts)?|n_counts|n_umis?|numis?|ngenes?|log1p_.+|pct_counts_.+|nCount_.+|nFeature_.+|"
-    r"percent[._](?:mt|mito|ribo).*|total_umis?|umi_counts?|library_size|size_factors?|total|totals|sum|"
-    r"in_tissue|array_(?:row|col|x|y)|pixel_[xy]|pxl_(?:row|col)_in_fullres|image(?:row|col)|new_[xy]|selected|"
-    r"orig\.ident|seurat_clusters|clusters?|leiden.*|louvain.*|batch|samples?|sample_id|section|patient|condition|"
-    r"barcodes?|spots?|spot_id|cell_id|doublet_scores?|Unnamed: ?\d+|index",
-    re.IGNORECASE,
-)
-"""Columns about spots that were left in a table of counts."""
+NUMBERS = re.compile(r"\d+(?:[.,]\d+)?(?:E[+-]?\d+)?", re.IGNORECASE)
+CELLS = re.compile(r"#.*|TRUE|FALSE|WAHR|FALSCH|VRAI|FAUX|VERDADERO|FALSO|VERDADEIRO|PRAWDA|FAŁSZ|ИСТИНА|ЛОЖЬ")
+"""Errors (#REF!, #N/A, ####) and truth values of spreadsheets."""
 
-KINDS: tuple[tuple[str, re.Pattern], ...] = (
-    ("summaries of a counting program", SUMMARIES),
-    ("control features", CONTROLS),
-    ("antibodies", ANTIBODIES),
-    ("columns about spots", METADATA),
+KINDS: tuple[tuple[str, Callable[[str], object]], ...] = (
+    ("summaries of a counting program", SUMMARIES.fullmatch),
+    ("control features", CONTROLS.fullmatch),
+    ("antibodies", ANTIBODIES.fullmatch),
+    ("columns about spots", is_about_spots),
 )
 
 
@@ -121,7 +120,7 @@ def genes_of(
     names = _without_genomes(names[keep], is_ensembl, of_genome, where)
     names = _without_dates(names, ids, is_ensembl, where)
     values = values if len(columns) == values.shape[1] else values[:, columns]
-    _refuse_sums(values, names, where)
+    _refuse_measures(values, names, where)
     var = pd.DataFrame(index=pd.Index(names, dtype=object))
     if ids is not None:
         var["gene_ids"] = ids
@@ -149,10 +148,10 @@ def _of_gene_type(types: Names, where: str) -> np.ndarray:
 def _no_genes(names: np.ndarray, judged: np.ndarray, values: sp.csr_matrix, where: str) -> np.ndarray:
     """Which of the judged features are none by their name."""
     out = np.zeros(len(names), dtype=bool)
-    for kind, pattern in KINDS:
-        match = _matches(names, pattern.fullmatch) & judged & ~out
+    for kind, is_of_kind in KINDS:
+        match = _matches(names, is_of_kind) & judged & ~out
         if match.any():
-            level = logging.INFO if pattern in (CONTROLS, ANTIBODIES) else logging.WARNING
+            level = logging.INFO if kind in ("control features", "antibodies") else logging.WARNING
             log.log(
                 level, "%s: %d %s are no genes and left out: %s", where, int(match.sum()), kind, _some(names[match])
             )
@@ -180,7 +179,7 @@ def _without_genomes(names: np.ndarray, is_ensembl: np.ndarray, genomes: np.ndar
     stated = "|".join(sorted({re.escape(str(genome)) for genome in ([] if genomes is None else genomes) if genome}))
     own = re.compile(rf"({stated})_+([^_].*)") if stated else None
     for i, name in enumerate(names):
-        match = (own.fullmatch(name) if own else None) or (GENOME.fullmatch(name) if "_" in name else None)
+        match = (own.fullmatch(name) if own else None) or GENOME.fullmatch(name)
         if match:
             plain[i] = match[2]
         genome = match[1] if match else "" if genomes is None else str(genomes[i])
@@ -193,6 +192,11 @@ def _without_genomes(names: np.ndarray, is_ensembl: np.ndarray, genomes: np.ndar
             f"{where}: genes of {len(several)} genomes ({counted}; such as {example}); counts of one of them would fit"
         )
     shorter = plain != names
+    if 0 < 2 * shorter.sum() < len(names) and not is_ensembl[shorter].all():
+        raise InputError(
+            f"{where}: {int(shorter.sum())} of {len(names)} names have a genome or species before them "
+            f"({_some(names[shorter])}), the others none; counts of one species would fit"
+        )
     if shorter.any():
         log.info("%s: %d names lose the genome before them (%s)", where, int(shorter.sum()), names[shorter][0])
     return plain
@@ -211,13 +215,13 @@ def _species(genome: str) -> str:
 def _without_dates(names: np.ndarray, ids: np.ndarray | None, is_ensembl: np.ndarray, where: str) -> np.ndarray:
     """Names without what spreadsheets made of them: dates become genes again where only one can be meant."""
     names = names.copy()
-    numbers = _matches(names, re.compile(r"\d+(?:\.\d+)?(?:E[+-]?\d+)?", re.IGNORECASE).fullmatch)
+    numbers = _matches(names, NUMBERS.fullmatch)
     if numbers.mean() >= 0.5:
         numbers[:] = False  # ids of Entrez
     lost = []
     mended = []
-    for i in np.flatnonzero(numbers | _matches(names, date_of)):
-        gene = None if numbers[i] else gene_of(names[i], names)
+    for i in np.flatnonzero(numbers | _matches(names, CELLS.fullmatch) | _matches(names, date_of)):
+        gene = gene_of(names[i], names)
         if gene is not None and gene not in names:
             mended.append(f"{names[i]} -> {gene}")
             names[i] = gene
@@ -228,29 +232,52 @@ def _without_dates(names: np.ndarray, ids: np.ndarray | None, is_ensembl: np.nda
             lost.append(names[i])
     if lost:
         raise InputError(
-            f"{where}: {len(lost)} names are dates or numbers that a spreadsheet made of genes: {_some(lost)}; which "
-            f"genes they were cannot be told (1-Mar: MARCHF1 or MTARC1), so a table with their names would fit"
+            f"{where}: {len(lost)} names are dates or numbers (or errors) that a spreadsheet made of genes: "
+            f"{_some(lost)}; which genes they were cannot be told (1-Mar: MARCHF1 or MTARC1), so a table with their "
+            f"names would fit"
         )
     if mended:
         log.warning("%s: %d names are dates that a spreadsheet made of genes: %s", where, len(mended), _some(mended))
     return names
 
 
-def _refuse_sums(values: sp.csr_matrix, names: np.ndarray, where: str) -> None:
-    """Refuse a column that holds the total of all others in every spot."""
-    if values.shape[1] < 4:
+def _refuse_measures(values: sp.csr_matrix, names: np.ndarray, where: str) -> None:
+    """Refuse columns that are no counts by their values: fractions amid counts, row numbers, shares of the total.
+
+    A gene scatters about its share of the total of its spot at least as its counting does (Poisson). A column that
+    scatters ten times less was computed from the others.
+    """
+    n_spots, n_genes = values.shape
+    if n_genes < 4 or not np.isfinite(values.data).all():
         return
-    of_spots = np.asarray(values.sum(axis=1, dtype=np.float64)).ravel()
-    if (of_spots > 0).sum() < 5 or not np.isfinite(of_spots).all():
+    fractional = np.unique(values.indices[values.data % 1 != 0])
+    if 0 < len(fractional) <= n_genes // 4:
+        raise InputError(f"{where}: {_some(names[fractional])} hold fractions amid counts; leave these columns out")
+    of_spots, of_columns = (np.asarray(values.sum(axis=i, dtype=np.float64)).ravel() for i in (1, 0))
+    total = of_columns.sum()
+    large = np.flatnonzero((of_columns >= 10 * n_spots) | (2 * of_columns >= total))
+    if n_spots < 5 or not len(large):
         return
-    of_columns = np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
-    for i in np.flatnonzero(2 * of_columns == of_columns.sum()):
-        if (2 * values[:, [i]].toarray().ravel() == of_spots).all():
-            raise InputError(f"{where}: {names[i]} is the sum of all other genes in every spot; leave the column out")
+    columns = values[:, large].tocsc()
+    for i, gene in enumerate(large):
+        column = columns[:, [i]].toarray().ravel().astype(np.float64)
+        others = of_spots - column
+        expected = of_columns[gene] / max(total - of_columns[gene], 1) * others
+        scatter = ((column - expected) ** 2)[expected > 0] / expected[expected > 0]
+        is_sum = (column == others).all()
+        if is_sum or (n_spots >= 20 and np.var(column) > 1 and scatter.mean() < 0.1):
+            raise InputError(
+                f"{where}: {names[gene]} {'is' if is_sum else 'follows'} the sum of all other genes in every spot; "
+                f"leave the column out"
+            )
+        if (np.diff(column) == 1).all():
+            raise InputError(
+                f"{where}: {names[gene]} numbers the spots ({column[0]:g}, {column[1]:g}, ...); leave it out"
+            )
 
 
 def _matches(names: Iterable[str], match: Callable) -> np.ndarray:
-    return np.array([match(name) is not None for name in names], dtype=bool)
+    return np.array([bool(match(name)) for name in names], dtype=bool)
 
 
 def _some(names: Iterable[str], n: int = 4) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import anndata as ad
@@ -13,6 +16,7 @@ from stexp.data.join import split_ids
 from stexp.data.readers.count_tables import read_count_table
 from stexp.data.readers.features import genes_of
 from stexp.data.readers.h5ad import counts_of, read_h5ad
+from stexp.data.readers.numbers import check_thousands, without_blanks
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.spaceranger import find_positions, flags, matrix_of, read_10x_counts, read_visium_positions
 from stexp.data.readers.text import ending_of, read_table
@@ -25,6 +29,8 @@ SELECTION = ("x", "y", "new_x", "new_y", "pixel_x", "pixel_y", "selected")
 """Columns of the spot files of Spatial Transcriptomics; the second pair and the last column may be missing."""
 # spot ids may look like numbers ("007") or like missing values ("NA")
 TEXT = {"dtype": str, "keep_default_na": False}
+_TABLES: ContextVar[list[tuple[str, int, int]] | None] = ContextVar("tables", default=None)
+"""What `tables_in_one_line` counts: rows or columns, spots with a position, all spots."""
 
 
 def read_counts(path: str | Path, spot_ids: pd.Index | None = None) -> ad.AnnData:
@@ -73,15 +79,37 @@ def _spots_are_columns(rows: pd.Index, columns: pd.Index, spot_ids: pd.Index, pa
             f"columns (first: {columns[0]}) are named like one of the {len(spot_ids)} spots that have a position "
             f"(first: {spot_ids[0]}); either the rows or the columns must be spots"
         )
-    log.info(
-        "counts %s: spots are %s, %d x %d; %d of them have a position",
-        path,
-        "rows" if in_rows else "columns",
-        len(rows),
-        len(columns),
-        in_rows or in_columns,
-    )
+    spots, n, matched = ("rows", len(rows), in_rows) if in_rows else ("columns", len(columns), in_columns)
+    tables = _TABLES.get()
+    if tables is None:
+        log.info("counts %s: spots are %s, %d of %d with a position", path, spots, matched, n)
+    else:
+        tables.append((spots, matched, n))
     return bool(in_columns)
+
+
+@contextmanager
+def tables_in_one_line(name: str) -> Iterator[None]:
+    """Log once of all count tables read inside, instead of each, whether their spots are rows or columns.
+
+    Parameters
+    ----------
+    name
+        Of the data set.
+    """
+    tables: list[tuple[str, int, int]] = []
+    token = _TABLES.set(tables)
+    try:
+        yield
+    finally:
+        _TABLES.reset(token)
+    for spots in sorted({kind for kind, _, _ in tables}):
+        matched, n = zip(*((matched, n) for kind, matched, n in tables if kind == spots), strict=True)
+        log.info("%s: spots are %s in %s, %d of %d with a position", name, spots, _tables(len(n)), sum(matched), sum(n))
+
+
+def _tables(n: int) -> str:
+    return f"{n} count table" + ("s" if n != 1 else "")
 
 
 # positions
@@ -165,7 +193,10 @@ def _of_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     if not is_named and not is_selection:
         raise InputError(f"spots {path} starts with the column {header[0]}; the spot id must come first")
     wanted = [name for name in (*needed, "new_x", "new_y") if name in header]
-    numbers = table[wanted].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    # x, new_x lie on an array of fewer than 1000 places, and have three decimals as a rule
+    check_thousands(table[[name for name in wanted if name in POSITIONS]], f"spots {path}")
+    plain = without_blanks(table[wanted], f"spots {path}")
+    numbers = plain.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     ids = table[header[0]] if is_named else spot_ids(numbers["x"], numbers["y"])
     numbers.index = pd.Index(np.asarray(ids, dtype=object))
     bad = numbers[list(needed)].isna().any(axis=1).to_numpy()

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from stexp.data.hdf5 import open_hdf5
 from stexp.data.readers.features import genes_of
-from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.readers.memory import one_line_without_memory
 from stexp.data.section import check_counts
 from stexp.errors import InputError

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import scipy.io
 import scipy.sparse as sp
 
+from stexp.data.hdf5 import open_hdf5
 from stexp.data.readers.features import genes_of
-from stexp.data.readers.hdf5 import open_hdf5
 from stexp.data.readers.memory import check_fits, one_line_without_memory
-from stexp.data.readers.text import decimal_points, find_dialect, read_text
+from stexp.data.readers.numbers import check_thousands, decimal_points, without_blanks
+from stexp.data.readers.text import find_separator, read_text
 from stexp.errors import InputError
 from stexp.files import is_number
 
@@ -274,16 +275,14 @@ def _read_positions_table(path: Path) -> pd.DataFrame:
             check_parquet(path)
             table = pd.read_parquet(path).reset_index()
         else:
-            content, dialect = find_dialect(read_text(path, "positions"), path, "positions", expected=",")
-            table = pd.read_csv(
-                io.BytesIO(content), sep=dialect.separator, header=None, dtype=str, keep_default_na=False
-            )
-            if dialect.decimal_comma:
-                table = decimal_points(table)
+            content, separator = find_separator(read_text(path, "positions"), path, "positions", expected=",")
+            table = pd.read_csv(io.BytesIO(content), sep=separator, header=None, dtype=str, keep_default_na=False)
+            table = without_blanks(decimal_points(table, f"positions {path}"), f"positions {path}")
             if table.shape[1] == len(POSITIONS) and is_number(table.iloc[0, 1]):
                 table.columns = list(POSITIONS)
             else:
                 table = table.iloc[1:].set_axis(table.iloc[0].astype(str).str.strip(), axis=1)
+            check_thousands(table.iloc[:, 1:], f"positions {path}")
     except InputError:
         raise
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors

@@ -8,12 +8,12 @@ import io
 import logging
 import re
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from stexp.data.readers.memory import check_fits, free_memory, one_line_without_memory
+from stexp.data.readers.numbers import decimal_points
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,8 @@ MARKS = (
 )
 """Byte-order marks and the encodings they stand for; the longer of two that begin alike comes first."""
 
-DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?")
-THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How the cells of a table are written."""
-
-    separator: str
-    decimal_comma: bool = False
+EMPTY_LINES = re.compile(rb"\A(?:[ \t,;|]*\n)+")
+"""Above the header; spreadsheets fill them with separators."""
 
 
 def ending_of(path: Path) -> str:
@@ -157,14 +149,15 @@ def _encoding_by_zeros(content: bytes) -> str:
 
 
 def _with_newlines(content: bytes) -> bytes:
-    """Line ends of old Macs become ``\\n``; those of Windows stay for the parsers, which know them."""
-    if b"\r" in content and b"\n" not in content:
-        return content.replace(b"\r", b"\n")
+    """Line ends of Windows and of old Macs, and mixtures of them, become ``\\n``."""
+    if b"\r" in content:
+        for end in (b"\r\r\n", b"\r\n", b"\r"):
+            content = content.replace(end, b"\n")
     return content
 
 
-def find_dialect(content: bytes, path: Path, subject: str, expected: str) -> tuple[bytes, Dialect]:
-    """How a table is written, and the table without Excel's line ``sep=;``.
+def find_separator(content: bytes, path: Path, subject: str, expected: str) -> tuple[bytes, str]:
+    """A table without Excel's line ``sep=;``, and the separator of its cells.
 
     Parameters
     ----------
@@ -175,13 +168,8 @@ def find_dialect(content: bytes, path: Path, subject: str, expected: str) -> tup
 
     Returns
     -------
-    bytes, Dialect
-        What differs from the promise is logged. The separator is the promised one where none fits better.
-
-    Raises
-    ------
-    InputError
-        Commas in numbers that may divide thousands or be decimal signs.
+    bytes, str
+        A separator that differs from the promise is logged; it is the promised one where none fits better.
     """
     separator = expected
     announced = re.match(rb'"?sep=(.)"?\r?\n', content)
@@ -197,7 +185,7 @@ def find_dialect(content: bytes, path: Path, subject: str, expected: str) -> tup
             CANDIDATES.get(separator, repr(separator)),
             CANDIDATES[expected],
         )
-    return content, Dialect(separator, _has_decimal_commas(content, separator, path, subject))
+    return content, separator
 
 
 def _separator(lines: list[str], expected: str) -> str:
@@ -246,31 +234,6 @@ def _width(lines: list[str], separator: str) -> int:
     return width if width > 1 and cells[0] in (width, width - 1) else 0
 
 
-def _has_decimal_commas(content: bytes, separator: str, path: Path, subject: str) -> bool:
-    """Whether cells such as ``30,5`` occur; those that may be thousands only are refused."""
-    if b"," not in content or not re.search(rb"\d,\d", content) or (separator == "," and b'"' not in content):
-        return False
-    lines = content.decode("utf-8").splitlines()
-    thousands = None
-    try:
-        for row in csv.reader(lines, delimiter=separator):
-            for cell in row:
-                cell = cell.strip()
-                if THOUSANDS.fullmatch(cell):
-                    thousands = thousands or cell
-                elif DECIMAL_COMMA.fullmatch(cell):
-                    log.warning("%s %s has decimal commas (%s); read so", subject, path, cell)
-                    return True
-    except csv.Error:
-        return False  # whoever parses the table says what is wrong
-    if thousands:
-        raise InputError(
-            f"{subject} {path}: in {thousands} the comma may divide thousands or be a decimal sign; numbers without "
-            f"it would fit"
-        )
-    return False
-
-
 def read_table(path: Path, subject: str, **options) -> pd.DataFrame:
     """A table of one header or none.
 
@@ -286,22 +249,16 @@ def read_table(path: Path, subject: str, **options) -> pd.DataFrame:
     """
     expected = separator_of_ending(path, subject)
     try:
-        content, dialect = find_dialect(read_text(path, subject), path, subject, expected)
+        content, separator = find_separator(read_text(path, subject), path, subject, expected)
+        lines = content.count(b"\n")
+        content = EMPTY_LINES.sub(b"", content)
+        lines -= content.count(b"\n")
         with one_line_without_memory(f"{subject} {path}"):
-            table = pd.read_csv(io.BytesIO(content), sep=dialect.separator, encoding="utf-8", **options)
+            table = pd.read_csv(io.BytesIO(content), sep=separator, encoding="utf-8", **options)
     except InputError:
         raise
     except ValueError as error:  # pandas' own errors are
         raise InputError(f"{subject} {path} cannot be read as a table: {' '.join(str(error).split())}") from error
-    return decimal_points(table) if dialect.decimal_comma else table
-
-
-def decimal_points(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with ``30.5`` for cells of text such as ``30,5``."""
-    table = table.copy()
-    for i, kind in enumerate(table.dtypes):
-        if pd.api.types.is_object_dtype(kind) or pd.api.types.is_string_dtype(kind):
-            column = table.iloc[:, i]
-            is_decimal = column.str.strip().str.fullmatch(DECIMAL_COMMA).fillna(False).astype(bool)
-            table.isetitem(i, column.where(~is_decimal, column.str.replace(",", ".", regex=False)))
-    return table
+    if options.get("skip_blank_lines") is False:
+        table.index += lines  # which messages name
+    return decimal_points(table, f"{subject} {path}")

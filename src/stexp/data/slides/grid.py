@@ -11,8 +11,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from stexp.data.hdf5 import open_hdf5
 from stexp.data.readers.formats import POSITIONS, TEXT, read_positions, read_table
-from stexp.data.readers.hdf5 import open_hdf5
+from stexp.data.readers.numbers import check_thousands, without_blanks
 from stexp.data.section import n_outside, what_would_fit
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.spacing import spacing
@@ -217,5 +218,7 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, bool]:
     wanted = [name for name in POSITIONS if name in table]
     if len(wanted) == 3:
         raise InputError(f"coordinates {path} have {', '.join(wanted)}; array_x and array_y go together")
-    numbers = table[wanted].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    check_thousands(table[wanted], f"coordinates {path}")
+    plain = without_blanks(table[wanted], f"coordinates {path}")
+    numbers = plain.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     return numbers.set_axis(pd.Index(ids, dtype=object), axis=0), named

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from stexp.data.hdf5 import new_hdf5
+from stexp.data.hdf5 import new_hdf5, open_hdf5
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
@@ -189,25 +189,48 @@ def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
     """
     if not path.is_file():
         return {}, None
-    slides, references = {}, None
     try:
-        with h5py.File(path) as file:
-            for group in file.get("slides", {}).values():
-                jpeg, at = group["jpeg"][:].tobytes(), 0
-                levels: dict[int, dict[tuple[int, int], bytes]] = {}
-                for downsample, column, row, n in group["cells"][:].tolist():
-                    levels.setdefault(downsample, {})[column, row] = jpeg[at : at + n]
-                    at += n
-                facts = {key: group.attrs[key].item() for key in ("width", "height", "side_px")}
-                own = [Level(downsample, cells) for downsample, cells in levels.items()]
-                slides[str(group.attrs["name"])] = SlidePicture(**facts, levels=own)
+        with open_hdf5(path, "") as file:
+            slides = {str(group.attrs["name"]): _read_slide(group) for group in file.get("slides", {}).values()}
+            references = None
             if "references" in file:
                 group = file["references"]
-                references = Sheet(list(group["names"].asstr()[:]), group["jpeg"][:].tobytes())
-    except (OSError, KeyError, ValueError, AttributeError) as error:
+                references = read_sheet(list(group["names"].asstr()[:]), group["jpeg"][:].tobytes())
+    except InputError:
+        raise
+    except Exception as error:  # h5py raises errors of every kind at what is not as `write` wrote it
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read: {reason}; without it the report is made of the rest") from error
     return slides, references
+
+
+def _read_slide(group: h5py.Group) -> SlidePicture:
+    jpeg, cells = group["jpeg"][:], group["cells"][:]
+    if jpeg.dtype != np.uint8 or cells.dtype != np.int64 or cells.ndim != 2 or cells.shape[1] != 4:
+        raise ValueError("cells are no table of whole numbers, or JPEG no bytes")
+    if (cells < 0).any() or (cells[:, [0, 3]] == 0).any() or cells[:, 3].sum() != jpeg.size:
+        raise ValueError("cells and JPEG do not fit each other")
+    width, height, side_px = (float(group.attrs[key]) for key in ("width", "height", "side_px"))
+    if not all(0 < value < 2**31 for value in (width, height, side_px)):
+        raise ValueError(f"the slide has {width:g} x {height:g} px, and tiles of {side_px:g}")
+    levels: dict[int, dict[tuple[int, int], bytes]] = {}
+    at = 0
+    for downsample, column, row, n in cells.tolist():
+        levels.setdefault(downsample, {})[column, row] = jpeg[at : at + n].tobytes()
+        at += n
+    return SlidePicture(int(width), int(height), side_px, [Level(factor, own) for factor, own in levels.items()])
+
+
+def read_sheet(names: list[str], jpeg: bytes) -> Sheet:
+    """Tiles of references; ValueError where the size of their image, in its header, is not that of their number."""
+    if len(names) > BANK_TILES:
+        raise ValueError(f"it names {len(names)} tiles, {BANK_TILES} at most are kept")
+    with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+        size = image.size
+    expected = (SHEET_COLUMNS * SHEET_PX, -(-len(names) // SHEET_COLUMNS) * SHEET_PX)
+    if size != expected:
+        raise ValueError(f"it has {size[0]} x {size[1]} px, {len(names)} tiles need {expected[0]} x {expected[1]}")
+    return Sheet(names, jpeg)
 
 
 def share_budget(slides: dict[str, SlidePicture], budget: int) -> dict[str, SlidePicture]:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import os
 import pickle  # for the name of the error that torch.load raises
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from stexp.errors import InputError
 from stexp.models.encoders.pathology import ARCHITECTURES, timm_names
 
 _LAYERS = {"SwiGLUPacked": timm.layers.SwiGLUPacked}  # that a yaml may name
+LONGEST = 200
+"""Letters of a library's message that an error of ours repeats."""
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -201,9 +204,13 @@ def _check_fits(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of torch, pickle or the hub says, on one line of bounded length."""
+    """What an error of torch, pickle or the hub says, on one line: all of it, or the sentences that fit."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    text = " ".join(text.split())
+    if len(text) > LONGEST:
+        words = text[:LONGEST].rpartition(" ")[0] or text[:LONGEST]
+        text = words.rpartition(". ")[0] or f"{words} ..."
+    return re.sub(r"(?<!\.)\.$", "", text) or type(error).__name__
 
 
 def _hub_answers(timeout: float = 5.0) -> bool:

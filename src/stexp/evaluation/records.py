@@ -1,0 +1,240 @@
+"""``metrics.json``, ``audit.json``, ``provenance.json`` and ``per_gene.csv`` of a run folder, each read in one way."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # those of typing carry no annotations before Python 3.12
+    TypeVar,
+)
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from stexp.arguments import Count, NotNegative, Whole, check_fields
+from stexp.data.readers.memory import check_fits
+from stexp.documents import parse_json
+from stexp.errors import InputError
+from stexp.files import restore
+
+AGAIN = "give the command that made the run again"
+"""What makes a missing file of a run folder: the command goes on from what is there."""
+
+Fields = TypeVar("Fields")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scores = dict[str, Finite | None]
+Patients = dict[str, str]
+Manifest = dict[str, dict[str, str]]
+"""Section -> file -> digest."""
+
+
+class Chosen(TypedDict):
+    """What a method chose on validation spots, and what retrieving again changed."""
+
+    k: NotRequired[Count]
+    k_validation_pearson: NotRequired[Scores]
+    rescored_from: NotRequired[str]
+    changed: NotRequired[dict[str, Any]]
+
+
+class Scored(TypedDict):
+    scores: Scores
+    floors: dict[str, Scores]
+    ceiling: Scores
+
+
+class ScoredSection(Scored):
+    n_spots: Count
+    n_constant_genes: Whole
+    patient: NotRequired[str]
+
+
+class ScoredAs(Scored):
+    """Under another protocol."""
+
+    sections: NotRequired[dict[str, Scored]]
+
+
+class Metrics(Scored):
+    """``metrics.json``."""
+
+    protocol: str
+    fold: str
+    model: str
+    data: str
+    n_spots: Count
+    n_genes: Count
+    sections: Annotated[dict[str, ScoredSection], Field(min_length=1)]
+    scored_as: dict[str, ScoredAs]
+    oracle_floors: list[str]
+    chosen: Chosen
+
+
+class AuditItem(TypedDict):
+    name: str
+    leak: bool
+    detail: str
+
+
+class AuditFacts(TypedDict):
+    """See :func:`stexp.evaluation.audit.audit`."""
+
+    patient_of: Patients
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+    reference: list[str]
+    panel_saw_test: list[str]
+    checkpoint: Literal["best", "last"]
+    k_chosen_on: Literal["validation", "given", "after_scoring"]
+    published_settings: bool
+    spot_context: str | None
+
+
+class Audit(TypedDict):
+    """``audit.json``."""
+
+    leaks: Whole
+    items: list[AuditItem]
+    facts: AuditFacts
+
+
+class Hardware(TypedDict):
+    device: NotRequired[str]
+    cpu: NotRequired[str]
+    gpu: NotRequired[list[str] | None]
+
+
+class Made(TypedDict):
+    """What made a result: the part of ``provenance.json`` that runs and predicted slides share."""
+
+    command: str
+    commit: str | None
+    dirty: bool | None
+    date: str
+    seconds: NotNegative
+    hardware: Hardware
+    versions: dict[str, str]
+    precision: str
+    peak_memory_gb: NotRequired[Finite | None]
+    peak_gpu_memory_gb: NotRequired[Finite | None]
+
+
+class Provenance(Made):
+    """``provenance.json`` of a run."""
+
+    stages: dict[str, NotNegative]
+    data_manifest: Manifest
+    trained_by: NotRequired[str]
+    epochs: NotRequired[Whole | None]
+    parameters: NotRequired[dict[str, int] | None]
+
+
+class SlideProvenance(Made):
+    """``provenance.json`` of a predicted slide."""
+
+    settings: dict[str, Any]
+    model: NotRequired[dict[str, Any]]
+    stages: NotRequired[dict[str, NotNegative]]
+
+
+def read_metrics(run: Path) -> Metrics:
+    """``metrics.json`` of a run; InputError where it is missing, damaged or of another form."""
+    return read_json(run / "metrics.json", Metrics)
+
+
+def read_audit(run: Path) -> Audit:
+    """``audit.json`` of a run; InputError where it is missing, damaged or of another form."""
+    audit = read_json(run / "audit.json", Audit)
+    facts = audit["facts"]
+    sections = {*facts["train"], *facts["validation"], *facts["test"], *facts["reference"]}
+    if not sections <= set(facts["patient_of"]):
+        nameless = ", ".join(sorted(sections - set(facts["patient_of"]))[:5])
+        raise InputError(f"{run / 'audit.json'}: facts.patient_of lacks {nameless}; delete it and {AGAIN}")
+    return audit
+
+
+def read_provenance(run: Path) -> Provenance:
+    """``provenance.json`` of a run; InputError where it is missing, damaged or of another form."""
+    return read_json(run / "provenance.json", Provenance)
+
+
+def read_json(path: Path, fields: Any = dict) -> Any:
+    """Read a JSON object of a run folder; None stands for NaN.
+
+    Parameters
+    ----------
+    fields
+        A TypedDict that it must fit.
+
+    Raises
+    ------
+    InputError
+        The file is missing or damaged, or does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: the run has not got that far; {AGAIN}")
+    try:
+        check_fits(20 * path.stat().st_size, str(path))
+        # NaN is not JSON, but Python writes it; both mean "no value"
+        content = parse_json(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object; delete it and {AGAIN}")
+    check_fields(str(path), content, fields, f"delete it and {AGAIN}")
+    return content
+
+
+def read_genes(path: Path, *needs: str) -> list[dict[str, Any]]:
+    """Read ``per_gene.csv`` of a run folder: a row a gene, its name and numbers; None where there is no value.
+
+    Parameters
+    ----------
+    needs
+        Columns that it must have besides ``gene``.
+
+    Raises
+    ------
+    InputError
+        The file is missing, cut or not a table of numbers, or lacks a column.
+    """
+    again = f"score the run again (stexp-score run={path.parent})"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {again}")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            rows, columns = list(table), table.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
+    absent = [key for key in ("gene", *needs) if key not in columns]
+    if absent and columns:
+        raise InputError(f"{path} has no column {', '.join(absent)}; {again}")
+    if not rows:
+        raise InputError(f"{path} names no gene; {again}")
+    if any(None in row or None in row.values() for row in rows):
+        raise InputError(f"{path} is not a table of numbers (a row has fewer or more cells than columns); {again}")
+    try:
+        return [{key: restore(cell) if key == "gene" else _number(cell) for key, cell in row.items()} for row in rows]
+    except ValueError as error:
+        raise InputError(f"{path} is not a table of numbers ({error}); {again}") from None
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    """The error of a file of a run folder that cannot be read."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{path} cannot be read: {reason}; delete it and {AGAIN}")
+
+
+def _number(cell: str) -> float | None:
+    value = {"true": 1.0, "false": 0.0, "": math.nan}.get(cell.lower())
+    value = float(cell) if value is None else value
+    return value if math.isfinite(value) else None
