@@ -89,7 +89,7 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
 
 
 COMMANDS = {"table": "table"} | {
-    name: name for name in ("train", "score", "floors", "prepare", "report", "predict", "export", "analyse")
+    name: name for name in ("train", "score", "floors", "evaluate", "prepare", "report", "predict", "export", "analyse")
 }
 
 
@@ -118,7 +118,7 @@ def test_a_flag_for_a_key_says_how_keys_are_given() -> None:
     assert done.stderr == "stexp: error: --fold: what changes is given as key=value, as in fold=VALUE\n"
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "prepare", "score"])
+@pytest.mark.parametrize("name", ["train", "predict", "prepare", "score", "evaluate"])
 def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) -> None:
     import_module(f"stexp.cli.{name}")  # prepare makes a group of its own
     cfg = compose(name, [], with_hydra=True)

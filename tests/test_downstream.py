@@ -11,11 +11,12 @@ import pytest
 import scipy.sparse as sp
 from predicted import predicted
 
+from stexp.data.readers.gene_sets import read_gene_sets
 from stexp.errors import InputError
+from stexp.evaluation.spatial import adjacency, morans_i, rows_to_one, variable_genes
 from stexp.reporting.domains import agreement, read_labels, spatial_domains
-from stexp.reporting.gene_sets import gene_set_scores, read_gene_sets
+from stexp.reporting.gene_sets import gene_set_scores
 from stexp.reporting.references import neighbour_table
-from stexp.reporting.spatial import adjacency, morans_i, rows_to_one, variable_genes
 
 
 def square(n: int, sections: int = 1, **layers: np.ndarray) -> ad.AnnData:

@@ -111,7 +111,10 @@ def test_scores_of_a_section_against_slow_versions():
         "pearson_heg50": mean["heg"],
         "pearson_given_depth": mean["depth"],
         "spearman_acg": mean["spearman"],
+        "follows_depth": stats.pearsonr(predicted[:, 1:].mean(axis=1), np.log1p(total)).statistic,
         "mse": mean["squared"],
+        "mse_gene_mean": np.mean((observed[:, 1:].mean(axis=0) - predicted[:, 1:].mean(axis=0)) ** 2),
+        "mse_within_gene": np.mean((predicted[:, 1:] - observed[:, 1:]).var(axis=0)),
         "mae": mean["absolute"],
         "rmse": mean["squared"] ** 0.5,
         "r2": mean["r2"],
@@ -126,9 +129,12 @@ def test_scores_of_a_section_against_slow_versions():
 def test_perfect_prediction():
     observed, _ = counts_like()
     total = np.arange(len(observed))
-    assert score_section(observed, observed, np.ones(12, bool), total_counts=total) == pytest.approx(
+    scores = score_section(observed, observed, np.ones(12, bool), total_counts=total)
+    follows = stats.pearsonr(observed.astype(float).mean(axis=1), np.log1p(total)).statistic
+    assert scores.pop("follows_depth") == pytest.approx(follows)
+    assert scores == pytest.approx(
         dict.fromkeys(("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg", "r2", "ccc"), 1.0)
-        | dict.fromkeys(("mse", "mae", "rmse", "rvd", "n_constant_genes"), 0.0)
+        | dict.fromkeys(("mse", "mse_gene_mean", "mse_within_gene", "mae", "rmse", "rvd", "n_constant_genes"), 0.0)
     )
 
 

@@ -216,7 +216,7 @@ def test_the_stain_of_a_slide_is_brought_to_that_of_training(tmp_path):
 
 
 def test_a_place_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is no folder; give a run, or a model"):
+    with pytest.raises(InputError, match="is no folder; give a run, a model"):
         load_model(tmp_path / "nothing")
     with pytest.raises(InputError, match="is no exported model"):
         load_model(tmp_path)

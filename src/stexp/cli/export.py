@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,11 +28,21 @@ def main(cfg: DictConfig) -> None:
         if facts is not None:
             print("\n".join(lines(facts)))
             print(f"{output} was exported by this command already; give overwrite=true to export it again")
+            _share(output, plain)
             return
         if output.exists() and not (plain["overwrite"] and (output / "model.json").exists()):
             raise InputError(f"{output} exists; choose another output, or overwrite=true where it is an exported model")
         print("\n".join(lines(export(run, output, **options))))
         print(f"wrote {output}")
+        _share(output, plain)
+
+
+def _share(output: Path, plain: dict[str, Any]) -> None:
+    """Put the model on the hub where the command asks for it."""
+    if plain["push_to"] is not None:
+        from stexp.inference.hub import push_to_hub  # brings torch
+
+        print(f"shared as {push_to_hub(output, str(plain['push_to']), private=plain['private'])}")
 
 
 def lines(facts: dict) -> list[str]:

@@ -21,6 +21,7 @@ from stexp.arguments import Count, Positive, check
 from stexp.data.digests import file_digest
 from stexp.data.slides import pictures as report_pictures
 from stexp.data.slides.formats import SUFFIXES, is_litter, slide_files, slide_name
+from stexp.data.slides.ome_zarr import is_zarr
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError, in_one_line
 from stexp.evaluation import predictions
@@ -155,9 +156,9 @@ def _load(cfg: dict) -> Model:
     """The model; its genes are judged before its weights are loaded."""
     # these bring torch
     from stexp.inference.gene_choice import check_genes
-    from stexp.inference.predictor import exported_model, load_model
+    from stexp.inference.predictor import exported_folder, load_model
 
-    folder = exported_model(cfg["run"])
+    folder = exported_folder(cfg["run"])
     check_genes(folder, cfg["genes"])
     model = load_model(folder)
     log.info("%r", model)
@@ -288,7 +289,7 @@ def find_slides(slide: str | list[str]) -> dict[str, Path]:
         raise InputError("slide=[] names no slide")
     for item in items:
         place = Path(os.path.expanduser(str(item)))
-        if place.is_dir():
+        if place.is_dir() and not is_zarr(place):
             paths = slide_files(place)
         elif place.exists():
             paths = [place]

@@ -7,24 +7,21 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from stexp.arguments import Odd, check
 from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import entry
+from stexp.config.plugins import offer_features
 from stexp.errors import InputError
-from stexp.files import CONF, write_csv
+from stexp.files import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
 
-# features=NAME: the encoder of conf/image_encoder, under the keys that stexp-train has it under
-for _name in sorted(path.stem for path in (CONF / "image_encoder").glob("*.yaml")):
-    _chosen = {"defaults": [{"override /image_encoder@_global_.image_encoder": _name}], "features": _name}
-    ConfigStore.instance().store(group="features", name=_name, node=_chosen, package="_global_")
+offer_features()
 
 
 @entry("prepare")

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     try:
+        argv = _without_sources(argv)
         if len(argv) != 1 or not argv[0].removeprefix("run="):
             raise InputError("which run? give its folder and nothing else, as in: stexp-report run=runs/x")
         if not argv[0].startswith("run="):
@@ -45,6 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _without_sources(argv: list[str]) -> list[str]:
+    """The arguments but for plug-ins, which are read as by every command; a report needs none of their code."""
+    if not any(argument.startswith("plugins=") for argument in argv):
+        return argv
+    from stexp.config.compose import split  # imports Hydra, which reports do without
+
+    return split(argv)[1]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, "run"):
             raise InputError("which run? give its folder, as in: stexp-score run=runs/x")
         # pandas and anndata, which --help does without
+        from stexp.data.readers.gene_sets import read_gene_sets
         from stexp.evaluation.score import summary
         from stexp.reporting.report import write_report
         from stexp.runs.folder import RunFolder
@@ -30,6 +31,7 @@ def main(cfg: DictConfig) -> None:
             raise InputError(
                 "output_dir is for new predictions; change something, as in model.k=50 or genes=all, or leave it out"
             )
+        sets = read_gene_sets(cfg.gene_sets) if cfg.gene_sets else None
         folder, again = run, bool(changes) or cfg.genes != "panel"
         if again:
             from stexp.runs.rescore import predict_again, rescored_folder  # imports torch, which scoring does without
@@ -39,7 +41,7 @@ def main(cfg: DictConfig) -> None:
         with alone_in(folder, wait=True):  # a second command like this one waits, and finds it done
             if again:
                 predict_again(*new)
-            metrics, report = score_run(folder), write_report(folder)
+            metrics, report = score_run(folder, sets), write_report(folder)
         print(f"wrote {folder / 'metrics.json'}, {folder / 'per_gene.csv'} and {report}")
         print(summary(metrics, bool(cfg.verbose)))
 

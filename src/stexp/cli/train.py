@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from stexp.config import build, command, dataset_of
+from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError
 
@@ -34,15 +34,18 @@ def main(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     """Train a fold, or all; what is wrong whatever the data are is refused before sections are read."""
     # pandas and anndata, which --help does without
-    from stexp.cli.fold import check_settings, config_of, train
+    from stexp.api.settings import check_numbers, recorded
+    from stexp.cli.fold import config_of, train
     from stexp.data.splits import check_fold, folds
     from stexp.evaluation.score import folds_table
     from stexp.runs.folder import RunFolder
 
-    check_settings(cfg)
+    check_numbers(to_plain(cfg))
     protocol, dataset = build(cfg.protocol), dataset_of(cfg)
-    if cfg.fold is not None and str(cfg.fold) != "all" and not cfg.overwrite:
-        RunFolder(Path(cfg.output_dir)).check(config_of(cfg, str(cfg.fold), Path(cfg.output_dir)))
+    begins_at_model = cfg.get("from") is not None  # whose digest the folder's config holds
+    if cfg.fold is not None and str(cfg.fold) != "all" and not cfg.overwrite and not begins_at_model:
+        folder = RunFolder(Path(cfg.output_dir))
+        folder.check(recorded(config_of(cfg, str(cfg.fold), folder.path)))
     dataset.panel(protocol)
     sections = dataset.read_sections(protocol)
     names = folds(sections, protocol)

@@ -20,6 +20,15 @@ from stexp.errors import InputError, UnknownName, in_one_line, is_of_memory
 if TYPE_CHECKING:
     from stexp.data.dataset import DataSet  # brings pandas and anndata
 
+HARMLESS = (
+    ".*does not have many workers.*",
+    ".*in eval mode at the start.*",
+    ".*isinstance.treespec.*",
+    ".*exists and is not empty.*",
+    ".*across ranks is zero.*",
+)
+"""Warnings of Lightning: worker processes that indexing does not need, frozen encoders, resumed runs, no validation."""
+
 
 def build(node: Any, **extra: Any) -> Any:
     """Call what a config node names; see :func:`stexp.construct.build`."""
@@ -53,14 +62,7 @@ def command() -> Iterator[None]:
     )
     for chatty in ("anndata", "fsspec", "httpx", "huggingface_hub", "pytorch_lightning", "tifffile", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # of Lightning: worker processes that index batches do not need, frozen encoders, resumed runs, no validation
-    for message in (
-        ".*does not have many workers.*",
-        ".*in eval mode at the start.*",
-        ".*isinstance.treespec.*",
-        ".*exists and is not empty.*",
-        ".*across ranks is zero.*",
-    ):
+    for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     try:
         yield

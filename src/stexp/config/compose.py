@@ -15,13 +15,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stexp import __version__
 from stexp.config import command
 from stexp.config.help import help_text, whole_help_text
 from stexp.config.keys import check_choices, check_keys, check_kinds
+from stexp.config.plugins import CONFIG_DIR, SOURCES, Sources, as_search_path, default_sources, used_plugins
 from stexp.errors import InputError
 from stexp.files import CONF
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 MULTIRUN = {"-m", "--multirun"}
 HYDRA_FLAGS = frozenset(
     [
-        *("--cfg", "--config-dir", "--config-name", "--config-path", "--experimental-rerun", "--hydra-help", "--info"),
+        *("--cfg", *CONFIG_DIR, "--config-name", "--config-path", "--experimental-rerun", "--hydra-help", "--info"),
         *("--multirun", "--package", "--resolve", "--run", "--shell-completion"),
     ]
 )
@@ -59,6 +60,8 @@ def entry(
 
         @functools.wraps(task)
         def main() -> None:
+            with command():
+                sys.argv[1:] = as_search_path(sys.argv[1:])
             flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
             arguments = [argument for argument in sys.argv[1:] if argument not in MULTIRUN]
             if "--version" in flags:
@@ -87,8 +90,9 @@ def entry(
 
 def _print_help(name: str, arguments: Sequence[str], whole: bool) -> None:
     with command():
+        sources, _ = split(arguments)
         cfg = compose(name, arguments, with_hydra=True)
-        text = (whole_help_text if whole else help_text)(cfg, name, _groups(name))
+        text = (whole_help_text if whole else help_text)(cfg, name, _groups(name, sources), sources)
     try:
         print(text)
         sys.stdout.flush()
@@ -104,9 +108,15 @@ def _leave_to_hydra(of_hydra: Callable[[], Any], name: str, flags: set[str]) -> 
             if flag.startswith("--") and flag.partition("=")[0] not in HYDRA_FLAGS:
                 key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
                 raise InputError(f"{flag}: what changes is given as key=value, as in {key}=VALUE")
-    if not flags & MULTIRUN and not any(text.startswith("hydra") for text in of_job):
-        with command():  # what is mistyped is said as ever
-            compose(name, of_job)
+    with command():
+        sources, _ = split(of_job)
+        if not flags & MULTIRUN and not any(text.startswith("hydra") for text in split(of_job)[1]):
+            compose(name, of_job)  # what is mistyped is said as ever
+    flags_and_values = [text for text in sys.argv[1:] if text not in of_job]
+    of_job = [text for text in of_job if text.partition("=")[0] not in SOURCES] + sources.overrides
+    if sources.plugins:
+        of_job.append(f"+plugins=[{','.join(sources.plugins)}]")
+    sys.argv[1:] = [*of_job, *flags_and_values]
     of_hydra()
 
 
@@ -156,6 +166,7 @@ def compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> Di
     InputError
         A key or choice that is not there, with the nearest that is; or an argument that cannot be read.
     """
+    sources, overrides = split(overrides)
     parsed = parse(overrides)
     of_sweep = [each.input_line for each in parsed if each.key_or_group.partition(".")[0] in OF_HYDRA]
     if of_sweep and not with_hydra:
@@ -166,33 +177,62 @@ def compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> Di
             raise InputError(f"{override.input_line}: several values need -m; one value that is a list is {key}=[a,b]")
         if name == "train" and key in OF_SWEEPS:
             raise InputError(f"{key}= belongs to a sweep: stexp-train -m sweep=table1")
-    groups = _groups(name) if parsed else {}
+    groups = _groups(name, sources) if parsed else {}
     check_choices(parsed, groups)
     choices: list[Override] = []
     changes: list[Override] = []
     for override in parsed:
         (choices if override.key_or_group in groups or override.package else changes).append(override)
     try:
-        base = _compose(name, choices, with_hydra)
-        check_keys(changes, base, OF_SWEEPS if name == "train" else ())
-        config = _compose(name, parsed, with_hydra) if changes else base
+        base = _compose(name, choices, sources)
+        more = ("plugins", *(OF_SWEEPS if name == "train" else ()))
+        check_keys(changes, base, more, (CONF, *sources.folders))
+        config = _compose(name, parsed, sources) if changes else base
         check_kinds([each for each in changes if not each.key_or_group.startswith("hydra.")], base, config)
     except (HydraException, OmegaConfBaseException) as error:  # what neither a key nor a choice explains
         raise InputError(f"config: {str(error).splitlines()[0]}") from None
+    plugins = used_plugins(config, sources)
+    with open_dict(config):
+        if plugins:  # a run says what it was made with
+            config.plugins = plugins
+        if not with_hydra:
+            del config["hydra"]
     return config
 
 
-def _compose(name: str, overrides: Sequence[Override], with_hydra: bool = False) -> DictConfig:
+def split(arguments: Iterable[str]) -> tuple[Sources, list[str]]:
+    """Where a command line takes choices from, its plug-ins imported; and its other arguments."""
+    of_sources: list[str] = []
+    rest: list[str] = []
+    for argument in arguments:
+        (of_sources if argument.partition("=")[0] in SOURCES else rest).append(argument)
+    values: dict[str, list[str]] = {key: [] for key in SOURCES}
+    for override in parse(of_sources):
+        if override.is_sweep_override() or override.value() is None:
+            raise InputError(f"{override.input_line}: a list would fit: {override.key_or_group}=[a,b]")
+        value = override.value()
+        values[override.key_or_group] += map(str, value if isinstance(value, list) else [value])
+    return (Sources.of(*values.values()) if of_sources else default_sources()), rest
+
+
+def groups_of(name: str, arguments: Iterable[str]) -> dict[str, list[str]]:
+    """Groups of a command -> their choices, those of the plug-ins and search path of a command line among them."""
+    return _groups(name, split(arguments)[0])
+
+
+def _compose(name: str, overrides: Sequence[Override], sources: Sources) -> DictConfig:
     lines = [override.input_line for override in overrides if override.input_line is not None]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, lines, return_hydra_config=with_hydra)
+        return hydra.compose(name, [*lines, *sources.overrides], return_hydra_config=True)
 
 
 @functools.cache
-def _groups(name: str) -> dict[str, list[str]]:
-    """Groups of a command -> their choices."""
+def _groups(name: str, sources: Sources) -> dict[str, list[str]]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        groups = hydra.compose(name, return_hydra_config=True).hydra.runtime.choices
+        groups = hydra.compose(name, sources.overrides, return_hydra_config=True).hydra.runtime.choices
         loader = GlobalHydra.instance().config_loader()
-        choices = {str(group): loader.get_group_options(str(group)) for group in groups}
+        choices = {
+            str(group): loader.get_group_options(str(group), config_name=name, overrides=sources.overrides)
+            for group in groups
+        }
     return {group: names for group, names in choices.items() if names}

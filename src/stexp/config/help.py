@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from string import Template
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from stexp.config.plugins import Sources
 from stexp.files import CONF
 
 COLUMN = 44
 """Where comments begin."""
 
 
-def help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[str]]) -> str:
+def help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[str]], sources: Sources) -> str:
     """What a command does, examples, and the keys that people change most.
 
     Parameters
@@ -24,12 +26,16 @@ def help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[str]]) -
         The command's config with Hydra's own part, which holds the text.
     groups
         Group -> choices.
+    sources
+        Where choices come from besides ``conf/``.
     """
-    text = Template(cfg.hydra.help.template).safe_substitute(CONFIG=_keys(cfg, name, groups)).rstrip()
-    return f"{text}\n\nEvery key: stexp-{name} --help-all. The version: --version."
+    text = Template(cfg.hydra.help.template).safe_substitute(CONFIG=_keys(cfg, name, groups, sources)).rstrip()
+    text = "\n\n".join([text, *_choices_from(groups, sources)])
+    more = f"Every key: stexp-{name} --help-all. The version: --version."
+    return f"{text}\n\nA method, data set or encoder of your own: plugins=[MODULE]. {more}"
 
 
-def whole_help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[str]]) -> str:
+def whole_help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[str]], sources: Sources) -> str:
     """Every choice and key of a command with its value; for the parameters see :func:`help_text`."""
     choices = cfg.hydra.runtime.choices
     lines = [cfg.hydra.help.header, ""]
@@ -38,14 +44,24 @@ def whole_help_text(cfg: DictConfig, name: str, groups: Mapping[str, Sequence[st
         lines.append("== Choices: group=choice ==")
         lines += [f"{group}={choices[group] or 'null'}  of {', '.join(groups[group])}" for group in of_command]
         lines.append("")
-    return "\n".join([*lines, "== Keys: key=value, with dots for what stands further in ==", _keys(cfg, name, groups)])
+    lines += [f"{part}\n" for part in _choices_from(groups, sources)]
+    keys = _keys(cfg, name, groups, sources)
+    return "\n".join([*lines, "== Keys: key=value, with dots for what stands further in ==", keys])
 
 
-def _keys(cfg: DictConfig, name: str, groups: Iterable[str]) -> str:
+def _choices_from(groups: Iterable[str], sources: Sources) -> list[str]:
+    """A paragraph on the choices that plug-ins and the search path bring; none where they bring none."""
+    origins = {f"{group}={choice}": origin for group in groups for choice, origin in sources.choices(group).items()}
+    if not origins:
+        return []
+    return ["\n".join(["== From plug-ins and the search path ==", *(f"{k:{COLUMN}}  {v}" for k, v in origins.items())])]
+
+
+def _keys(cfg: DictConfig, name: str, groups: Iterable[str], sources: Sources) -> str:
     """The config as yaml, with the comments of the files that it is composed of."""
     comments = _comments(CONF / f"{name}.yaml")
-    for group in groups:
-        of_choice = _comments(CONF / group / f"{cfg.hydra.runtime.choices[group]}.yaml")
+    for group, folder in itertools.product(groups, (CONF, *sources.folders)):
+        of_choice = _comments(folder / group / f"{cfg.hydra.runtime.choices[group]}.yaml")
         comments |= {f"{group}.{key}": text for key, text in of_choice.items()}
     cfg = cfg.copy()
     with open_dict(cfg):

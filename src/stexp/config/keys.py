@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeGuard
 
 from hydra.core.override_parser.types import Override
@@ -55,7 +56,9 @@ def check_choices(overrides: Iterable[Override], groups: Mapping[str, Collection
                 raise InputError(f"{group}={typed}: choose {', '.join(choices)}{did_you_mean(str(choice), choices)}")
 
 
-def check_keys(overrides: Iterable[Override], base: DictConfig, more: Iterable[str] = ()) -> None:
+def check_keys(
+    overrides: Iterable[Override], base: DictConfig, more: Iterable[str] = (), folders: Iterable[Path] = (CONF,)
+) -> None:
     """InputError for a key that is not there, with the nearest that is.
 
     Parameters
@@ -66,6 +69,8 @@ def check_keys(overrides: Iterable[Override], base: DictConfig, more: Iterable[s
         The config without them.
     more
         Words that the command takes besides.
+    folders
+        Where choices lie.
     """
     for override in overrides:
         key = override.key_or_group
@@ -73,7 +78,7 @@ def check_keys(overrides: Iterable[Override], base: DictConfig, more: Iterable[s
             continue
         node = _nodes(base, key)[-1]
         if node is None:
-            raise InputError(f"there is no key {key}{_nearest(key, base, more)}")
+            raise InputError(f"there is no key {key}{_nearest(key, base, more, folders)}")
         if not OmegaConf.is_dict(node) or node._is_none() or node._is_interpolation() or override.is_delete():
             continue
         value = override.value()
@@ -136,13 +141,13 @@ def _nodes(config: DictConfig, key: str) -> list:
     return nodes
 
 
-def _choices_with(group: str, key: str) -> list[str]:
-    """Choices of a folder of ``conf/`` in which a key stands."""
-    files = sorted((CONF / group).glob("*.yaml")) if group and (CONF / group).is_dir() else []
+def _choices_with(group: str, key: str, folders: Iterable[Path]) -> list[str]:
+    """Choices of a group in which a key stands."""
+    files = [file for folder in folders if group for file in sorted((folder / group).glob("*.yaml"))]
     return [file.stem for file in files if key in (OmegaConf.load(file) or {})]
 
 
-def _nearest(key: str, base: DictConfig, more: Iterable[str]) -> str:
+def _nearest(key: str, base: DictConfig, more: Iterable[str], folders: Iterable[Path]) -> str:
     """What may have been meant by a key that is not there, as the end of a sentence."""
     keys = list(dict.fromkeys(keys_of(base)))
     parent, _, last = key.rpartition(".")
@@ -154,7 +159,7 @@ def _nearest(key: str, base: DictConfig, more: Iterable[str]) -> str:
     if isinstance(node, Node) and node._is_interpolation() and OmegaConf.is_dict(OmegaConf.select(base, parent)):
         home = OmegaConf.select(base, parent)  # where the keys themselves stand
         return f"; did you mean {home._get_full_key(last)}?"
-    choices = [f"{parent}={choice}" for choice in _choices_with(parent, last)]
+    choices = [f"{parent}={choice}" for choice in _choices_with(parent, last, folders)]
     if choices:
         return f"; {' and '.join(choices[:3])} {'has' if len(choices) == 1 else 'have'} it"
     anywhere = [other for other in keys if other.rpartition(".")[2] == meant]

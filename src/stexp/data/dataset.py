@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from stexp.arguments import Positive, check
 from stexp.construct import build
@@ -17,6 +19,8 @@ from stexp.protocol import Protocol
 
 if TYPE_CHECKING:
     from stexp.data.datamodule import SpotDataModule
+
+_Genes = Annotated[list[str], Field(min_length=1, description="a list of gene symbols")]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class DataSet:
             A name that no section has, two sections with the same counts, or what the reader refuses.
         """
         names = self.section_names(protocol)
+        if self.config["reader"] is None:
+            raise InputError(f"the sections of {self.name} were given from Python: no file says where they are from")
         reader = dict(self.config["reader"])
         if "sections" in reader:
             reader["sections"] = names
@@ -71,6 +77,10 @@ class DataSet:
                 message = f"data.sections: {', '.join(unknown)} not in {self.name}; there are {', '.join(choices)}"
                 raise UnknownName(message, unknown, choices, typed="data.sections=[{}]")
             sections = [section for section in sections if section.name in wanted]
+        return self.prepare(sections)
+
+    def prepare(self, sections: list[Section]) -> list[Section]:
+        """Sections at the stated scale, without the spots that are to be left out; InputError for two of one count."""
         _refuse_copies(sections)
         um_per_px = self.config["um_per_px"]
         if um_per_px is not None:
@@ -91,7 +101,11 @@ class DataSet:
         return leave_out(sections, flags, thresholds, tile, lambda section: open_tiles(section, tile, *cache))
 
     def panel(self, protocol: Protocol) -> list[str] | None:
-        """The gene list named by the data set, or the paper's under its protocol; None where genes are chosen."""
+        """The genes named by the data set, or the paper's under its protocol; None where genes are chosen."""
+        genes = self.config.get("panel")  # run folders of earlier versions lack it
+        if genes is not None:
+            check("data.panel", genes, _Genes)
+            return list(genes)
         file = self.config["panel_file"] or (self.config["published_panel_file"] if protocol.published else None)
         return None if file is None else read_panel(file)
 
@@ -113,19 +127,24 @@ class DataSet:
         more
             Further arguments of :class:`~stexp.data.datamodule.SpotDataModule`, such as ``encoder``.
         """
+        panel = panel or self.panel(protocol)
+        node = {"_target_": self.config["_target_"], **self.module_arguments()}
+        return build(node, sections=sections, protocol=protocol, fold=fold, seed=seed, panel=panel, **more)
+
+    def module_arguments(self) -> dict[str, Any]:
+        """Arguments of :class:`~stexp.data.datamodule.SpotDataModule` that stand in the config."""
         from stexp.data.datamodule import SpotDataModule  # imports torch, which reading sections does without
 
         # a reader's own options stand in the data set's config under the names that the reader gives them
         of_module = set(inspect.signature(SpotDataModule).parameters)
-        of_reader = set(self.config["reader"]) - of_module - {"_target_"}
-        node = {key: value for key, value in self.config.items() if key not in BEFORE_THE_MODULE | of_reader}
-        panel = panel or self.panel(protocol)
-        return build(node, sections=sections, protocol=protocol, fold=fold, seed=seed, panel=panel, **more)
+        of_reader = set(self.config["reader"] or ()) - of_module
+        before = BEFORE_THE_MODULE | of_reader | {"_target_"}
+        return {key: value for key, value in self.config.items() if key not in before}
 
 
 BEFORE_THE_MODULE = {
     *("name", "root", "source", "download", "mirror", "keep_archives", "reader", "licence"),
-    *("sections", "sections_of", "published_sections", "panel_file", "published_panel_file"),
+    *("sections", "sections_of", "published_sections", "panel", "panel_file", "published_panel_file"),
     *("um_per_px", "quality", "leave_out"),
 }
 """Keys of a data set that are for what comes before the data module."""

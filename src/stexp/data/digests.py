@@ -15,8 +15,15 @@ WHOLE_BYTES = 256 << 20
 
 
 def file_digest(path: str | Path) -> str:
-    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder."""
+    """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder.
+
+    Of a folder (an element of a zarr store) that of all files in it, by their names.
+    """
     path = Path(path)
+    if path.is_dir():
+        parts = sorted(part for part in path.rglob("*") if part.is_file())
+        together = " ".join(f"{part.relative_to(path).as_posix()} {file_digest(part)}" for part in parts)
+        return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
     stat = path.stat()
     own = _file_digest(path, stat.st_size, stat.st_mtime_ns)
     if path.suffix.lower() != ".mrxs":

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from stexp.data.shown import facts_table, one_line
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 
@@ -78,6 +79,24 @@ class Section:
             log.warning(
                 "section %s: %d of %d spots have no counts; they stay, with expression zero", name, empty, len(self)
             )
+
+    def __repr__(self) -> str:
+        return one_line(self._facts())
+
+    def _repr_html_(self) -> str:
+        return facts_table(f"Section {self.name}", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        """What a section holds, in words."""
+        size = None if self.slide is None else "{} x {} px".format(*self.slide.size)
+        return {
+            "section": self.name,
+            "patient": self.patient,
+            "spots": str(len(self)),
+            "genes": str(len(self.genes)),
+            "image": "none" if self.slide is None else f"{self.slide.path.name}, {size}",
+            "scale": "unknown" if self.um_per_px is None else f"{self.um_per_px:.4g} um/px",
+        }
 
     def _check_positions(self) -> None:
         spots, name = self.spots, self.name

@@ -12,7 +12,8 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     ----------
     facts
         ``patient_of``: section -> patient; ``train``, ``validation``, ``test``, ``reference``: sections in
-        each role (reference: those retrieved from); ``panel_saw_test``: test sections that chose the panel;
+        each role (reference: those retrieved from); ``began_at``: the model whose weights training began at, if any,
+        which is refused where it saw what is held out; ``panel_saw_test``: test sections that chose the panel;
         ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
         ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
@@ -23,72 +24,47 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     dict
         ``protocol``, ``leaks`` (how many), ``items`` with ``name``, ``leak``, ``detail``, and the facts.
     """
-    patient_of = facts["patient_of"]
     test = set(facts["test"])
-    test_patients = {patient_of[name] for name in test}
-
-    def same_patient(role: str) -> list[str]:
-        return sorted(name for name in facts[role] if patient_of[name] in test_patients)
-
-    def item(name: str, leak: bool, if_leak: str, if_clean: str) -> dict:
-        return {"name": name, "leak": bool(leak), "detail": if_leak if leak else if_clean}
-
-    training, reference, validation = (same_patient(role) for role in ("train", "reference", "validation"))
+    training, reference, validation = (_same_patient(facts, role) for role in ("train", "reference", "validation"))
     saw, watched = sorted(facts["panel_saw_test"]), sorted(test & set(facts["validation"]))
     shared = sorted(test & {*facts["train"], *facts["reference"], *facts["validation"]})
     if protocol.hold_out == "block":
         watched = []  # another block of the same section
     items = [
-        item(
+        _item(
             "same_section_in_training",
             bool(shared),
             f"other parts of the test section train, validate or are retrieved from: {', '.join(shared)}; scores say "
             "how well a section is filled in, not how well another one is predicted",
             "the test section is in no other role",
         ),
-        item(
+        _item(
             "same_patient_in_training",
             bool(training),
             f"training contains sections of the test patient: {', '.join(training)}",
             "no section of a test patient is in training",
         ),
-        item(
+        _item(
             "same_patient_in_reference",
             bool(reference),
             f"expression is retrieved from sections of the test patient: {', '.join(reference)}",
             "no section of a test patient is retrieved from",
         ),
-        item(
+        _item(
             "same_patient_in_validation",
             bool(validation),
             f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
             "no section of a test patient is in validation",
         ),
-        item(
-            "panel_saw_test",
-            bool(saw),
-            f"the predicted genes were chosen with the test section: {', '.join(saw)}",
-            "the predicted genes were chosen on training sections",
-        ),
-        item(
-            "heg_saw_test",
-            protocol.heg == "test",
-            "the 50 highest genes are those of the test section itself",
-            "the 50 highest genes are those of the training spots",
-        ),
-        item(
-            "truth_scaled_by_test_section",
-            protocol.truth == "gene",
-            "each gene of the truth is scaled by its total over the test section: sequencing depth stays in it",
-            "each spot of the truth is scaled by its own counts alone",
-        ),
-        item(
+        _panel(saw),
+        *_of_protocol(protocol),
+        _item(
             "spot_embedding_depends_on_batch",
             facts["spot_context"] == "batch",
             "a reference spot's embedding depends on which spots share its batch, other sections included",
             "a reference spot's embedding depends on its own section alone",
         ),
-        item(
+        _item(
             "checkpoint_chosen_on_test",
             facts["checkpoint"] == "best" and bool(watched),
             f"the checkpoint was chosen on the test section: {', '.join(watched)}",
@@ -96,7 +72,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             if facts["checkpoint"] == "best"
             else "the last checkpoint was used, without a choice",
         ),
-        item(
+        _item(
             "settings_chosen_on_test",
             facts["k_chosen_on"] == "after_scoring"
             or (facts["k_chosen_on"] == "given" and facts["published_settings"]),
@@ -106,4 +82,112 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}",
         ),
     ]
+    if facts.get("began_at") is not None:
+        of_it = f"training began at {facts['began_at']}"
+        items.append(_item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}
+
+
+def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
+    """List every leak of predictions that another tool made, as far as is stated, and what is not stated.
+
+    Parameters
+    ----------
+    facts
+        ``patient_of``: section -> patient, of the whole data set; ``test``: sections; ``panel_saw_test``: test sections
+        that chose the panel; ``trained_on``: sections that the method was trained, validated or tuned on, or None where
+        that is not stated; ``genes_by``: ``protocol``, or ``predictions`` where which genes are scored depends on what
+        was predicted; ``genes_chosen_on``: sections that these were chosen on, or None.
+
+    Returns
+    -------
+    dict
+        As :func:`audit`; besides ``unknown``: how many items cannot be judged, each of which has ``unknown``.
+    """
+    test, stated = set(facts["test"]), facts["trained_on"] is not None
+    facts = facts | {"train": facts["trained_on"] or [], "validation": [], "reference": []}
+    shared, training = sorted(test & set(facts["train"])), _same_patient(facts, "train")
+    if stated:
+        items = [
+            _item(
+                "same_section_in_training",
+                bool(shared),
+                f"by the statement of who predicted, training saw test sections: {', '.join(shared)}",
+                "by the statement of who predicted, training saw no test section",
+            ),
+            _item(
+                "same_patient_in_training",
+                bool(training),
+                f"by the statement of who predicted, training saw sections of the test patient: {', '.join(training)}",
+                "by the statement of who predicted, training saw no section of a test patient",
+            ),
+        ]
+    else:
+        items = [
+            _unknown(
+                "training_sections_not_stated",
+                "training sections not stated: whether training, or the choice of checkpoint and settings, saw the "
+                "test sections or patients is not known (trained_on=[sections] states them)",
+            )
+        ]
+    chosen_on, saw = facts["genes_chosen_on"], set(facts["panel_saw_test"])
+    if saw or facts["genes_by"] == "protocol" or chosen_on is not None:
+        items.append(_panel(sorted(saw | (test & set(chosen_on or [])))))
+    if facts["genes_by"] == "predictions" and chosen_on is None:
+        items.append(
+            _unknown(
+                "choice_of_genes_not_stated",
+                "which genes are scored was chosen by who predicted, on sections that are not stated "
+                "(genes_chosen_on=[sections] states them)",
+            )
+        )
+    items += _of_protocol(protocol)
+    return {
+        "protocol": protocol.name,
+        "leaks": sum(item["leak"] for item in items),
+        "unknown": sum(item.get("unknown", False) for item in items),
+        "items": items,
+        "facts": facts,
+    }
+
+
+def _item(name: str, leak: bool, if_leak: str, if_clean: str) -> dict:
+    return {"name": name, "leak": bool(leak), "detail": if_leak if leak else if_clean}
+
+
+def _unknown(name: str, detail: str) -> dict:
+    return {"name": name, "leak": False, "unknown": True, "detail": detail}
+
+
+def _same_patient(facts: dict, role: str) -> list[str]:
+    """Sections of a role that are of a test patient."""
+    patient_of = facts["patient_of"]
+    test_patients = {patient_of[name] for name in facts["test"]}
+    return sorted(name for name in facts[role] if patient_of[name] in test_patients)
+
+
+def _panel(saw: list[str]) -> dict:
+    return _item(
+        "panel_saw_test",
+        bool(saw),
+        f"the predicted genes were chosen with the test section: {', '.join(saw)}",
+        "the predicted genes were chosen on training sections",
+    )
+
+
+def _of_protocol(protocol: Protocol) -> list[dict]:
+    """What a protocol lets the truth and the highest genes depend on."""
+    return [
+        _item(
+            "heg_saw_test",
+            protocol.heg == "test",
+            "the 50 highest genes are those of the test section itself",
+            "the 50 highest genes are those of the training spots",
+        ),
+        _item(
+            "truth_scaled_by_test_section",
+            protocol.truth == "gene",
+            "each gene of the truth is scaled by its total over the test section: sequencing depth stays in it",
+            "each spot of the truth is scaled by its own counts alone",
+        ),
+    ]

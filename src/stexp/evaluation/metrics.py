@@ -9,8 +9,8 @@ from scipy.stats import rankdata
 
 from stexp.errors import InputError
 
-CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg")
-ERRORS = ("mse", "mae", "rmse", "r2", "ccc", "rvd")
+CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg", "follows_depth")
+ERRORS = ("mse", "mse_gene_mean", "mse_within_gene", "mae", "rmse", "r2", "ccc", "rvd")
 SCORES = CORRELATIONS + ERRORS
 
 
@@ -123,7 +123,10 @@ def score_section(
         ``pearson_acg``, ``spearman_acg`` : mean over the genes that vary in `observed`.
         ``pearson_heg50`` : the same over those of `heg`.
         ``pearson_given_depth`` : mean of `pearson_given_depth`, None without `total_counts`.
+        ``follows_depth`` : correlation of a spot's mean prediction with log(1 + its total counts), None without
+        `total_counts` or where either is constant.
         ``mse``, ``mae``, ``rmse`` : over all spots and measured genes.
+        ``mse_gene_mean``, ``mse_within_gene`` : the two parts of ``mse``; see `error_parts`.
         ``r2``, ``ccc`` : 1 - residual / total sum of squares and Lin's concordance, mean over genes that vary.
         ``rvd`` : mean over measured genes of ((var_pred - var_obs) / (var_obs + 0.01))^2.
         ``n_constant_genes`` : measured genes without variance in `observed`.
@@ -136,11 +139,39 @@ def score_section(
     scores["pearson_heg50"] = mean_or_none(pearson[heg])
     if total_counts is not None:
         scores["pearson_given_depth"] = mean_or_none(pearson_given_depth(observed, predicted, total_counts))
+        if measured.any():
+            depth = np.log1p(np.asarray(total_counts, dtype=np.float64))[:, None]
+            scores["follows_depth"] = mean_or_none(
+                pearson_per_gene(depth, predicted[:, measured].mean(axis=1, keepdims=True))
+            )
     scores["spearman_acg"] = mean_or_none(spearman_per_gene(observed, predicted))
     if errors and measured.any():
         scores |= _errors(observed[:, measured], predicted[:, measured])
     scores["n_constant_genes"] = int((measured & _constant(observed)).sum())
     return scores
+
+
+def error_parts(observed: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared error of every gene in two parts that sum to it.
+
+    Nearly all that a prediction gains in MSE over predicting nothing is to know how high each gene is, for which no
+    image is needed (Chen and Hicks 2026); what an image can add is the second part.
+
+    Parameters
+    ----------
+    observed, predicted : (Q, G)
+        Finite; spots of one section.
+
+    Returns
+    -------
+    gene_mean : (G,)
+        Squared difference of the gene's mean predicted and mean observed expression.
+    within_gene : (G,)
+        Mean squared difference of what is left once each side is rid of its mean.
+    """
+    difference = np.asarray(predicted, dtype=np.float64) - np.asarray(observed, dtype=np.float64)
+    offset = difference.mean(axis=0)
+    return offset**2, np.square(difference - offset).mean(axis=0)
 
 
 def mean_over_sections(scores: Sequence[Mapping]) -> dict:
@@ -212,8 +243,11 @@ def _errors(observed: np.ndarray, predicted: np.ndarray) -> dict:
     varies = ~_constant(observed)
     ccc = 2 * covariance[varies] / (var_obs + var_pred + difference.mean(axis=0) ** 2)[varies]
     mse = float(mse_gene.mean())
+    gene_mean, within_gene = error_parts(observed, predicted)
     return {
         "mse": mse,
+        "mse_gene_mean": float(gene_mean.mean()),
+        "mse_within_gene": float(within_gene.mean()),
         "mae": float(np.abs(difference).mean()),
         "rmse": mse**0.5,
         "r2": mean_or_none(1 - mse_gene[varies] / var_obs[varies]),

@@ -52,12 +52,104 @@ class ScoredSection(Scored):
     n_spots: Count
     n_constant_genes: Whole
     patient: NotRequired[str]
+    n_test_spots: NotRequired[Count]
 
 
 class ScoredAs(Scored):
     """Under another protocol."""
 
     sections: NotRequired[dict[str, Scored]]
+
+
+class Coverage(TypedDict):
+    """See :func:`stexp.evaluation.coverage.describe_coverage`."""
+
+    n_spots: Count
+    of_spots: Count
+    n_genes: Count
+    of_genes: Count
+    missing_genes: list[str]
+
+
+class ScaleFacts(TypedDict):
+    """See :func:`stexp.runs.scale.put_on_scale`."""
+
+    named: str | None
+    looks_like: str | None
+    errors: bool
+    statement: str
+
+
+class FactsElsewhere(TypedDict):
+    """What is on record of predictions that no run of ours made."""
+
+    trained_on: list[str] | None
+    genes_chosen_on: list[str] | None
+    genes_by: Literal["protocol", "predictions"]
+    scale: ScaleFacts
+    left_over: dict[str, Any]
+    n_renamed_genes: Whole
+
+
+class ScoredElsewhere(FactsElsewhere):
+    coverage: Coverage
+
+
+class Interval(TypedDict):
+    """95 %; see :mod:`stexp.evaluation.intervals`."""
+
+    low: Finite
+    high: Finite
+    over: str
+
+
+class BeyondChance(TypedDict):
+    """How many genes correlate beyond their own moved maps; see :mod:`stexp.evaluation.chance`."""
+
+    n_genes: Whole
+    n_beyond: Whole
+    false_discoveries: Finite
+    pearson_moved: Finite | None
+
+
+class Stratum(TypedDict):
+    """See :func:`stexp.evaluation.strata.strata`."""
+
+    by: str
+    stratum: str
+    n_genes: Whole
+    pearson: Finite | None
+    ceiling: Finite | None
+    share: Finite | None
+    share_low: Finite | None
+    share_high: Finite | None
+
+
+class Measurable(TypedDict):
+    n_genes: Whole
+    pearson: Finite | None
+
+
+class GeneSet(TypedDict):
+    set: str
+    n_genes: Count
+    genes: list[str]
+    pearson: Finite | None
+    floors: Scores
+    chance_z: NotRequired[Finite]
+    chance_p: NotRequired[Finite]
+
+
+class Evidence(TypedDict):
+    """What stands behind a score; see :func:`stexp.evaluation.evidence.evidence`."""
+
+    intervals: dict[str, Interval]
+    error: Scores
+    structure: Scores
+    chance: BeyondChance | None
+    strata: list[Stratum]
+    measurable: Measurable
+    gene_sets: list[GeneSet]
 
 
 class Metrics(Scored):
@@ -73,35 +165,59 @@ class Metrics(Scored):
     scored_as: dict[str, ScoredAs]
     oracle_floors: list[str]
     chosen: Chosen
+    elsewhere: NotRequired[ScoredElsewhere]
+    evidence: NotRequired[Evidence]
 
 
 class AuditItem(TypedDict):
     name: str
     leak: bool
     detail: str
+    unknown: NotRequired[bool]
 
 
-class AuditFacts(TypedDict):
-    """See :func:`stexp.evaluation.audit.audit`."""
-
+class AuditSections(TypedDict):
     patient_of: Patients
     train: list[str]
     validation: list[str]
     test: list[str]
     reference: list[str]
     panel_saw_test: list[str]
+
+
+class AuditElsewhere(AuditSections):
+    """See :func:`stexp.evaluation.audit.audit_elsewhere`."""
+
+    trained_on: list[str] | None
+    genes_chosen_on: list[str] | None
+    genes_by: Literal["protocol", "predictions"]
+
+
+class AuditFacts(AuditSections):
+    """See :func:`stexp.evaluation.audit.audit`."""
+
     checkpoint: Literal["best", "last"]
     k_chosen_on: Literal["validation", "given", "after_scoring"]
     published_settings: bool
     spot_context: str | None
 
 
-class Audit(TypedDict):
-    """``audit.json``."""
-
+class AuditItems(TypedDict):
     leaks: Whole
+    unknown: NotRequired[Whole]
     items: list[AuditItem]
+
+
+class Audit(AuditItems):
+    """``audit.json`` of a run."""
+
     facts: AuditFacts
+
+
+class EvaluatedAudit(AuditItems):
+    """``audit.json`` of predictions made elsewhere."""
+
+    facts: AuditElsewhere
 
 
 class Hardware(TypedDict):
@@ -148,10 +264,13 @@ def read_metrics(run: Path) -> Metrics:
     return read_json(run / "metrics.json", Metrics)
 
 
-def read_audit(run: Path) -> Audit:
+def read_audit(run: Path) -> Audit | EvaluatedAudit:
     """``audit.json`` of a run; InputError where it is missing, damaged or of another form."""
-    audit = read_json(run / "audit.json", Audit)
-    facts = audit["facts"]
+    path = run / "audit.json"
+    audit = read_json(path)
+    facts = audit.get("facts")
+    is_elsewhere = isinstance(facts, dict) and "trained_on" in facts
+    check_fields(str(path), audit, EvaluatedAudit if is_elsewhere else Audit, f"delete it and {AGAIN}")
     sections = {*facts["train"], *facts["validation"], *facts["test"], *facts["reference"]}
     if not sections <= set(facts["patient_of"]):
         nameless = ", ".join(sorted(sections - set(facts["patient_of"]))[:5])

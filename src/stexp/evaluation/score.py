@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.genes import normalise
+from stexp.evaluation.coverage import coverage_of, facts_elsewhere, n_scored_genes, sentences
 from stexp.evaluation.floors import NO_SCALE, ORACLES
 from stexp.evaluation.metrics import (
     mean_or_none,
@@ -30,8 +31,16 @@ def truth(adata: ad.AnnData, protocol: Protocol) -> np.ndarray:
     return expression
 
 
+def floors_of(floors: ad.AnnData, protocol: Protocol) -> dict[str, np.ndarray]:
+    """Floors of ``floors.h5ad`` on the truth scale of a protocol: name -> (Q, G)."""
+    prefix = f"{protocol.name}:"
+    return {key.removeprefix(prefix): np.asarray(floors.layers[key]) for key in floors.layers if key.startswith(prefix)}
+
+
 def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad.AnnData) -> tuple[dict, pd.DataFrame]:
     """Score predictions, and their floors, against the truth of a protocol.
+
+    Of predictions made elsewhere that lack spots or genes, method, floors and ceiling are scored on what is there.
 
     Parameters
     ----------
@@ -49,23 +58,25 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     """
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
-    same_scale = protocol.scale == own.scale
-    floor_of = {
-        key.split(":", 1)[1]: np.asarray(floors.layers[key])
-        for key in floors.layers
-        if key.startswith(f"{protocol.name}:")
-    }
+    coverage, elsewhere = coverage_of(adata), facts_elsewhere(adata)
+    same_scale = protocol.scale == own.scale and (elsewhere is None or elsewhere["scale"]["errors"])
+    floor_of = floors_of(floors, protocol)
     sections, columns = {}, {}
     for name in adata.obs["section"].unique():
-        rows = (adata.obs["section"] == name).to_numpy()
-        y, depth = observed[rows], adata.obs["total_counts"].to_numpy()[rows]
-        heg = top_genes(np.nan_to_num(y).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0])
+        of_section = (adata.obs["section"] == name).to_numpy()
+        rows = of_section & coverage.spots
+        if not rows.any():
+            continue
+        mean = np.nan_to_num(observed[of_section]).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0]
+        heg = top_genes(mean)  # of the panel, predicted or not
+        y = np.where(coverage.genes, observed[rows], np.nan)
+        depth = adata.obs["total_counts"].to_numpy()[rows]
         scores = score_section(y, predicted[rows], heg, same_scale, depth)
         floor_scores = {
             floor: score_section(y, values[rows], heg, floor not in NO_SCALE, depth)
             for floor, values in floor_of.items()
         }
-        ceiling = np.asarray(floors.uns["ceiling"][protocol.name][name])
+        ceiling = np.where(coverage.genes, np.asarray(floors.uns["ceiling"][protocol.name][name]), np.nan)
         sections[name] = {
             "scores": _without_counts(scores),
             "floors": {floor: _without_counts(values) for floor, values in floor_scores.items()},
@@ -73,11 +84,12 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
             "n_spots": int(rows.sum()),
             "n_constant_genes": scores["n_constant_genes"],
         }
+        if not rows[of_section].all():
+            sections[name]["n_test_spots"] = int(of_section.sum())
         if "patient" in adata.obs:
             sections[name]["patient"] = str(adata.obs["patient"].to_numpy()[rows][0])
-        columns[name] = _per_gene(
-            y, predicted[rows], ceiling, heg, {floor: values[rows] for floor, values in floor_of.items()}
-        )
+        of_floors = {floor: values[rows] for floor, values in floor_of.items()}
+        columns[name] = _per_gene(y, predicted[rows], ceiling, heg, of_floors, same_scale)
     means = {
         "scores": mean_over_sections([section["scores"] for section in sections.values()]),
         "floors": {
@@ -93,13 +105,20 @@ def _without_counts(scores: dict) -> dict:
     return {key: value for key, value in scores.items() if not key.startswith("n_")}
 
 
-def _per_gene(observed, predicted, ceiling, heg, floors: dict[str, np.ndarray]) -> pd.DataFrame:
+def _per_gene(
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    ceiling: np.ndarray,
+    heg: np.ndarray,
+    floors: dict[str, np.ndarray],
+    errors: bool,
+) -> pd.DataFrame:
     top = np.zeros(observed.shape[1])
     top[heg] = 1
     columns = {
         "pearson": pearson_per_gene(observed, predicted),
         "spearman": spearman_per_gene(observed, predicted),
-        "mse": np.square(predicted - observed).mean(axis=0),
+        "mse": np.square(predicted - observed).mean(axis=0) if errors else np.full(len(top), np.nan),
         "mean_observed": observed.mean(axis=0),
         "heg50": top,
         "ceiling": ceiling,
@@ -132,7 +151,7 @@ def summary(metrics: dict, verbose: bool = False) -> str:
     """
     lines = [
         f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
-        f"{count(metrics['n_spots'], 'spot')}, {count(metrics['n_genes'], 'gene')}, "
+        f"{count(metrics['n_spots'], 'spot')}, {count(n_scored_genes(metrics), 'gene')}, "
         f"{count(len(metrics['sections']), 'section')}",
         f"  {'':<34}     ACG   HEG50   depth     MSE     MAE",
         *_ranked(metrics["model"], metrics),
@@ -146,9 +165,24 @@ def summary(metrics: dict, verbose: bool = False) -> str:
     chosen = metrics["chosen"]
     if "k_validation_pearson" in chosen:
         lines.append(f"  k = {chosen['k']} neighbours, chosen on validation spots.")
+    lines += _evidence_lines(metrics)
     judged = verdict(metrics)
     lines += [f"{CHANGED}."] if metrics.get("predictions_changed") else []
+    lines += sentences(metrics)
     return "\n".join([*lines, judged.numbers, judged.statement])
+
+
+def _evidence_lines(metrics: dict) -> list[str]:
+    """Interval of the score, genes beyond chance, and the error that is gone, each in half a line."""
+    behind, parts = metrics.get("evidence", {}), []
+    if interval := behind.get("intervals", {}).get("pearson_acg"):
+        parts.append(f"95 % interval of ACG {interval['low']:.3f} to {interval['high']:.3f}, over {interval['over']}")
+    if chance := behind.get("chance"):
+        parts.append(f"{chance['n_beyond']} of {chance['n_genes']} genes beyond chance")
+    skill = behind.get("error", {}).get("skill_within_gene")
+    if skill is not None:
+        parts.append(f"{100 * skill:.0f} % of the training mean's error within genes is gone")
+    return [f"  {'; '.join(parts)}."] if parts else []
 
 
 def _ranked(model: str, part: dict) -> list[str]:

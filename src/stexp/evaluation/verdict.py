@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stexp.evaluation.compare import Comparison, compare, smallest_p
+from stexp.evaluation.coverage import n_scored_genes
 
 SIGNIFICANT = 0.05
 """Units that could not reach this p if all of them agreed are too few to say anything."""
@@ -69,7 +70,7 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """
     scores, floors, best = metrics["scores"], metrics["floors"], best_floor(metrics)
     acg = scores.get("pearson_acg")
-    parts = [f"Pearson {number(acg)} over {metrics['n_genes']} genes"]
+    parts = [f"Pearson {number(acg)} over {n_scored_genes(metrics)} genes"]
     parts += [f"best floor: {label(best)} {number(floors[best]['pearson_acg'])}"] if best else ["no floor"]
     parts += [f"{label(name)} {number(own.get('pearson_acg'))}" for name, own in floors.items() if is_oracle(name)]
     parts.append(f"counting-noise ceiling {number(metrics['ceiling'].get('pearson_acg'))}")

@@ -16,8 +16,8 @@ from torch import nn
 from stexp import __version__, construct
 from stexp.data.digests import file_digest
 from stexp.errors import InputError
-from stexp.inference.rebuild import FETCHING, class_of, plain
-from stexp.models.method import Method
+from stexp.inference.rebuild import FETCHING, class_of, class_of_method, plain
+from stexp.runs import plugins
 from stexp.runs.finished import FinishedRun
 from stexp.training.checkpoints import load_checkpoint
 
@@ -40,7 +40,7 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
     state = checkpoint["SpotDataModule"]
     node = {key: value for key, value in config["model"].items() if key != "name"}
     name = config["model"]["name"]
-    method = class_of(node, "stexp.models.", Method, "method")  # type: ignore[type-abstract]  # nothing is made of it
+    method = class_of_method(node)
     if not method.predicts_slides:
         needed = "whole sections" if method.batching == "section" else "more than the tile of a spot"
         raise InputError(f"{name} cannot predict a slide: it reads {needed}, and a slide is read tile by tile")
@@ -70,6 +70,7 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
         "precision": run.provenance["precision"],
         "channels_last": bool(config["hardware"]["channels_last"]),
         "stexp": __version__,
+        "plugins": plugins.record(config.get("plugins") or []),
         "licences": {
             "weights": _licence(encoder),
             "data": config["data"].get("licence") or UNKNOWN_LICENCE,
@@ -77,7 +78,7 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
         "trained": {
             "run": run.folder.path.resolve().name,
             "checkpoint": file_digest(path),
-            **{key: run.provenance.get(key) for key in ("command", "commit", "dirty", "date", "data_manifest")},
+            **{key: run.provenance.get(key) for key in ("command", "commit", "dirty", "date", "data_manifest", "from")},
             "sections": {role: run.data.names(role) for role in ROLES},
         },
     }

@@ -15,10 +15,12 @@ import torch
 from stexp.arguments import Between, check
 from stexp.data.batches import SpotIndex
 from stexp.data.digests import file_digest
+from stexp.data.section import Section
 from stexp.data.slides.pictures import BANK_TILES, Sheet, sheet
 from stexp.data.slides.stain import measured_tiles
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
+from stexp.evaluation.records import read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
@@ -59,6 +61,7 @@ def export(
     prototypes: int | None = None,
     folds: list[str] | None = None,
     alpha: float | None = 0.1,
+    sections: list[Section] | None = None,
 ) -> dict:
     """Write a finished run as a folder that :func:`stexp.load_model` reads.
 
@@ -76,6 +79,8 @@ def export(
     alpha
         Share of spots that may lie outside of an interval, see
         :func:`stexp.inference.intervals.calibrate`; None: none. A compressed bank keeps the intervals of the full one.
+    sections
+        All sections of the run's data set, where they are at hand; None: they are read again.
 
     Returns
     -------
@@ -91,7 +96,7 @@ def export(
     if bank not in ("float32", "float16"):
         raise InputError(f"bank={bank}: choose float32 or float16")
     check("alpha", alpha, Between | None)
-    source = FinishedRun(RunFolder(run))
+    source = FinishedRun(RunFolder(run), sections)
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)
     facts, weights = describe_model(source)
@@ -104,6 +109,7 @@ def export(
 
     worth, genes = _worth(runs, source.panel if references is None else references.genes, alpha)
     facts |= worth
+    facts["scores"] = [_scores(each) for each in runs]
     known, facts["known_tiles"] = _known_tiles(source, model)
     facts["looks"] = _looks(source)
     if references is not None:
@@ -176,6 +182,20 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
     with_spread = all(np.isfinite(run.predictions.layers["uncertainty"]).all() for run in runs)
     quantiles, interval = intervals.calibrate(held_out, genes, source.panel, _groups(runs), alpha, with_spread)
     return {"expected": expected, "interval": interval}, table.join(quantiles)
+
+
+def _scores(run: FinishedRun) -> dict:
+    """What a run scored on its held-out sections, with floors and ceiling; plain values."""
+    metrics = read_metrics(run.folder.path)
+    return {
+        "protocol": run.protocol.name,
+        "fold": run.fold,
+        "scores": metrics["scores"],
+        "floors": metrics["floors"],
+        "ceiling": metrics["ceiling"],
+        "n_spots": metrics["n_spots"],
+        "n_genes": metrics["n_genes"],
+    }
 
 
 def _groups(runs: Sequence[FinishedRun]) -> intervals.Groups:

@@ -8,6 +8,7 @@ from typing import (
     Any,
     Literal,
     NotRequired,  # those of typing carry no annotations before Python 3.12
+    get_args,
 )
 
 from pydantic import Field
@@ -31,6 +32,7 @@ Above0 = Annotated[float, Field(gt=0, le=1e6)]
 Colours = Annotated[list[Number], Field(min_length=3, max_length=3)]
 Stains = Annotated[list[Colours], Field(min_length=2, max_length=2)]
 File = Literal["model.safetensors", "bank.safetensors", "references.jpg", "known.safetensors", "genes.csv"]
+FILES: tuple[str, ...] = get_args(File)
 """What a folder may hold beside ``model.json``."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{1,128}$")]
 
@@ -107,11 +109,50 @@ class Expected(TypedDict):
     flags: NotRequired[Flags | None]
 
 
-class Trained(TypedDict):
-    run: str
-    checkpoint: Digest
-    data_manifest: dict[Name, dict[Name, str]] | None
-    sections: dict[Literal["train", "validation", "test", "reference"], list[Name]]
+Manifest = dict[Name, dict[Name, str]]
+Base = TypedDict(
+    "Base",
+    {
+        "model": str,
+        "digest": Digest,
+        "data": Name,
+        "fold": Name,
+        "looks": dict[Name, str],
+        "sections": NotRequired[dict[Name, list[Name]] | None],
+        "data_manifest": NotRequired[Manifest | None],
+        "from": NotRequired["Base | None"],
+    },
+)
+"""A model that a training began at, and the one before it; see :mod:`stexp.inference.base`."""
+Trained = TypedDict(
+    "Trained",
+    {
+        "run": str,
+        "checkpoint": Digest,
+        "data_manifest": Manifest | None,
+        "sections": dict[Literal["train", "validation", "test", "reference"], list[Name]],
+        "from": NotRequired[Base | None],
+    },
+)
+
+
+class RunScores(TypedDict):
+    """What a run scored on its held-out sections; see :func:`stexp.inference.export.export`."""
+
+    protocol: Name
+    fold: Name
+    scores: dict[Name, Number | None]
+    floors: dict[Name, dict[Name, Number | None]]
+    ceiling: dict[Name, Number | None]
+    n_spots: Count
+    n_genes: Count
+
+
+class PlugIn(TypedDict):
+    """See :func:`stexp.runs.plugins.record`."""
+
+    version: str | None
+    digest: str | None
 
 
 class Licences(TypedDict):
@@ -152,6 +193,8 @@ class ModelFacts(TypedDict):
     channels_last: bool
     licences: Licences
     trained: Trained
+    scores: NotRequired[list[RunScores]]
+    plugins: NotRequired[dict[Name, PlugIn]]
     reproduces: Reproduced
     bank: NotRequired[BankSize]
     expected: Expected

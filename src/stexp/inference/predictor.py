@@ -14,56 +14,65 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stexp import hardware
 from stexp.arguments import Count, check
 from stexp.data.digests import file_digest
 from stexp.data.progress import progress as show_progress
-from stexp.data.slides.formats import free_memory, qupath_origin, slide_name
+from stexp.data.slides.formats import free_memory, qupath_origin
 from stexp.data.slides.slide import Slide
 from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.stream import tile_batches
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference import confidence, model_folder, slide_checks, training_slides
+from stexp.inference import confidence, hub, model_folder, slide_checks, training_slides
 from stexp.inference.bank import Bank
 from stexp.inference.gene_choice import choose_genes
 from stexp.inference.intervals import COLUMNS as CALIBRATED
+from stexp.inference.layout import as_anndata
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
 from stexp.inference.tensors import AGAIN
-from stexp.inference.trained import TrainedMethod
+from stexp.inference.trained import TrainedMethod, device_of
+from stexp.runs.plugins import load_plugins
 
 log = logging.getLogger(__name__)
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     """A model that ``stexp-export`` wrote, or that of a finished run.
 
     Parameters
     ----------
     path
         An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
-        first, once.
+        first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
+        goes before a repository of that name.
+    plugins
+        Plug-ins that the model may name, whose code then runs; a model that was made with one says so.
 
     Raises
     ------
     InputError
-        Neither of them, or a file of it is missing, damaged or was changed.
+        None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
     """
-    return Model(model_folder.read(exported_model(path)))
+    load_plugins(plugins)
+    return Model(model_folder.read(exported_folder(path)))
 
 
-def exported_model(path: str | Path) -> Path:
-    """The folder of an exported model; of a run, what it is exported to, see :func:`load_model`."""
+def exported_folder(path: str | Path) -> Path:
+    """The exported folder that :func:`load_model` reads: fetched, or exported, where it is not there."""
+    if hub.names_repository(path):
+        return hub.fetch_model(str(path))
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"{path} is no folder; give a run, or a model that stexp-export wrote")
-    if (path / "config.yaml").is_file():
-        from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
+        raise InputError(
+            f"{path} is no folder; give a run, a model that stexp-export wrote, or owner/name of one on the hub"
+        )
+    if not (path / "config.yaml").is_file():
+        return path
+    from stexp.inference.export import exported_run  # brings all that trains, which exported models do without
 
-        return exported_run(path)
-    return path
+    return exported_run(path)
 
 
 class Model:
@@ -181,7 +190,7 @@ class Model:
             A slide without scale, without tissue or that cannot be read, unknown genes, or too little memory.
         """
         slide = slide if isinstance(slide, Slide) else Slide(slide)
-        names, on = choose_genes(genes, self.panel, self.genes.index), _device(device)
+        names, on = self.names(genes), device_of(device)
         check("batch_size", batch_size, Count)
         check("exclude_slide", exclude_slide, bool)
         trained_on = self._training_sections(slide)
@@ -196,7 +205,7 @@ class Model:
         self._encode(places, sample, on, batch_size, parts, progress)
         arrays = self._finish(parts.arrays, places, names, on, bank)
 
-        adata = _as_anndata(places, arrays, self.genes.loc[names])
+        adata = as_anndata(places, arrays, self.genes.loc[names])
         if bank is not None:
             predictions.add_neighbours(adata, bank.spots(), arrays["neighbours"], arrays["neighbour_weights"])
         adata.uns["stexp"] = self._record(places, on)
@@ -205,6 +214,10 @@ class Model:
         return adata
 
     # what was asked for, judged against what the model is
+
+    def names(self, genes: str | Sequence[str]) -> list[str]:
+        """Genes that ``panel``, ``all``, a name or a list of names stands for; InputError for what is not predicted."""
+        return choose_genes(genes, self.panel, self.genes.index)
 
     def _training_sections(self, slide: Slide) -> dict[str, str]:
         """Sections of training that a slide is, and by what: its file or its look."""
@@ -290,8 +303,6 @@ class Model:
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
         return made
 
-    # what is said of it
-
     def _record(self, places: Places, device: torch.device) -> dict[str, Any]:
         """``uns["stexp"]`` but for the verdict."""
         facts, slide = self.facts, places.slide
@@ -343,47 +354,3 @@ class Model:
         checks.append(slide_checks.trained(trained_on, same, n_excluded))
         about = adata.uns["stexp"]
         about["checks"], about["verdict"] = json.dumps(checks), slide_checks.conclude(checks)
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name as torch has it, or as :func:`stexp.hardware.accelerator_of`."""
-    base, _, number = str(name).partition(":")
-    kind = hardware.accelerator_of(base, "device")
-    if not number:
-        return torch.device(kind)
-    if not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
-        raise InputError(f"device={name}: there is no such device; take {base}")
-    return torch.device(kind, int(number))
-
-
-def _as_anndata(places: Places, arrays: dict[str, Any], genes: pd.DataFrame) -> ad.AnnData:
-    """Predictions as `Model.predict` returns them, without what is said of their worth."""
-    name, grid = slide_name(places.slide.path), places.grid
-    spots = grid.names
-    if spots is None:
-        spots = [f"{x}x{y}" for x, y in grid.array_xy]
-        if len(set(spots)) < len(spots):  # given coordinates may share a place on the array
-            spots = [str(i) for i in range(len(spots))]
-    obs = pd.DataFrame(
-        {
-            "section": pd.Categorical([name] * len(spots)),
-            "array_x": grid.array_xy[:, 0],
-            "array_y": grid.array_xy[:, 1],
-            "pixel_x": grid.xy_px[:, 0],
-            "pixel_y": grid.xy_px[:, 1],
-        },
-        index=pd.Index(spots, name="spot"),
-    )
-    if "obs" in arrays:
-        obs = pd.concat([obs, arrays["obs"].set_index(obs.index)], axis=1)
-    predicted = arrays["predicted"]
-    adata = ad.AnnData(predicted, obs=obs, var=genes.copy())
-    adata.layers["predicted"] = predicted.copy()  # X is what people transform
-    spread = arrays.get("uncertainty")
-    adata.layers["uncertainty"] = np.full(predicted.shape, np.nan, np.float32) if spread is None else spread
-    adata.obsm["spatial"] = np.asarray(grid.xy_px, dtype=np.float64)
-    if "image_embedding" in arrays:
-        adata.obsm["image_embedding"] = arrays["image_embedding"]
-    plotted = predictions.plotted_slide(places.slide, adata.obsm["spatial"], places.um_per_px)
-    adata.uns["spatial"] = {name: plotted}
-    return adata

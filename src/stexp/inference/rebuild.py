@@ -12,12 +12,14 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import pytorch_lightning as pl
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stexp import construct
 from stexp.errors import InputError
 from stexp.inference.tensors import AGAIN
+from stexp.models.adapter import as_method, method_class
 from stexp.models.method import Method
 
 ENCODER_KEYS = ("image_encoder",)
@@ -29,7 +31,7 @@ ROOM = 1 << 24  # numbers that a network may make beside its weights: buffers, a
 
 
 def rebuild_method(node: dict, weights: dict[str, torch.Tensor], sizes: dict[str, int]) -> Method:
-    """A method of `stexp.models` in evaluation mode, with the weights under ``model.``.
+    """A method of `stexp.models` or of a plug-in in evaluation mode, with the weights under ``model.``.
 
     Parameters
     ----------
@@ -44,16 +46,16 @@ def rebuild_method(node: dict, weights: dict[str, torch.Tensor], sizes: dict[str
         A class that is no method that reads single tiles, an argument that is no plain value, or weights that do not
         fit.
     """
-    kind = class_of(node, "stexp.models.", Method, "method")  # type: ignore[type-abstract]  # nothing is made of it
+    kind = class_of_method(node)
     if not kind.predicts_slides:
         raise InputError(f"{kind.__name__} reads more than the tile of a spot, and a slide is read tile by tile")
     arguments = {key: _encoder_node(node[key]) for key in ENCODER_KEYS if key in node}
     rest = {key: plain(key, value) for key, value in node.items() if key not in ENCODER_KEYS}
-    return _with_weights({**rest, **arguments}, weights, "model.", sizes)
+    return as_method(_with_weights({**rest, **arguments}, weights, "model.", sizes))
 
 
 def rebuild_encoder(node: dict, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """An encoder of `stexp.models.encoders` in evaluation mode, with the weights under ``features.``."""
+    """An encoder of `stexp.models.encoders`, or a plug-in, in evaluation mode, with the weights ``features.``."""
     return _with_weights(_encoder_node(node), weights, "features.", {})
 
 
@@ -66,19 +68,27 @@ def _encoder_node(node: Any) -> dict:
     return rest | {key: value for key, value in FETCHING.items() if key in taken}
 
 
+def class_of_method(node: Any) -> type[Method]:
+    """The method that a node names."""
+    return method_class(class_of(node, "stexp.models.", pl.LightningModule, "method"))
+
+
 def class_of(node: Any, package: str, base: type[Class], what: str) -> type[Class]:
-    """The class that a node names; InputError where it is no `base` that is defined in `package`."""
+    """The class that a node names; InputError where it is no `base` of `package` or of a plug-in."""
     target = node.get("_target_") if isinstance(node, dict) else node
     path = construct.MOVED.get(target, target) if isinstance(target, str) else ""
     kind = None
-    if re.fullmatch(re.escape(package) + r"[A-Za-z_][\w.]*", path):
+    plugin = construct.plugin_of(path)
+    if re.fullmatch(re.escape(package if plugin is None else f"{plugin}.") + r"[A-Za-z_][\w.]*", path):
         try:
             kind = construct.get_object(path)
         except (ImportError, AttributeError):
             kind = None
     if inspect.isclass(kind) and issubclass(kind, base) and f"{kind.__module__}.{kind.__qualname__}" == path:
         return kind
-    raise InputError(f"the model names {str(target)[:100]}, which is no {what} of stexp")
+    raise InputError(
+        f"the model names {str(target)[:100]}, which is no {what} of stexp, or of a plug-in that is named here"
+    )
 
 
 def plain(key: str, value: Any) -> Any:

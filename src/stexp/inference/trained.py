@@ -19,6 +19,7 @@ from stexp.inference.tensors import AGAIN
 from stexp.models.retrieval import Neighbours, ReferenceIndex
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
+from stexp.runs.plugins import require_as_recorded
 
 QUERIES, GENES = 4096, 1024  # spots and genes that are retrieved at once
 
@@ -39,6 +40,7 @@ class TrainedMethod:
     def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: Bank | None) -> None:
         self.facts, self.bank, self.panel = facts, bank, facts["panel"]
         self.protocol = Protocol(**facts["protocol"])
+        require_as_recorded(facts.get("plugins"), f"the model {facts['method']}")
         self._method = rebuild_method(facts["model"], weights, facts["sizes"])
         self._encoder = facts["features_by"] and rebuild_encoder(facts["features_by"], weights)
         self._precision = facts["precision"]
@@ -208,3 +210,14 @@ class TrainedMethod:
                     made["uncertainty"][rows, columns] = sd.cpu().numpy()
         which, weights = (torch.cat(part).cpu().numpy() for part in zip(*heaviest, strict=True))
         return {**made, "obs": pd.concat(obs, ignore_index=True), "neighbours": which, "neighbour_weights": weights}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name as torch has it, or as :func:`stexp.hardware.accelerator_of`."""
+    base, _, number = str(name).partition(":")
+    kind = hardware.accelerator_of(base, "device")
+    if not number:
+        return torch.device(kind)
+    if not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()):
+        raise InputError(f"device={name}: there is no such device; take {base}")
+    return torch.device(kind, int(number))

@@ -18,6 +18,7 @@ class ClosedForm(Method):
     """
 
     closed_form = True
+    fine_tunes = False
 
     @abstractmethod
     def fit_to(self, data: SpotDataModule) -> None:

@@ -113,6 +113,8 @@ class EGN(Method):
                 for i in range(bridge_every - 1, depth, bridge_every)
             }
         )
+        last = list(self.bridges.values())[-1]
+        last.get_submodule("exemplar_norm").requires_grad_(False)  # of exemplars that nothing reads any more
         self.pool = AttentionPool(dim)
         self.head = nn.Sequential(nn.LayerNorm(2 * dim), GeneHead(2 * dim, n_genes))
         for name, value in (("mean", mean), ("std", std)):

@@ -114,6 +114,8 @@ class Method(pl.LightningModule, ABC):
     together: bool = False
     """Of a slide, features become embeddings tile by tile (`embed_features`), which are predicted all
     together (`predict_together`)."""
+    fine_tunes: bool = True
+    """Its training can begin at the weights of another one; see :mod:`stexp.inference.carried`."""
     spot_context: str | None = None
     """Where spots are embedded: what a spot attends to; see :class:`~stexp.protocol.Protocol`."""
     references: References | None = None

@@ -65,6 +65,7 @@ class SEPAL(Method):
     """
 
     predicts_slides = False
+    fine_tunes = False  # its two stages begin at the training mean
     mean: torch.Tensor  # (G,)
     corrects: torch.Tensor  # (), whether the second stage began
 

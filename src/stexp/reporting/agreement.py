@@ -46,7 +46,8 @@ def check_agreement(runs: list[ScoredRun]) -> None:
             for file, digest in files.items():
                 agree((section, file), digest, run, f"section {section} was read from another {file}")
         for section in run.sections:
-            cell, n_spots = f"fold {run.fold}, section {section}", run.metrics["sections"][section]["n_spots"]
+            cell, scored = f"fold {run.fold}, section {section}", run.metrics["sections"][section]
+            n_spots = scored.get("n_test_spots", scored["n_spots"])  # of which predictions made elsewhere may lack some
             agree((section,), run.patient_of[section], run, f"section {section} is of different patients")
             agree((cell, "spots"), n_spots, run, f"they predict other spots ({cell})")
             agree((cell, "genes"), run.genes, run, f"they predict other genes ({cell}); a table has one panel")
@@ -83,7 +84,8 @@ def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
                 gaps.append(Gap(method, f"fold {fold}", fill))
             elif missing := [section for section in tested[fold] if section not in by_fold[fold].sections]:
                 other = tested[fold][missing[0]].folder
-                fill = f"{other} has; train {by_fold[fold].folder} anew with the same data.sections"
+                anew = "predict them, and evaluate" if by_fold[fold].is_elsewhere else "train"
+                fill = f"{other} has; {anew} {by_fold[fold].folder} anew with the same data.sections"
                 gaps.append(Gap(method, f"section {', '.join(missing)} of fold {fold}", fill))
     return gaps
 

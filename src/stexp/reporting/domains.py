@@ -12,8 +12,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from stexp.errors import InputError
+from stexp.evaluation.spatial import adjacency, rows_to_one
 from stexp.reporting.places import spot_ids
-from stexp.reporting.spatial import adjacency, rows_to_one
 
 DOMAINS = ("image", "expression", "joint")
 METHODS = ("kmeans", "leiden")

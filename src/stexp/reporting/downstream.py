@@ -9,14 +9,16 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 
+from stexp.data.readers.gene_sets import read_gene_sets
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation import predictions
+from stexp.evaluation.coverage import covered
+from stexp.evaluation.spatial import variable_genes
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import differences, exports
 from stexp.reporting.domains import DOMAINS, METHODS, agreement, read_labels, spatial_domains
-from stexp.reporting.gene_sets import gene_set_scores, read_gene_sets
+from stexp.reporting.gene_sets import gene_set_scores
 from stexp.reporting.references import neighbour_table
-from stexp.reporting.spatial import variable_genes
 
 NEEDED = ("layers/predicted", "obs/section", "obsm/spatial", "uns/stexp")
 
@@ -72,7 +74,7 @@ def analyse(folder: Path, cfg: dict) -> list[str]:
     InputError
         The predictions lack what is asked for; see the functions called here.
     """
-    adata, chosen = predictions.read(folder / "predictions.h5ad", *NEEDED), cfg["downstream"]
+    adata, chosen = covered(predictions.read(folder / "predictions.h5ad", *NEEDED)), cfg["downstream"]
     tables: dict[str, pd.DataFrame] = {}
     lines: list[str] = []
     if chosen["domains"] is not None:
@@ -135,7 +137,7 @@ def _differences(adata: ad.AnnData, folder: Path, against: Path, lines: list[str
     """Write the differences from another prediction; of one of several slides, from that of its name."""
     same = against / folder.name
     other = same if (same / "predictions.h5ad").is_file() else against
-    table, maps = differences.compare(adata, predictions.read(other / "predictions.h5ad", *NEEDED))
+    table, maps = differences.compare(adata, covered(predictions.read(other / "predictions.h5ad", *NEEDED)))
     out = folder / "downstream"
     out.mkdir(parents=True, exist_ok=True)
     write_csv(table, out / "differences.csv")

@@ -45,7 +45,9 @@ def number(value: float | None, form: str = "{:.3f}", scale: float = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """Seconds, minutes or hours, whichever reads best; a dash where there is no number."""
+    if pd.isna(seconds):
+        return "–"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

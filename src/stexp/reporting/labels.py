@@ -41,7 +41,7 @@ def label_methods(settings: list[dict[str, Any]]) -> tuple[list[str], list[str]]
 def _labels(settings: list[dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
     """Model, encoder and its training where these differ, and the values of some settings."""
     names = [(each.get("model.name"), each.get("image_encoder.name"), _training(each)) for each in settings]
-    shown = [i for i in range(3) if i == 0 or len({name[i] for name in names}) > 1]
+    shown = [i for i in range(3) if i == 0 or len({name[i] for name in names if name[i]}) > 1]
     return [
         " ".join(
             [str(name[i]) for i in shown if name[i]]

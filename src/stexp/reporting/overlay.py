@@ -14,18 +14,18 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import AbstractPathEffect, withStroke
 from PIL import Image
 
 from stexp.data.cache import write_whole
 from stexp.data.section import Section
 from stexp.data.slides.spacing import spacing
+from stexp.reporting.picture import Picture, scale_bar
 
 THUMBNAIL_PX, PANEL_INCH = 1400, 6.4
 COLUMN, ROW, TILE = "#e6001a", "#111111", "#00a0ff"  # of what is marked
 
 
-def draw(section: Section, flags: Sequence[str], tile_px: int | None) -> Figure:
+def draw(section: Section, flags: Sequence[str], tile_px: int | None) -> Picture:
     """The image alone, and paled under its spots, which are coloured by the logarithm of their counts.
 
     The first column and the first row of the array are ringed, one tile is drawn at its true size, and a bar gives
@@ -48,7 +48,7 @@ def draw(section: Section, flags: Sequence[str], tile_px: int | None) -> Figure:
     width, height = high - low
     panels = 1 if picture is None else 2
     size = (PANEL_INCH * panels + 1.2, max(3.0, PANEL_INCH * min(height / width, 2.0)) + 1.2)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Picture(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for ax in axes:
         ax.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
@@ -68,7 +68,7 @@ def draw(section: Section, flags: Sequence[str], tile_px: int | None) -> Figure:
     )
     marked.add_collection(drawn)
     handles = _marks(marked, section, flagged, diameter, tile_px)
-    _scale_bar(axes[0], section.um_per_px, low, high)
+    scale_bar(axes[0], section.um_per_px, low, high)
     figure.colorbar(drawn, ax=marked, label="log10(1 + counts)", shrink=0.6, aspect=30)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     scale = "scale unknown" if section.um_per_px is None else f"{section.um_per_px:.3g} um/px"
@@ -104,23 +104,6 @@ def _marks(ax: Axes, section: Section, flagged: np.ndarray, diameter: float, til
         ax.plot(*xy[flagged].T, "x", color=COLUMN, markersize=cross, markeredgewidth=1.0)
         handles.append(Line2D([], [], marker="x", linestyle="", color=COLUMN, label=f"flagged ({flagged.sum()})"))
     return handles
-
-
-def _scale_bar(ax: Axes, um_per_px: float | None, low: np.ndarray, high: np.ndarray) -> None:
-    """A bar of 1, 2 or 5 x 10^n micrometres, about a fifth of the width."""
-    if um_per_px is None:
-        return
-    width, height = high - low
-    room = 0.25 * width * um_per_px
-    power = 10 ** math.floor(math.log10(room))
-    length = power * max(step for step in (1, 2, 5) if step * power <= room)
-    x, y = low[0] + 0.04 * width, high[1] - 0.04 * height
-    line = ax.plot([x, x + length / um_per_px], [y, y], color="black", linewidth=3, solid_capstyle="butt")[0]
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
-    label = ax.text(x, y - 0.015 * height, text, va="bottom", ha="left", fontsize=10)
-    halo: list[AbstractPathEffect] = [withStroke(linewidth=4, foreground="white")]
-    for artist in (line, label):
-        artist.set_path_effects(halo)
 
 
 def save(figure: Figure, path: Path) -> None:

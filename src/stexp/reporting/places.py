@@ -53,7 +53,7 @@ def places(adata: ad.AnnData) -> list[Place]:
         xy = np.asarray(adata.obsm["spatial"], dtype=np.float64)[rows]
         entry = adata.uns.get("spatial", {}).get(name, {})
         factors, pitch = entry.get("scalefactors", {}), predictions.spacing(xy)
-        um = factors.get("microns_per_pixel", adata.uns["stexp"].get("um_per_px"))
+        um = factors.get("microns_per_pixel", adata.uns.get("stexp", {}).get("um_per_px"))
         out.append(
             Place(
                 name=str(name),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stexp.evaluation.coverage import is_partial
+from stexp.reporting.footnotes import not_stated
 from stexp.runs.scored import ScoredRun
 
 SAME_FLOOR = 1e-3
@@ -21,24 +23,29 @@ def scores_of(runs: list[ScoredRun], labels: list[str], metrics: list[str]) -> p
     -------
     DataFrame
         ``kind`` (method, floor, oracle, ceiling), ``name``, ``of`` (the method of the run), ``fold``, ``seed``,
-        ``section``, ``patient`` and `metrics`. A floor that differs between methods has one name for each value.
+        ``section``, ``patient`` and `metrics`. A floor that differs between methods has one name for each value, and
+        floors and ceiling of a method that does not predict all spots and genes are named by it.
     """
     rows = []
     for run, label in zip(runs, labels, strict=True):
         oracles = run.metrics["oracle_floors"]
+        of_part = f" (where {label} predicts)" if is_partial(run.metrics) else ""  # floors of other spots or genes
         for section, part in run.sections.items():
             predictors = [("method", label, part["scores"])]
             predictors += [
-                ("oracle" if floor in oracles else "floor", floor.replace("_", " "), scores)
+                ("oracle" if floor in oracles else "floor", floor.replace("_", " ") + of_part, scores)
                 for floor, scores in part["floors"].items()
             ]
-            predictors.append(("ceiling", "counting noise", part["ceiling"]))
+            predictors.append(("ceiling", "counting noise" + of_part, part["ceiling"]))
             where = {"of": label, "fold": run.fold, "seed": run.seed, "section": section}
             where["patient"] = run.patient_of[section]
             for kind, name, scores in predictors:
                 rows.append({"kind": kind, "name": name, **where, **{key: scores.get(key) for key in metrics}})
     table = pd.DataFrame(rows).astype(dict.fromkeys(metrics, np.float64))
-    encoders = {label: str(run.settings.get("image_encoder.name")) for run, label in zip(runs, labels, strict=True)}
+    encoders = {
+        label: label if run.is_elsewhere else str(run.settings.get("image_encoder.name"))
+        for run, label in zip(runs, labels, strict=True)
+    }
     _name_floors(table, encoders)
     return table
 
@@ -67,7 +74,7 @@ def _name_floors(scores: pd.DataFrame, encoders: dict[str, str]) -> None:
 
 def cost_of(runs: list[ScoredRun]) -> dict:
     """Seeds, leaks, and what one run of a method took: means of seconds, the highest of the rest."""
-    records = [run.provenance for run in runs]
+    records = [run.provenance for run in runs if not run.is_elsewhere]  # whose training is not on record
     sizes = [record.get("parameters") or {} for record in records]
 
     def highest(facts: Iterable[Mapping], key: str) -> float | None:
@@ -75,14 +82,16 @@ def cost_of(runs: list[ScoredRun]) -> dict:
 
     return {
         "n_seeds": len({run.seed for run in runs}),
-        "leaks": span(run.audit["leaks"] for run in runs),
-        "epochs": highest(records, "epochs") or max(run.settings.get("trainer.max_epochs") or 0 for run in runs),
-        "seconds": float(np.mean([record["seconds"] for record in records])),
+        "leaks": span(run.audit["leaks"] for run in runs) + (" known" if any(map(not_stated, runs)) else ""),
+        "epochs": highest(records, "epochs") or max(run.settings.get("trainer.max_epochs") or 0 for run in runs)
+        if records
+        else None,
+        "seconds": float(np.mean([record["seconds"] for record in records])) if records else np.nan,
         "peak_memory_gb": highest(records, "peak_memory_gb"),
         "peak_gpu_memory_gb": highest(records, "peak_gpu_memory_gb"),
         "parameters": highest(sizes, "total"),
         "trained_parameters": highest(sizes, "trained"),
-        "hardware": ", ".join(sorted({_hardware(record["hardware"]) for record in records})),
+        "hardware": ", ".join(sorted({_hardware(record["hardware"]) for record in records})) or "elsewhere",
     }
 
 

@@ -12,8 +12,17 @@ import anndata as ad
 
 from stexp.data.slides import pictures
 from stexp.errors import InputError
+from stexp.evaluation.coverage import covered, sentences
 from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
-from stexp.evaluation.records import Audit, Provenance, read_audit, read_genes, read_metrics, read_provenance
+from stexp.evaluation.records import (
+    Audit,
+    EvaluatedAudit,
+    Provenance,
+    read_audit,
+    read_genes,
+    read_metrics,
+    read_provenance,
+)
 from stexp.evaluation.verdict import best_floor, has_more_than_highest, is_oracle, label, verdict
 from stexp.reporting.maps import make_maps
 from stexp.reporting.page import render_report, unit
@@ -63,7 +72,7 @@ def run_page(run: Path) -> str:
     audit = read_audit(run)
     provenance = read_provenance(run)
     genes = read_genes(run / "per_gene.csv", *(key for key, _ in GENE_COLUMNS), "ceiling")
-    predictions = read(run / "predictions.h5ad", *OF_RUN)
+    predictions = covered(read(run / "predictions.h5ad", *OF_RUN))
     again = f"score the run again (stexp-score run={run})"
     if len(genes) != metrics["n_genes"]:
         raise InputError(f"{run / 'per_gene.csv'} has {len(genes)} of {metrics['n_genes']} genes; {again}")
@@ -92,7 +101,12 @@ def changes(metrics: dict[str, Any]) -> str:
 
 
 def _render(
-    metrics: dict, audit: Audit, provenance: Provenance, genes: list[dict], predictions: ad.AnnData, **content: Any
+    metrics: dict,
+    audit: Audit | EvaluatedAudit,
+    provenance: Provenance,
+    genes: list[dict],
+    predictions: ad.AnnData,
+    **content: Any,
 ) -> str:
     best, judged = best_floor(metrics), verdict(metrics)
     heg = "Pearson HEG50" if has_more_than_highest(metrics) else f"Pearson HEG50 (all {metrics['n_genes']})"
@@ -116,6 +130,7 @@ def _render(
         columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
         heg=heg,
         changes=changes(metrics),
+        elsewhere=sentences(metrics),
         floor_notes=FLOORS,
         config=str(predictions.uns["stexp"]["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stexp.evaluation.verdict import count
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import grids
 from stexp.reporting.agreement import Gap, check_agreement, find_copies, find_gaps
+from stexp.reporting.footnotes import footnotes, not_stated, tell_apart
 from stexp.reporting.labels import label_methods
 from stexp.reporting.rows import cost_of, scores_of, span
 from stexp.runs.scored import ScoredRun
@@ -67,6 +69,8 @@ class Table:
         What both are computed from: every row in every section, seeds averaged.
     gaps
         What a method lacks; its row has no mean.
+    marks
+        Row -> the mark of its footnote in the caption.
     """
 
     title: str
@@ -78,6 +82,7 @@ class Table:
     comparisons: pd.DataFrame
     sections: pd.DataFrame
     gaps: list[Gap]
+    marks: Mapping[str, str] = field(default_factory=dict)
 
 
 def tabulate_all(
@@ -133,6 +138,7 @@ def tabulate(
     besides: list[str] = []
     if labels is None:
         labels, besides = label_methods([run.settings for run in runs])
+        labels = tell_apart(labels, runs)
     copies = find_copies(runs, labels)
     copied = {run.folder for alike in copies.values() for run in alike}
     if copied and (not allow_missing or len(copied) == len(runs)):
@@ -146,6 +152,7 @@ def tabulate(
         more = f", and {len(gaps) - 1} more," if len(gaps) > 1 else ""
         gap = gaps[0]
         raise InputError(f"{gap.method} lacks {gap.missing}{more} (allow_missing=true prints gaps); {gap.fill}")
+    notes, marks = footnotes(runs, labels)
     scores = scores_of(runs, labels, list(METRICS))
     rows, sections = _rows(scores, runs, labels, metric)
     scored = [key for key in METRICS if sections.loc[sections["kind"] == "method", key].notna().any()]
@@ -156,7 +163,7 @@ def tabulate(
     values = sections.pivot(index=["patient", "section"], columns="label", values=metric)
     return Table(
         title=title,
-        caption=_caption(runs, sections, metric, besides, gaps),
+        caption=_caption(runs, sections, metric, besides, gaps) + notes,
         metrics=scored,
         metric=metric,
         baseline=baseline,
@@ -164,6 +171,7 @@ def tabulate(
         comparisons=compare_each(values, list(others), baseline).assign(metric=metric),
         sections=sections[["kind", "label", "patient", "section", *METRICS]],
         gaps=gaps,
+        marks=marks,
     )
 
 
@@ -221,6 +229,7 @@ def _caption(
     runs: list[ScoredRun], sections: pd.DataFrame, metric: str, besides: list[str], gaps: list[Gap]
 ) -> list[str]:
     patients, folds = sorted(sections["patient"].unique()), sorted({run.fold for run in runs})
+    unknown = sorted({name for run in runs for name in not_stated(run)})
     leaks = sorted({item["name"] for run in runs for item in run.audit["items"] if item["leak"]})
     text = [
         f"{count(sections['section'].nunique(), 'section')} of {count(len(patients), 'patient')} "
@@ -230,8 +239,10 @@ def _caption(
         "ACG and HEG50: Pearson correlation per gene over the spots of a section, mean over all genes and over the 50 "
         "highest; given depth: partial correlation, rid of what the log of a spot's total counts explains. Bold: "
         f"better in {METRICS[metric]} than every floor of its own runs; an oracle reads the test spots' counts.",
-        f"Audit: {', '.join(leaks)}." if leaks else "Audit: no leak.",
+        f"Audit: {', '.join(leaks)}." if leaks else f"Audit: no leak{' is known' if unknown else ''}.",
     ]
+    if unknown:
+        text.append(f"Not stated: {', '.join(unknown)}.")
     if any(run.scored_as != run.protocol.name for run in runs):
         text.append("The predictions and the audit are those of the protocol trained under.")
     if besides:
@@ -324,7 +335,7 @@ def _score_grid(table: Table) -> list[list[str]]:
         beaten = "" if kind != "method" else "–"
         if pd.notna(row["floors_beaten"]):
             beaten = f"{row['floors_beaten']:.0f} of {row['n_floors']:.0f}"
-        cells = [row["label"], *(_mean(row, key) for key in table.metrics), beaten]
+        cells = [row["label"] + table.marks.get(row["label"], ""), *(_mean(row, key) for key in table.metrics), beaten]
         if pd.notna(row["n_floors"]) and row["floors_beaten"] == row["n_floors"] > 0:
             for i in (0, 1 + table.metrics.index(table.metric)):
                 cells[i] = f"**{cells[i]}**"
@@ -354,7 +365,7 @@ def _cost_grid(table: Table) -> list[list[str]]:
             *counts,
             grids.number(row.get(f"{table.metric}_sd_seeds")),
             row["leaks"],
-            f"{row['epochs']:.0f}",
+            grids.number(row["epochs"], "{:.0f}"),
         ]
         cells += [grids.number(row[key], "{:.2f} M", 1e-6) for key in ("parameters", "trained_parameters")]
         grid.append([*cells, grids.duration(row["seconds"]), memory, row["hardware"]])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stexp import construct
 from stexp.arguments import Count, checked
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
@@ -48,6 +49,8 @@ class FinishedRun:
     ----------
     folder
         Its data must still be there, unchanged.
+    sections
+        All sections of its data set as it had them, where they are at hand; None: they are read again.
 
     Attributes
     ----------
@@ -66,14 +69,15 @@ class FinishedRun:
         The run is not finished, or its data changed.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder, self.config = folder, folder.config
+    def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
+        self.folder, self.config = folder.require_model(), folder.config
+        construct.require_plugins(self.config.get("plugins"), folder.path)
         self.dataset = DataSet(self.config["data"])
         path = folder.path
         self.predictions: ad.AnnData = predictions.read(path / "predictions.h5ad", *predictions.OF_RUN)
         self.provenance = read_provenance(path)
         self.chosen: Chosen = predictions.read_fact(self.predictions, "chosen", Chosen)
-        self.sections: list[Section] = self.dataset.read_sections(self.protocol)
+        self.sections: list[Section] = self.dataset.read_sections(self.protocol) if sections is None else sections
         changed = changed_sections(path, self.sections)
         if changed:
             raise InputError(

@@ -26,7 +26,9 @@ from stexp.protocol import Protocol
 
 RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
-ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath")
+PREDICTIONS = "predictions"
+"""Key of the config of a run that only scores what another tool predicted: it has no model."""
+ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files", "from.model")
 """How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
 
 
@@ -98,6 +100,21 @@ class RunConfig(TypedDict):
     hardware: HardwareConfig
 
 
+class Named(TypedDict):
+    name: str
+
+
+class EvaluatedConfig(TypedDict):
+    """``config.yaml`` of predictions that were made elsewhere, see :func:`stexp.runs.foreign.evaluate`."""
+
+    seed: Seed
+    fold: str | int
+    protocol: ProtocolConfig
+    data: Named
+    model: Named
+    predictions: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run on disk.
@@ -126,6 +143,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """What the run predicts with: the best checkpoint, or the last where nothing was validated."""
+        self.require_model()
         for path in (self.best_checkpoint, self.last_checkpoint):
             if path.is_file():
                 return path
@@ -144,12 +162,24 @@ class RunFolder:
             raise InputError(f"{path} cannot be read: {reason}; train again with overwrite=true") from error
         if not isinstance(config, dict) or not config:
             raise InputError(f"{path} cannot be read: it holds no keys; train again with overwrite=true")
-        check_fields(str(path), config, RunConfig, "train again with overwrite=true")
+        if PREDICTIONS in config:
+            check_fields(str(path), config, EvaluatedConfig, "evaluate again with overwrite=true")
+        else:
+            check_fields(str(path), config, RunConfig, "train again with overwrite=true")
         return config
 
     def require(self) -> RunFolder:
         """The folder itself; InputError where it holds no run."""
         _ = self.config
+        return self
+
+    def require_model(self) -> RunFolder:
+        """The folder itself; InputError where its predictions were made elsewhere."""
+        if PREDICTIONS in self.config:
+            raise InputError(
+                f"{self.path} holds the scores of predictions that were made elsewhere, and no model; a run of "
+                f"stexp-train would fit"
+            )
         return self
 
     @property

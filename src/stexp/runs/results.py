@@ -20,7 +20,9 @@ from stexp.data.quality import Thresholds, inspect
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
+from stexp.evaluation.coverage import ELSEWHERE
 from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
+from stexp.evaluation.programmes import co_expressed_modules, module_sets
 from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
 from stexp.protocol import Protocol, other_protocols
@@ -32,13 +34,20 @@ TRAINING = ("train", "validation")  # what floors, like retrieval, may learn fro
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What predictions say of the run that made them, in ``uns["stexp"]``; plain values."""
+    """What predictions say of the run that made them, in ``uns["stexp"]``; plain values.
+
+    Attributes
+    ----------
+    elsewhere
+        What is on record of predictions that no run made, see :mod:`stexp.evaluation.coverage`; None of a run.
+    """
 
     model: str
     fold: str
     data: str
     config: str
     chosen: dict
+    elsewhere: dict | None = None
 
 
 def describe_run(config: Mapping[str, Any], data: SpotDataModule, chosen: dict) -> RunFacts:
@@ -97,6 +106,8 @@ def write_results(
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
     }
+    if folder.config.get("from") is not None:
+        facts["began_at"] = folder.config["from"]["model"]
     write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
     return digest
 
@@ -105,7 +116,7 @@ def write_scored_files(
     folder: Path,
     data: SpotDataModule,
     prediction: Prediction,
-    features: np.ndarray,
+    features: np.ndarray | None,
     colour: np.ndarray,
     facts: RunFacts,
 ) -> str:
@@ -114,7 +125,7 @@ def write_scored_files(
     Parameters
     ----------
     prediction
-        Of the test spots; its neighbours are rows of the data's spots.
+        Of the test spots, NaN throughout for those that are not predicted; its neighbours are rows of the data's spots.
     """
     test, train = data.rows("test"), data.rows(*TRAINING)
     adata = predictions.make_predictions(
@@ -144,11 +155,16 @@ def write_scored_files(
         "data_manifest": json.dumps(manifest(data.sections)),
         "chosen": json.dumps(facts.chosen),
     }
+    if facts.elsewhere is not None:
+        adata.uns["stexp"][ELSEWHERE] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
+    modules = co_expressed_modules(data.target[train], data.spots["section"].to_numpy(str)[train])
+    floors.uns["gene_sets"] = json.dumps(module_sets(data.panel, modules))
     floors.uns["ceiling"] = {}
+    unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
     for protocol in (data.protocol, *other_protocols(data.protocol).values()):
-        layers, ceiling = floors_under(protocol, data, features, colour)
+        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted)
         floors.uns["ceiling"][protocol.name] = ceiling
         for name, values in layers.items():
             floors.layers[f"{protocol.name}:{name}"] = values
@@ -186,9 +202,18 @@ def tiles_of(data: SpotDataModule, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def floors_under(
-    protocol: Protocol, data: SpotDataModule, features: np.ndarray | None, colour: np.ndarray | None
+    protocol: Protocol,
+    data: SpotDataModule,
+    features: np.ndarray | None,
+    colour: np.ndarray | None,
+    unpredicted: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
+
+    Parameters
+    ----------
+    unpredicted
+        Rows of test spots that the ceiling is not of; None: it is of all spots.
 
     Returns
     -------
@@ -202,7 +227,11 @@ def floors_under(
         expression[rows] = normalise(data.counts[rows], section.total_counts, protocol)
         xy[rows] = unit_square(data.xy_px[rows])
         if section.name in data.names("test"):
-            ceiling[section.name] = ceiling_per_gene(data.counts[rows], section.total_counts, protocol, seed=data.seed)
+            judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
+            judged |= not judged.any()
+            ceiling[section.name] = ceiling_per_gene(
+                data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
+            )
 
     def table(rows: np.ndarray) -> SpotTable:
         spots = data.spots.iloc[rows]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from stexp.errors import InputError
+from stexp.evaluation.coverage import ELSEWHERE
 from stexp.evaluation.predictions import changed_since_run
 from stexp.evaluation.records import (
     AGAIN,
     Audit,
+    EvaluatedAudit,
     Metrics,
     Provenance,
     read_audit,
@@ -22,7 +24,7 @@ from stexp.evaluation.records import (
     read_provenance,
 )
 from stexp.protocol import Protocol
-from stexp.runs.folder import RunFolder
+from stexp.runs.folder import PREDICTIONS, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,14 @@ class ScoredRun:
     sections: Mapping[str, Any]
     genes: frozenset[str]
     metrics: Metrics
-    audit: Audit
+    audit: Audit | EvaluatedAudit
     provenance: Provenance
     changed: bool
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its predictions were made by another tool."""
+        return ELSEWHERE in self.metrics
 
     @property
     def patient_of(self) -> dict[str, str]:
@@ -140,6 +147,8 @@ def read_scored_run(folder: Path, scored_as: str | None = None) -> ScoredRun:
 
 def settings_of(config: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What a method is, of the config of a run and of what it chose: dotted key -> value."""
+    if PREDICTIONS in config:  # whose encoder is that of the floors alone
+        return {"model.name": config["model"]["name"]}
     encoder = config.get("model", {}).get("image_encoder") or config.get("image_encoder") or {}
     settings = _flat(config) | _flat({"image_encoder": encoder})
     settings = {key: value for key, value in settings.items() if not key.startswith(NO_METHOD)}

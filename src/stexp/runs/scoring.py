@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
+from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
+from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.records import AGAIN, Chosen
-from stexp.evaluation.score import score_under
+from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
 
 
-def score_run(run: Path) -> dict:
+def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -> dict:
     """Score a run under its own protocol and the others, and write ``metrics.json`` and ``per_gene.csv``.
 
     Under another protocol's truth the predictions keep their scale, so correlations count and errors do not,
     unless the two truths are the same. The split stays that of the run.
+
+    Parameters
+    ----------
+    gene_sets
+        Sets that are scored as wholes; None: modules of genes that vary together on the training side.
     """
     observed = predictions.read(run / "predictions.h5ad", *predictions.OF_RUN)
     floors = predictions.read(run / "floors.h5ad", "uns/ceiling")
@@ -34,6 +44,10 @@ def score_run(run: Path) -> dict:
         scored[protocol.name], table = score_under(protocol, own, observed, floors)
         genes = table if protocol is own else genes
     mine = scored.pop(own.name)
+    assert genes is not None
+    sets = gene_sets or parse_json(str(floors.uns.get("gene_sets", "{}")))
+    behind, columns = _evidence(observed, floors, own, genes, mine["sections"], sets)
+    genes = genes.join(columns)
     metrics = {
         "protocol": own.name,
         "fold": str(facts["fold"]),
@@ -43,20 +57,39 @@ def score_run(run: Path) -> dict:
         "floors": mine["floors"],
         "ceiling": mine["ceiling"],
         "oracle_floors": sorted(ORACLES & set(mine["floors"])),
-        "n_spots": observed.n_obs,
+        "n_spots": sum(section["n_spots"] for section in mine["sections"].values()),
         "n_genes": observed.n_vars,
         "n_constant_genes": sum(section["n_constant_genes"] for section in mine["sections"].values()),
         "chosen": predictions.read_fact(observed, "chosen", Chosen),
         "sections": mine["sections"],
+        "evidence": behind,
         "scored_as": {
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
     }
+    elsewhere = facts_elsewhere(observed)
+    if elsewhere is not None:
+        metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
     if predictions.changed_since_run(run):
         metrics["predictions_changed"] = True
     write_csv(genes, run / "per_gene.csv")
     write_atomically(run / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def _evidence(
+    observed: ad.AnnData,
+    floors: ad.AnnData,
+    own: Protocol,
+    genes: pd.DataFrame,
+    sections: Mapping[str, Mapping],
+    sets: Mapping[str, Sequence[str]],
+) -> tuple[dict, pd.DataFrame]:
+    """`evidence` on the spots and genes that are predicted."""
+    coverage = coverage_of(observed)
+    on = np.ix_(coverage.spots, coverage.genes)
+    layers = {name: values[on] for name, values in floors_of(floors, own).items()}
+    return evidence(covered(observed), truth(observed, own)[on], layers, genes[coverage.genes], sections, sets)
 
 
 def _check_floors(floors: ad.AnnData, observed: ad.AnnData, protocol: Protocol, path: Path) -> None:

@@ -16,7 +16,7 @@ from stexp.runs.folder import RESULTS
 from stexp.sweeps.folds import folds_of
 from stexp.sweeps.names import fold_name, method_name, rescored_name
 from stexp.sweeps.plan import Plan, make_plan
-from stexp.sweeps.settings import config_of, flat, plain, typed
+from stexp.sweeps.settings import config_of, flat, plain, sources_in, typed
 
 NAMED = ("data", "protocol", "model", "image_encoder")
 """Groups whose configs have a name."""
@@ -154,7 +154,7 @@ def _trainings(
     """The trainings of one cell, for every seed and fold of `runs`."""
     cfg, choices = config_of(chosen)
     settings = plain(cfg)
-    folder = root / f"{cfg.data.name}-{cfg.protocol.name}" / method_name(settings, choices)
+    folder = root / f"{cfg.data.name}-{cfg.protocol.name}" / method_name(settings, choices, sources_in(chosen))
     for seed, fold in runs:
         output_dir = folder / fold_name(fold, seed)
         texts = typed({**chosen, "seed": seed, "fold": quoted(fold), "output_dir": quoted(output_dir)})
@@ -170,7 +170,8 @@ def _retrieved(run: Job, changes: Mapping[str, str]) -> Job:
     if not changes:
         return replace(run, cell=cell)
     folder = run.output_dir / "rescored" / rescored_name(changes)
-    texts = (f"run={quoted(run.output_dir)}", *typed(changes))
+    sources = typed(sources_in(dict(text.split("=", 1) for text in run.overrides)))
+    texts = (f"run={quoted(run.output_dir)}", *typed(changes), *sources)
     return replace(run, command="score", overrides=texts, output_dir=folder, cell=cell, needs=run)
 
 

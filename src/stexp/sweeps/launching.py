@@ -12,6 +12,7 @@ from typing import Any
 
 from stexp.config import to_plain
 from stexp.config.compose import compose, parse
+from stexp.config.plugins import SOURCES
 from stexp.errors import InputError
 from stexp.files import write_csv
 from stexp.sweeps.choice import choose
@@ -39,17 +40,19 @@ def sweep(arguments: Sequence[str]) -> int:
     own: dict[str, Any] = {}
     of_hydra: list[str] = []
     rest: list[str] = []
+    sources = [text for text in arguments if text.partition("=")[0] in SOURCES]  # for launchers and jobs alike
     for override, text in zip(parse(arguments), arguments, strict=True):
         if override.key_or_group in ("sweep", "dry_run"):
             own[override.key_or_group] = override.value()
         else:
-            (of_hydra if override.key_or_group.startswith("hydra") else rest).append(text)
+            of_job = text in sources or not override.key_or_group.startswith("hydra")
+            (rest if of_job else of_hydra).append(text)
     name, dry = own.get("sweep"), own.get("dry_run", False)
     if name == "" or not (isinstance(name, str | None) and isinstance(dry, bool)):
         raise InputError("give one sweep=NAME, and dry_run=true or false")
     cells = jobs(name, rest)
     everything = with_needs(cells)
-    launcher = to_plain(compose("train", of_hydra, with_hydra=True).hydra.launcher)
+    launcher = to_plain(compose("train", [*of_hydra, *sources], with_hydra=True).hydra.launcher)
     anew = bool(everything[0].settings["overwrite"])
     if dry:
         print(preview(everything, anew))

@@ -7,10 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stexp.sweeps.settings import default_settings, flat
+from stexp.sweeps.settings import default_settings, flat, typed
 
 NOT_IN_NAME = (
-    *("fold", "seed", "output_dir", "overwrite", "verbose", "sweep", "hydra.", "hardware.", "logger.", "callbacks."),
+    *(
+        "fold",
+        "seed",
+        "output_dir",
+        "overwrite",
+        "verbose",
+        "sweep",
+        "plugins",
+        "hydra.",
+        "hardware.",
+        "logger.",
+        "callbacks.",
+    ),
     *("data.name", "data.cache_dir", "data.placement", "data.eval_batch_size", "data.sections_of", "data.download"),
     *("data.mirror", "data.keep_archives", "trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps"),
 )
@@ -20,7 +32,7 @@ TWINS = {"data.reader.": "data.", "model.image_encoder.": "image_encoder."}
 LONGEST = 120
 
 
-def method_name(settings: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+def method_name(settings: Mapping[str, Any], choices: Mapping[str, str], sources: Mapping[str, str]) -> str:
     """The model and every setting that differs from the defaults of its data, protocol and model.
 
     Parameters
@@ -29,8 +41,10 @@ def method_name(settings: Mapping[str, Any], choices: Mapping[str, str]) -> str:
         The resolved config.
     choices
         Group -> choice.
+    sources
+        Where choices come from besides ``conf/``; see :func:`~stexp.sweeps.settings.sources_in`.
     """
-    groups = [f"{group}={choices[group]}" for group in ("data", "protocol", "model")]
+    groups = [*typed(sources), *(f"{group}={choices[group]}" for group in ("data", "protocol", "model"))]
     before, encoder = default_settings(*groups)
     parts = []
     if choices["image_encoder"] != encoder:

@@ -10,13 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from stexp.config.compose import compose, parse
-from stexp.files import CONF
+from stexp.config.compose import compose, groups_of, parse
+from stexp.config.plugins import SOURCES
 
 
 def config_of(chosen: Mapping[str, str]) -> tuple[DictConfig, dict[str, str]]:
     """The config of ``stexp-train`` with `chosen` on its command line, and the choice of every group."""
-    groups = {key for key in chosen if (CONF / key).is_dir()}
+    groups = {*groups_of("train", typed(sources_in(chosen))), *SOURCES}
     cfg, choices = _of_groups(*(text for text in typed(chosen) if text.partition("=")[0] in groups))
     cfg = copy.deepcopy(cfg)
     try:
@@ -25,6 +25,11 @@ def config_of(chosen: Mapping[str, str]) -> tuple[DictConfig, dict[str, str]]:
     except OmegaConfBaseException:  # composing takes more kinds of keys, and says which there is not
         cfg = compose("train", typed(chosen))
     return cfg, choices
+
+
+def sources_in(chosen: Mapping[str, str]) -> dict[str, str]:
+    """What of a job's settings says where its choices come from."""
+    return {key: value for key, value in chosen.items() if key in SOURCES}
 
 
 @functools.lru_cache(maxsize=256)

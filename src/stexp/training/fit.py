@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import Logger
 from stexp.construct import build
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
+from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
 from stexp.training.callbacks import VALIDATION
 from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
@@ -41,8 +42,9 @@ def build_method(node: Mapping[str, Any], data: SpotDataModule, machine: Machine
     pl.seed_everything(seed, verbose=False)
     arguments = {key: value for key, value in node.items() if key != "name"}
     method = build(arguments, n_genes=len(data.panel), n_positions=data.array_size, n_features=data.n_features)
-    if not isinstance(method, Method):
+    if not isinstance(method, pl.LightningModule):
         raise InputError(f"model._target_={node['_target_']}: a method, one of stexp.models, would fit")
+    method = as_method(method)
     if machine.channels_last:
         method.to(memory_format=torch.channels_last)
     return method

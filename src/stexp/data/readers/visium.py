@@ -81,7 +81,7 @@ def read_visium(
     root = _folder_around(user_path(root))
     folders = _section_folders(root)
     names = choose_sections(sorted(folders), sections, root)
-    patients = _read_patients(root / "patients.csv", names)
+    patients = read_patients(root / "patients.csv", names)
     return [
         read_section(
             name,
@@ -203,7 +203,7 @@ def _name(folder: Path) -> str:
     return folder.name
 
 
-def _read_patients(file: Path, names: list[str]) -> dict[str, str]:
+def read_patients(file: Path, names: list[str]) -> dict[str, str]:
     if not file.is_file():
         if len(names) > 1:
             log.warning("no %s (section,patient): each of %d sections counts as a patient of its own", file, len(names))

@@ -1,4 +1,4 @@
-"""Which files are slides, and what reads which format: OpenSlide, tifffile or Pillow."""
+"""Which files are slides, and what reads which format: OpenSlide, tifffile, zarr or Pillow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import openslide
 from PIL import Image, ImageOps
 
 from stexp.data.slides import tiff
+from stexp.data.slides.ome_zarr import ZarrImage
 from stexp.data.slides.pixels import (
     BLOCK_PX,
     ORIENTATION,
@@ -56,13 +57,15 @@ def slide_name(path: Path) -> str:
     return re.sub(r"(?i)(?<=.)\.ome$", "", path.stem)
 
 
-def open_image(path: Path) -> OpenSlideImage | TiffImage | PillowImage:
+def open_image(path: Path) -> OpenSlideImage | TiffImage | PillowImage | ZarrImage:
     """Open an image with what reads it best.
 
     Every one has ``sizes`` and ``read(level, x, y, width, height)`` of all levels, ``um_xy`` as the file states it
     (or None), ``block``, the region that suits how the file is stored, ``notes`` for its owner, and ``hints``, which
     say what metadata were ignored.
     """
+    if path.is_dir():
+        return ZarrImage(path)
     vendor = openslide.OpenSlide.detect_format(path)
     with path.open("rb") as file:
         is_tiff = file.read(4) in tiff.STARTS
@@ -125,7 +128,7 @@ def qupath_origin(path: str | Path) -> list[int]:
     QuPath's OpenSlide reader adds the corner to what it reads whether or not the bounds make the image smaller; one
     of the four that is missing, or no whole number, and there are none.
     """
-    if openslide.OpenSlide.detect_format(path) is None:
+    if Path(path).is_dir() or openslide.OpenSlide.detect_format(path) is None:
         return [0, 0]
     with openslide.OpenSlide(path) as slide:
         try:

@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from stexp.data.slides.formats import PillowImage, open_image
+from stexp.data.slides.ome_zarr import is_zarr
 from stexp.data.slides.pixels import WHITE, check_memory
 from stexp.data.slides.tiff import STARTS
 from stexp.errors import InputError
@@ -32,8 +33,9 @@ class Slide:
     ----------
     path
         ``~`` is the home folder. Whole-slide formats and pyramidal TIFF are read by OpenSlide (svs, ndpi, mrxs with
-        its folder, scn, ...), other 8-bit TIFF, OME-TIFF with its levels among them, by tifffile, the rest by Pillow
-        (JPEG, PNG, ...). Pillow decodes an image whole, up to 4 bytes a pixel; the others read what is asked for.
+        its folder, scn, ...), other 8-bit TIFF, OME-TIFF with its levels among them, by tifffile, the folder of an
+        OME-Zarr image (``store.zarr/images/name`` of SpatialData) by zarr, the rest by Pillow (JPEG, PNG, ...). Pillow
+        decodes an image whole, up to 4 bytes a pixel; the others read what is asked for.
 
     Raises
     ------
@@ -43,7 +45,7 @@ class Slide:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))
-        if not self.path.is_file():
+        if not self.path.is_file() and not is_zarr(self.path):
             what = "is a folder; name a file in it" if self.path.is_dir() else "does not exist"
             raise InputError(f"image {self.path} {what}")
 
@@ -242,6 +244,8 @@ def _one_line(path: Path) -> Iterator[None]:
 
 def _what(path: Path) -> str:
     """What a file is instead of an image, where its first bytes tell."""
+    if path.is_dir():
+        return ""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -261,6 +265,8 @@ def _what(path: Path) -> str:
 
 def _is_cut_off(path: Path) -> bool:
     """Whether a TIFF, JPEG or PNG lacks its end; of other formats it is not known."""
+    if path.is_dir():
+        return False
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

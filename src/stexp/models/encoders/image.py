@@ -152,7 +152,7 @@ class ImageEncoder(nn.Module):
         if scales is not None or turns > 1:
             self.built_as += f" {scales} {turns}"
         weights = Weights(name, hub, hub_file, checkpoint, self.card) if pretrained else None
-        self.model = create_model(architecture or name, weights, args)
+        self.model = self.create(architecture or name, weights, args)
         if not final_activation:
             last = getattr(getattr(self.model, "features", None), "norm5", None)
             if last is None or not hasattr(last, "act"):
@@ -161,7 +161,7 @@ class ImageEncoder(nn.Module):
         self.num_features = self.model.num_features * (2 if output == "cls+mean" else 1) * len(scales or [1])
         if output != "pooled" and not getattr(self.model, "num_prefix_tokens", 0):
             raise InputError(f"image_encoder.output={output}: {name} has no class token; pooled would fit")
-        config = self.model.pretrained_cfg
+        config = {"mean": mean, "std": std} if mean and std else self.model.pretrained_cfg
         for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
             self.register_buffer(key, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         if frozen:
@@ -171,6 +171,10 @@ class ImageEncoder(nn.Module):
         elif tuning == "lora":
             add_lora(self.model, lora_rank, lora_alpha)
         self.train(self.training)
+
+    def create(self, architecture: str, weights: Weights | None, model_args: dict) -> nn.Module:
+        """The model: images to features (B, F), with F as ``num_features``; what an encoder of one's own overrides."""
+        return create_model(architecture, weights, model_args)
 
     def train(self, mode: bool = True) -> ImageEncoder:
         super().train(mode and not self.frozen)

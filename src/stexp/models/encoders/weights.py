@@ -99,7 +99,7 @@ def _from_file(make, own: bool, weights: Weights, path: str, model_args: dict) -
 
 def _from_hub(make, own: bool, weights: Weights, model_args: dict) -> nn.Module:
     offline = constants.HF_HUB_OFFLINE
-    if not _hub_answers():
+    if not hub_answers():
         # the hub's client would retry for a minute; offline it looks into its cache and says at once
         constants.HF_HUB_OFFLINE = True
     try:
@@ -213,7 +213,8 @@ def one_line(error: Exception) -> str:
     return re.sub(r"(?<!\.)\.$", "", text) or type(error).__name__
 
 
-def _hub_answers(timeout: float = 5.0) -> bool:
+def hub_answers(timeout: float = 5.0) -> bool:
+    """Whether a connection to the hub can be made, or goes through a proxy."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # the proxy resolves names, this machine need not
     address = urlsplit(constants.ENDPOINT)

@@ -1,0 +1,52 @@
+"""``stexp.floors``: what a method has to beat on the held-out spots of a fold, and what counting noise allows."""
+
+from __future__ import annotations
+
+import anndata as ad
+import pandas as pd
+
+from stexp.api.data import SpotDataModule
+from stexp.api.score import ranked
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.evaluation.score import score_under
+from stexp.runs.results import TRAINING, colours, floors_under
+
+
+def floors(data: SpotDataModule) -> pd.DataFrame:
+    """Score simple predictors on the held-out spots, without training anything.
+
+    Parameters
+    ----------
+    data
+        One fold; its image encoder computes the features of two of the floors.
+
+    Returns
+    -------
+    DataFrame
+        Index ``name``; ``kind``: ``ceiling`` (what counting noise allows), ``floor``, or ``oracle`` (reads the counts
+        of the test spots); and the scores of :attr:`stexp.api.score.Score.table`.
+
+    Examples
+    --------
+    >>> stexp.floors(data)[["kind", "pearson_acg"]]
+    """
+    if not isinstance(data, SpotDataModule):
+        raise InputError(f"data is a {type(data).__name__}; a stexp.SpotDataModule would fit")
+    protocol, test, train = data.protocol, data.rows("test"), data.rows(*TRAINING)
+    layers, ceiling = floors_under(protocol, data, data.tile_features, colours(data))
+    observed = predictions.make_predictions(
+        data.spots.iloc[test],
+        data.panel,
+        observed=data.target[test],
+        predicted=layers["mean"],
+        counts=data.counts[test],
+        xy_px=data.xy_px[test],
+        mean_train=data.target[train].mean(axis=0),
+    )
+    kept = ad.AnnData(obs=observed.obs, var=observed.var, uns={"ceiling": {protocol.name: ceiling}})
+    for name, values in layers.items():
+        kept.layers[f"{protocol.name}:{name}"] = values
+    means, _ = score_under(protocol, protocol, observed, kept)
+    table = ranked("", means)
+    return table[table["kind"] != "method"]

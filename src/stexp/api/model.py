@@ -1,0 +1,344 @@
+"""A trained model: what it predicts of slides and of held-out spots, where it is kept, and how good it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from stexp.api.data import SpotDataModule
+from stexp.api.score import Score
+from stexp.api.work_folder import WorkFolder
+from stexp.data.genes import normalise
+from stexp.data.section import Section
+from stexp.data.shown import facts_table, one_line
+from stexp.data.slides.pictures import Sheet
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
+from stexp.evaluation import predictions
+from stexp.inference import hub, predictor
+from stexp.inference.bank import Bank
+from stexp.inference.export import export
+from stexp.inference.out_of_distribution import KnownTiles
+from stexp.inference.trained import TrainedMethod
+from stexp.protocol import Protocol
+from stexp.runs.plugins import load_plugins
+
+
+class SlideOptions(TypedDict, total=False):
+    """Options of a prediction; see :meth:`stexp.inference.predictor.Model.predict`."""
+
+    um_per_px: float | None
+    grid: str
+    spacing_um: float
+    coordinates: str | Path | np.ndarray | None
+    genes: str | Sequence[str]
+    exclude_slide: bool
+    device: str
+    batch_size: int
+    work_dir: str | Path | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that a model was trained by.
+
+    Attributes
+    ----------
+    work
+        Its folder.
+    data
+        What it was trained on.
+    config
+        ``config.yaml`` of the folder.
+    """
+
+    work: WorkFolder
+    data: SpotDataModule
+    config: Mapping[str, Any]
+
+
+class Model:
+    """A trained model, by :func:`stexp.fit` or from :func:`stexp.load_model`.
+
+    Parameters
+    ----------
+    path
+        Exported folder; or None of a model that was trained here.
+    run
+        That trained it here; or None.
+    """
+
+    def __init__(self, path: Path | None = None, run: Run | None = None) -> None:
+        self._path, self._run = path, run
+        if path is not None:
+            _ = self.exported  # what does not fit is said at once
+
+    @cached_property
+    def exported(self) -> predictor.Model:
+        """The part that predicts slides: bank, encoders and all that is known of it.
+
+        Raises
+        ------
+        InputError
+            Of a method that needs more than the tiles of a slide.
+        """
+        if self._path is None:
+            self._path = self._fitted.work.path / "model.stexp"
+            export(self._fitted.work.path, self._path, sections=self._fitted.data.every_section)
+        return predictor.load_model(self._path)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``model.json``: method, protocol, tile, provenance, licences."""
+        return self.exported.facts
+
+    @property
+    def genes(self) -> pd.DataFrame:
+        """Genes that can be predicted, with the accuracy to expect of each."""
+        return self.exported.genes
+
+    @cached_property
+    def panel(self) -> list[str]:
+        """Genes it was trained on."""
+        return self.exported.panel if self._run is None else list(self._held_out.var_names)
+
+    @property
+    def bank(self) -> Bank | None:
+        """Reference spots of a method that retrieves."""
+        return self.exported.bank
+
+    @property
+    def known(self) -> KnownTiles | None:
+        """What the tiles of training look like to a method that embeds tiles."""
+        return self.exported.known
+
+    @property
+    def reference_tiles(self) -> Sheet | None:
+        """Small tiles of reference spots."""
+        return self.exported.reference_tiles
+
+    @property
+    def method(self) -> TrainedMethod:
+        """Tiles to embeddings, embeddings to expression."""
+        return self.exported.method
+
+    def names(self, genes: str | Sequence[str]) -> list[str]:
+        """Genes that ``panel``, ``all``, a name or a list of names stands for; InputError for what is not predicted."""
+        return self.exported.names(genes)
+
+    @property
+    def folder(self) -> Path:
+        """Of the run that trained it."""
+        return self._fitted.work.path
+
+    @cached_property
+    def score(self) -> Score:
+        """Of the held-out spots, of a model that was trained here."""
+        return Score(self._fitted.work)
+
+    @property
+    def _fitted(self) -> Run:
+        if self._run is None:
+            raise InputError("this model was loaded: the run that trained it is elsewhere; stexp.evaluate scores it")
+        return self._run
+
+    @cached_property
+    def _held_out(self) -> ad.AnnData:
+        return predictions.read(self.folder / "predictions.h5ad", "uns/stexp/fold", "layers/predicted")
+
+    def predict(
+        self, slide: str | Path | Slide | Section | SpotDataModule, **options: Unpack[SlideOptions]
+    ) -> ad.AnnData:
+        """Predict the expression on a slide, of the spots of a section, or of those that data hold out.
+
+        Parameters
+        ----------
+        slide
+            An image, on whose tissue a grid of spots is laid; a section, at its spots; or data, at their held-out
+            spots.
+        options
+            Of slides: ``um_per_px``, ``grid``, ``spacing_um``, ``coordinates``, ``genes``, ``exclude_slide``; of all
+            ``device``, ``batch_size``, ``progress``; see :meth:`stexp.inference.predictor.Model.predict`.
+
+        Returns
+        -------
+        AnnData, N spots x G genes
+            ``X`` and ``layers["predicted"]`` on the scale of the training; of sections and data also
+            ``layers["observed"]``, on the same scale, NaN for genes that were not measured.
+
+        Examples
+        --------
+        >>> adata = model.predict("slide.svs", genes=["ERBB2", "KRT8"])
+        >>> held_out = model.predict(data)
+        """
+        if isinstance(slide, Section):
+            return self._predict_spots(slide, np.ones(len(slide), bool), options)
+        if not isinstance(slide, SpotDataModule):
+            return self.exported.predict(slide, **options)
+        data = slide
+        if not options and self._run is not None and data.digest == self._run.data.digest:
+            adata = self._held_out.copy()
+            adata.uns["stexp"]["trained_on"] = _stated(self._run.data.names("train", "validation"))
+            return adata
+        parts = []
+        for section in data.sections:
+            test = (data.spots["role"] == "test").to_numpy()[data.spots["section"] == section.name]
+            if test.any():
+                parts.append(self._predict_spots(section, test, options))
+        return _joined(parts)
+
+    def _predict_spots(self, section: Section, spots: np.ndarray, options: SlideOptions) -> ad.AnnData:
+        """Those of a section's spots that a mask (n_spots,) names."""
+        if section.slide is None:
+            raise InputError(f"section {section.name} has no image; one that has would fit")
+        own: SlideOptions = {"um_per_px": section.um_per_px, "coordinates": section.xy_px[spots], **options}
+        adata = self.exported.predict(section.slide, **own)
+        names, taken = section.spots.obs_names[spots].astype(str), section.take(spots)
+        adata.obs_names = f"{section.name}:" + names
+        adata.obs["section"], adata.obs["patient"], adata.obs["spot"] = section.name, section.patient, names
+        adata.obs[["array_x", "array_y"]] = section.array_xy[spots]
+        adata.obs["total_counts"] = taken.total_counts
+        adata.uns["spatial"] = {section.name: next(iter(adata.uns["spatial"].values()))}
+        # the panel is what some protocols count the library over
+        protocol, genes = Protocol(**self.facts["protocol"]), [*dict.fromkeys([*self.panel, *adata.var_names])]
+        truth = pd.DataFrame(normalise(taken.counts(genes), taken.total_counts, protocol), columns=genes)
+        adata.layers["observed"] = truth[list(adata.var_names)].to_numpy()
+        sections = self.facts["trained"]["sections"]
+        adata.uns["stexp"]["trained_on"] = _stated([*sections["train"], *sections["validation"]])
+        return adata
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        bank: str = "float32",
+        prototypes: int | None = None,
+        folds: Sequence[str | Path] = (),
+        alpha: float | None = 0.1,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the model to a folder that :func:`stexp.load_model` reads, without its data.
+
+        Parameters
+        ----------
+        path
+            A new folder, such as ``"mine.stexp"``.
+        bank, prototypes, folds, alpha
+            Of a model that was trained here; see :func:`stexp.inference.export.export`.
+        overwrite
+            Take the place of an exported model that is there.
+
+        Raises
+        ------
+        InputError
+            Something is there already, or the method needs more than the tiles of a slide.
+        """
+        path = Path(path).expanduser()
+        if path.exists() and not (overwrite and (path / "model.json").is_file()):
+            raise InputError(f"{path} exists; choose another, or overwrite=True where it is an exported model")
+        if self._run is not None:
+            others = [str(fold) for fold in folds]
+            export(self.folder, path, bank, prototypes, others, alpha, self._run.data.every_section)
+            return path
+        assert self._path is not None  # of a loaded model
+        if path.exists():
+            shutil.rmtree(path)
+        shutil.copytree(self._path, path)
+        return path
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = True, message: str | None = None, token: str | None = None
+    ) -> str:
+        """Upload the model with a card written from its own record; see :func:`stexp.inference.hub.push_to_hub`.
+
+        Examples
+        --------
+        >>> model.push_to_hub("me/her2st-stnet")
+        >>> stexp.load_model("me/her2st-stnet")
+        """
+        _ = self.exported  # of a model that was trained here: written to its folder first
+        assert self._path is not None
+        return hub.push_to_hub(self._path, repository, private=private, message=message, token=token)
+
+    def __repr__(self) -> str:
+        return one_line(self._facts())
+
+    def _repr_html_(self) -> str:
+        facts = self._facts()
+        return facts_table(f"Model {facts['model']}", facts)
+
+    def _facts(self) -> dict[str, str]:
+        """What the model is, in words."""
+        if self._run is None:
+            facts = self.facts
+            return {
+                "model": facts["method"],
+                "data": f"{facts['data']} (fold {facts['fold']})",
+                "protocol": facts["protocol"]["name"],
+                "panel": f"{len(self.panel)} of {len(self.genes)} genes",
+                "folder": str(self._path),
+            }
+        config, data = self._run.config, self._run.data
+        return {
+            "model": config["model"]["name"],
+            "data": f"{data.name} (fold {data.fold})",
+            "protocol": data.protocol.name,
+            "panel": f"{len(data.panel)} genes",
+            **self.score.in_words(),
+            "folder": str(self.folder),
+        }
+
+
+def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
+    """A model that :meth:`Model.save` or ``stexp-export`` wrote, or that of a finished run.
+
+    Parameters
+    ----------
+    path
+        An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
+        first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
+        goes before a repository of that name.
+    plugins
+        Modules or packages that the model may name, whose code then runs; a model that was made with one says so.
+
+    Raises
+    ------
+    InputError
+        None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
+
+    Examples
+    --------
+    >>> model = stexp.load_model("mine.stexp")
+    >>> adata = model.predict("slide.svs")
+    """
+    load_plugins(plugins)
+    return Model(predictor.exported_folder(path))
+
+
+def _stated(sections: Sequence[str]) -> str:
+    """Sections of training as predictions state them, for :func:`stexp.evaluate`."""
+    return json.dumps({"sections": list(dict.fromkeys(sections))})
+
+
+def _joined(parts: list[ad.AnnData]) -> ad.AnnData:
+    """Predictions of several sections as one; who their neighbours are stays with those of one section."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = ad.concat(parts, merge="same")
+    for key in ("neighbours", "neighbour_weights"):
+        joined.obsm.pop(key, None)
+    joined.uns["spatial"] = {name: entry for part in parts for name, entry in part.uns["spatial"].items()}
+    joined.uns["stexp"] = dict(parts[0].uns["stexp"])
+    for key in ("checks", "verdict", "slide", "slide_digest"):
+        joined.uns["stexp"].pop(key, None)
+    return joined

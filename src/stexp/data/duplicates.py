@@ -1,0 +1,110 @@
+"""Copies of a section under another name: identical, re-ordered, renamed, cropped, or with its image encoded anew."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import scipy.sparse as sp
+from PIL import Image
+
+from stexp.data.section import Section
+
+TOP = 30
+"""Largest counts of a spot that tell it from others: what is left when rare genes were filtered."""
+FEWEST_COUNTS = 100
+"""Sum of them below which spots of different tissue agree by chance."""
+SHARE = 0.2
+FEWEST_SPOTS = 5
+"""Of the smaller section's spots, so many must be in the other one, and at least so many."""
+BITS = 6
+"""Of the 112 of a tile's hash, that may differ after encoding anew."""
+PLAIN = 4.0
+"""Standard deviation of grey levels below which a tile shows nothing to tell it by."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Two sections that share spots.
+
+    Parameters
+    ----------
+    first, second
+        Names of the sections.
+    share
+        Of the spots of the smaller one that can be told apart, how many are in the other.
+    by
+        ``counts`` or ``tiles``.
+    """
+
+    first: str
+    second: str
+    share: float
+    by: str
+
+
+def copies_by_counts(sections: Sequence[Section]) -> list[Copy]:
+    """Pairs of sections with the same counts in a fifth of their spots or more.
+
+    A spot is known by its 30 largest counts in falling order, whatever the genes and the spot are called and in
+    whichever order they come; shallow spots are left out.
+    """
+    return _copies({section.name: count_prints(section.spots.X) for section in sections}, "counts")
+
+
+def count_prints(counts: sp.csr_matrix) -> np.ndarray:
+    """Hash of the largest counts of every spot, (N,) uint64; 0 for spots too shallow to be told from others."""
+    prints = np.zeros(counts.shape[0], dtype=np.uint64)
+    for spot, (start, end) in enumerate(zip(counts.indptr, counts.indptr[1:], strict=False)):
+        row = counts.data[start:end]
+        top = np.sort(row if len(row) <= TOP else np.partition(row, len(row) - TOP)[-TOP:])[::-1]
+        if top.sum() >= FEWEST_COUNTS:
+            digest = hashlib.blake2b(top.astype(np.float32).tobytes(), digest_size=8).digest()
+            prints[spot] = np.frombuffer(digest, dtype=np.uint64)[0]
+    return prints
+
+
+def tile_prints(tiles: Iterable[np.ndarray]) -> np.ndarray:
+    """Bits of every tile, (N, 112) bool: whether brightness rises from one field of an 8 x 8 raster to the next one.
+
+    Right and below; it stays nearly the same when an image is encoded anew, resized or its contrast changed. Tiles
+    without structure have no bit set.
+    """
+    rows = []
+    for tile in tiles:
+        grey = Image.fromarray(np.asarray(tile)).convert("L")
+        field = np.asarray(grey.resize((8, 8), Image.Resampling.BOX), dtype=np.float64)
+        bits = np.concatenate([(np.diff(field, axis=1) > 0).ravel(), (np.diff(field, axis=0) > 0).ravel()])
+        rows.append(bits & (field.std() >= PLAIN))
+    return np.array(rows, dtype=bool).reshape(-1, 112)
+
+
+def copies_by_tiles(prints: dict[str, np.ndarray]) -> list[Copy]:
+    """Pairs of sections whose tiles look the same in a fifth of their spots or more; `tile_prints` by section."""
+    copies = []
+    telling = {name: bits[bits.any(axis=1)].astype(np.float32) for name, bits in prints.items()}
+    for first, second in combinations(telling, 2):
+        few, many = sorted((telling[first], telling[second]), key=len)
+        if not len(few):
+            continue
+        # bits that differ, by one product: |a| + |b| - 2ab
+        agree = few @ many.T
+        differ = few.sum(axis=1)[:, None] + many.sum(axis=1)[None] - 2 * agree
+        same = int((differ.min(axis=1) <= BITS).sum())
+        if same >= max(FEWEST_SPOTS, SHARE * len(few)):
+            copies.append(Copy(first, second, same / len(few), "tiles"))
+    return copies
+
+
+def _copies(prints: dict[str, np.ndarray], by: str) -> list[Copy]:
+    telling = {name: np.unique(values[values > 0]) for name, values in prints.items()}
+    copies = []
+    for first, second in combinations(telling, 2):
+        few = min(len(telling[first]), len(telling[second]))
+        same = len(np.intersect1d(telling[first], telling[second], assume_unique=True))
+        if few and same >= max(FEWEST_SPOTS, SHARE * few):
+            copies.append(Copy(first, second, same / few, by))
+    return copies

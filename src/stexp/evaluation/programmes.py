@@ -1,0 +1,83 @@
+"""Scores of sets of genes: those of a file, or modules of genes that vary together on the training side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+GENES_OF_A_MODULE = 40
+"""About as many genes a module has on average."""
+LARGEST_PANEL = 2000
+"""Of more genes, only those with the highest mean are in modules: distances between all of them take memory."""
+
+
+def co_expressed_modules(expression: np.ndarray, section: np.ndarray) -> np.ndarray:
+    """Modules of genes that rise and fall together over the spots of a section.
+
+    Parameters
+    ----------
+    expression : (N, G)
+        Of training spots; genes not measured in a section are NaN there, and count as constant.
+    section : (N,)
+
+    Returns
+    -------
+    (G,) int
+        Module of each gene, from 1; 0 for genes that are constant in every section, or not among the 2000 highest.
+
+    Notes
+    -----
+    Ward's clustering of standardised genes, each section rid of its means beforehand: differences between sections
+    would else make modules of their own. As many modules as the panel has times 40 genes.
+    """
+    centred = np.array(expression, dtype=np.float64)
+    for name in np.unique(section):
+        rows = section == name
+        centred[rows] = np.nan_to_num(centred[rows] - centred[rows].mean(axis=0))
+    length = np.linalg.norm(centred, axis=0)
+    highest = np.argsort(-np.nan_to_num(np.asarray(expression)).mean(axis=0), kind="stable")[:LARGEST_PANEL]
+    varies = np.intersect1d(np.flatnonzero(length > 1e-6), highest)
+    modules = np.zeros(expression.shape[1], dtype=np.int64)
+    if len(varies) < 2:
+        modules[varies] = 1
+        return modules
+    unit = centred[:, varies] / length[varies]
+    distance = np.sqrt(np.clip(2 - 2 * unit.T @ unit, 0, None))  # Euclidean, of columns of length 1
+    np.fill_diagonal(distance, 0)
+    n_modules = max(1, round(len(varies) / GENES_OF_A_MODULE))
+    modules[varies] = fcluster(linkage(squareform(distance, checks=False), "ward"), n_modules, "maxclust")
+    return modules
+
+
+def module_sets(panel: Sequence[str], modules: np.ndarray) -> dict[str, list[str]]:
+    """Modules as gene sets, the largest first: ``module 1`` -> genes."""
+    numbers, sizes = np.unique(modules[modules > 0], return_counts=True)
+    ordered = numbers[np.argsort(-sizes, kind="stable")]
+    return {
+        f"module {n}": [panel[int(i)] for i in np.flatnonzero(modules == m)] for n, m in enumerate(ordered, start=1)
+    }
+
+
+def set_scores(expression: np.ndarray, sets: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Score of every spot of one section for every set of genes.
+
+    Parameters
+    ----------
+    expression : (Q, G)
+    sets
+        Name -> columns.
+
+    Returns
+    -------
+    (Q, S) float64
+        Mean over the genes of a set, each rid of its mean and divided by its standard deviation over the spots;
+        constant or unmeasured genes add nothing.
+    """
+    values = np.asarray(expression, dtype=np.float64)
+    centred = values - values.mean(axis=0)
+    spread = centred.std(axis=0)
+    scaled = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-6 * np.abs(values).max(axis=0))
+    return np.stack([scaled[:, list(columns)].mean(axis=1) for columns in sets.values()], axis=1)

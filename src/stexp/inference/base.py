@@ -1,0 +1,208 @@
+"""A trained model that another training begins at, and what it may not have seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stexp import construct
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.digests import file_digest
+from stexp.errors import InputError
+from stexp.evaluation.records import read_audit, read_provenance
+from stexp.inference import hub, model_facts, model_folder, training_slides
+from stexp.inference.description import build_encoder, without_weights
+from stexp.inference.rebuild import class_of_method
+from stexp.protocol import Protocol
+from stexp.runs.folder import RunFolder
+from stexp.training.checkpoints import load_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a training needs of the model that it begins at.
+
+    Attributes
+    ----------
+    source
+        As it was named: a folder, or ``owner/name`` on the hub.
+    node
+        ``_target_`` and arguments of its method; its image encoder without weights of its own.
+    panel, weights
+        Genes, and tensors of the method.
+    encoder
+        That of the frozen features it reads, ``(node, weights)``; or ``(node, None)`` of a run, whose config names it.
+    seed
+        Of a run: that of random weights.
+    tile, stain, protocol
+        As it was trained.
+    record
+        What is kept of it beside the runs that it begins: digest, data, sections and content of their files, and the
+        same of the model that it began at itself. Plain values.
+    """
+
+    source: str
+    method: str
+    node: dict[str, Any]
+    panel: list[str]
+    weights: dict[str, torch.Tensor] = field(repr=False)
+    encoder: tuple[dict[str, Any], dict[str, torch.Tensor] | None] | None
+    seed: int | None
+    tile: tuple[int, float | None]
+    stain: str | None
+    protocol: Protocol
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the config of a run says of it."""
+        return {"model": self.source, "digest": self.record["digest"]}
+
+    def refuse(self, reason: str) -> InputError:
+        return InputError(f"from={self.source}: {reason}")
+
+
+def read_base(source: str | Path) -> Base:
+    """A model to begin at: an exported folder, ``owner/name`` on the hub, or the folder of a finished run.
+
+    Raises
+    ------
+    InputError
+        None of them, or one that is damaged.
+    """
+    if hub.names_repository(source):
+        return _of_model(hub.fetch_model(str(source)), str(source))
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise InputError(f"from={source}: no such folder; a model of stexp-export, a run, or owner/name would fit")
+    return _of_run(path) if (path / "config.yaml").is_file() else _of_model(path, str(source))
+
+
+def _of_model(folder: Path, source: str) -> Base:
+    exported = model_folder.read(folder)
+    facts = exported.facts
+    model_facts.check(facts)
+    weights = {key.removeprefix("model."): value for key, value in exported.weights.items() if key.startswith("model.")}
+    looks = {name: look["thumbnail"] for name, look in facts["looks"].items() if "thumbnail" in look}
+    record = _record(source, facts["digest"], facts["data"], facts["fold"], facts["trained"], looks)
+    return Base(
+        source,
+        facts["method"],
+        facts["model"],
+        facts["panel"],
+        weights,
+        encoder=facts["features_by"] and (facts["features_by"], exported.weights),
+        seed=None,
+        tile=(facts["tile"]["px"], facts["tile"]["um"]),
+        stain=(facts["stain"] or {}).get("method"),
+        protocol=Protocol(**facts["protocol"]),
+        record=record,
+    )
+
+
+def _of_run(path: Path) -> Base:
+    folder = RunFolder(path)
+    config, checkpoint = folder.config, load_checkpoint(folder.checkpoint)
+    state, node = checkpoint["SpotDataModule"], dict(config["model"])
+    if "image_encoder" in node:
+        node["image_encoder"] = without_weights(node["image_encoder"], build_encoder(node["image_encoder"], bare=True))
+    provenance = read_provenance(path)
+    roles = read_audit(path)["facts"]
+    sections = {"train": roles["train"], "validation": roles["validation"], "test": roles["test"]}
+    trained = {**provenance, "sections": sections}
+    digest = file_digest(folder.checkpoint)
+    return Base(
+        str(path),
+        node.pop("name"),
+        node,
+        state["panel"],
+        checkpoint["state_dict"],
+        encoder=(config["image_encoder"], None),
+        seed=config["seed"],
+        tile=(state["tile_px"], state["tile_um"]),
+        stain=(state["stain"] or {}).get("method"),
+        protocol=folder.protocol,
+        record=_record(str(path), digest, config["data"]["name"], str(config["fold"]), trained, {}),
+    )
+
+
+def _record(
+    source: str, digest: str, data: str, fold: str, trained: Mapping[str, Any], looks: Mapping[str, str]
+) -> dict[str, Any]:
+    keys = ("sections", "data_manifest", "from")
+    about = {"model": source, "digest": digest, "data": data, "fold": fold, "looks": dict(looks)}
+    return about | {key: trained.get(key) for key in keys}
+
+
+def check_method(base: Base, node: Mapping[str, Any]) -> None:
+    """InputError unless a config's method is the base's, and one that goes on from weights."""
+    own, other = (construct.MOVED.get(str(each["_target_"]), str(each["_target_"])) for each in (base.node, node))
+    if own != other:
+        raise base.refuse(f"its method is {base.method}, not {node.get('name', other)}; model={base.method} would fit")
+    if not class_of_method(node).fine_tunes:
+        raise base.refuse(f"{base.method} is fitted anew to all its data; without from= it is trained on these")
+
+
+def check_data(base: Base, data: SpotDataModule) -> None:
+    """Refuse a model that has seen what is held out, and say what differs between its data and these.
+
+    Raises
+    ------
+    InputError
+        A section that is held out, or with whole patients held out one of their sections, trained it or one of the
+        models that it began at: by the content of its files, or the look of its slide.
+    """
+    seen = {section.name: how for section in data.sections if (how := _seen(base, section))}
+    test = set(data.names("test"))
+    of_patient = {section.name: section.patient for section in data.sections}
+    if data.protocol.hold_out == "patient":
+        held_out = {of_patient[name] for name in test}
+        leaks = sorted(name for name in seen if of_patient[name] in held_out)
+    else:
+        leaks = sorted(set(seen) & test)
+    if leaks:
+        raise base.refuse(
+            f"it was trained on {', '.join(leaks[:5])} ({seen[leaks[0]]}), and fold={data.fold} holds out "
+            f"{'a patient of them' if data.protocol.hold_out == 'patient' else 'that'}: no score would mean anything; "
+            f"a fold, or a model, of other patients would fit"
+        )
+    validated = sorted(set(seen) & set(data.names("validation")))
+    if validated:
+        log.warning("from=%s was trained on %s, which now validate: validation flatters", base.source, validated)
+    for what, before, now in (
+        ("tiles (px, um)", base.tile, (data.tile.px, data.tile.um)),
+        ("stain", base.stain, data.stain),
+        ("scale of the expression", base.protocol.scale, data.protocol.scale),
+    ):
+        if before != now:
+            log.warning("from=%s: its %s was %s, here it is %s", base.source, what, before, now)
+
+
+def _seen(base: Base, section: Any) -> str | None:
+    """How a section is known to have trained the base or a model before it; None where it is not."""
+    for record in _lineage(base.record):
+        manifest, roles = record.get("data_manifest"), record.get("sections")
+        if isinstance(manifest, dict) and isinstance(roles, dict):
+            files = {name: of for name, of in manifest.items() if isinstance(of, dict)}
+            lists = {role: names for role, names in roles.items() if isinstance(names, list)}
+            if any(training_slides.by_digest(file_digest(file), files, lists) for file in section.files):
+                return "by its files"
+        looks = record.get("looks")
+        if section.slide is not None and isinstance(looks, dict) and looks:
+            texts = {name: text for name, text in looks.items() if isinstance(text, str)}
+            if training_slides.by_look(training_slides.fingerprint(section.slide), texts):
+                return "by the look of its slide"
+    return None
+
+
+def _lineage(record: Any) -> Iterator[dict[str, Any]]:
+    while isinstance(record, dict):
+        yield record
+        record = record.get("from")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from PIL import Image
+
+from stexp.data.duplicates import copies_by_counts as by_counts
+from stexp.data.duplicates import copies_by_tiles, count_prints, tile_prints
+
+
+class Named:
+    """What is read of a section."""
+
+    def __init__(self, name: str, counts: np.ndarray) -> None:
+        self.name, self.spots = name, type("Spots", (), {"X": sp.csr_matrix(counts.astype(np.float32))})
+
+
+def counts_of(seed: int, n_spots: int = 60, n_genes: int = 300) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.poisson(rng.gamma(0.5, 4.0, n_genes), (n_spots, n_genes))
+
+
+CHANGES = {
+    "identical": lambda x, rng: x,
+    "spots in another order": lambda x, rng: x[rng.permutation(len(x))],
+    "genes in another order": lambda x, rng: x[:, rng.permutation(x.shape[1])],
+    "cropped to a third": lambda x, rng: x[:20],
+    "rare genes left out": lambda x, rng: x[:, x.sum(axis=0) > np.quantile(x.sum(axis=0), 0.6)],
+    "joined with another section": lambda x, rng: np.concatenate([x, counts_of(9)]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_copy_is_seen_however_it_was_changed(change):
+    first = counts_of(0)
+    copies = by_counts(
+        [Named("A", first), Named("B", counts_of(1)), Named("C", change(first, np.random.default_rng(2)))]
+    )
+    assert [(pair.first, pair.second) for pair in copies] == [("A", "C")]
+    assert copies[0].share > 0.9
+
+
+def test_shallow_sections_of_different_tissue_are_no_copies():
+    rng = np.random.default_rng(3)
+    shallow = [Named(name, rng.poisson(0.05, (500, 300))) for name in "AB"]
+    assert by_counts(shallow) == []
+    assert not count_prints(shallow[0].spots.X).any()
+
+
+def picture(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    low = Image.fromarray(rng.integers(60, 220, (6, 6, 3), dtype=np.uint8))
+    return np.asarray(low.resize((112, 112), Image.Resampling.BICUBIC))
+
+
+def encoded_anew(tile: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(tile).resize((96, 96), Image.Resampling.BILINEAR).save(file, "JPEG", quality=60)
+    return np.clip(np.asarray(Image.open(file)).astype(int) * 0.9 + 12, 0, 255).astype(np.uint8)
+
+
+def test_tiles_encoded_anew_are_recognised_and_others_are_not():
+    first = [picture(n) for n in range(40)]
+    prints = {
+        "A": tile_prints(first),
+        "B": tile_prints([picture(n) for n in range(100, 140)]),
+        "C": tile_prints([encoded_anew(tile) for tile in first[:12]]),
+        "blank": tile_prints([np.full((64, 64, 3), 240, np.uint8)] * 30),
+        "blank too": tile_prints([np.full((64, 64, 3), 240, np.uint8)] * 30),
+    }
+    assert [(copy.first, copy.second, copy.by) for copy in copies_by_tiles(prints)] == [("A", "C", "tiles")]
