@@ -60,7 +60,7 @@ def test_what_may_not_be_written_is_named(
     monkeypatch.setenv("STEXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", [f"stexp-{name}", *CASES[name](disk)])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"stexp.cli.{name}").main()
+        sys.exit(importlib.import_module(f"stexp.cli.{name}").main())
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("stexp")]
     assert ended.value.code == 2, error[-2000:]
