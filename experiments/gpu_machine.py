@@ -16,6 +16,8 @@ MODULES = (
     "stexp.cli.train", "stexp.api.train", "stexp.models.retrieval", "stexp.data.slides.stream",
 )  # fmt: skip
 """What the measured commands import; the last are ours, which say what else they lack."""
+NOT_CALLED = ("pooch", "scanpy", "wandb")
+"""Of our dependencies, those that these do without: they download nothing, choose no genes, log to no server."""
 SECTIONS = ("B4", "C2", "C3", "C5", "C6")
 """Those of HER2+ whose images are public with the counts."""
 N_GENES, PITCH_PX, SIDE = 40, 100, 4

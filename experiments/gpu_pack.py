@@ -25,14 +25,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from gpu_machine import SECTIONS, source_digest, write_half
+from gpu_machine import NOT_CALLED, SECTIONS, source_digest, write_half
 from safetensors.torch import load_file
 
 from stexp.runs.provenance import git_state, now
 
 TOP = Path(__file__).resolve().parents[1]
-NOT_CALLED = ("scanpy", "wandb", "pooch")
-"""Of our dependencies, those that the measured commands do not import: they choose no genes, log and load nothing."""
 PYTHON = "3.12"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 CODECS = ("_shared", "_shared_cython", "_imcd", "_jpeg8")
