@@ -44,6 +44,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "mclstexp": ("trainer.max_epochs=90",),
     "mean": (),
     "hest_ridge": (),
+    "consensus": ("image_encoder.frozen=true",),
     "stnet": ("data.batch_size=32", "data.augmentation=dihedral", "trainer.max_epochs=50"),
     "bleep": ("data.augmentation=dihedral", "trainer.max_epochs=90"),
     "triplex": ("data.augmentation=dihedral", "trainer.max_epochs=200"),
@@ -53,7 +54,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "hist2st": ("data.augmentation=none", "trainer.max_epochs=350"),
     "sepal": ("data.batch_size=256", "data.augmentation=dihedral", "trainer.max_epochs=350"),
 }
-"""Method -> how long and how it was trained when published; see conf/model and conf/sweep/table1.yaml."""
+"""Method -> how long and how it was trained when published, where it was; see conf/model and conf/sweep/table1.yaml."""
 WITHOUT_ENCODER = ("mean", "histogene", "thitogene", "hist2st")
 TINY = ("data.tile_px=64", "data.batch_size=8", "protocol.k=10", "trainer.max_epochs=1", "hardware.threads=1")
 
