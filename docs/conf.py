@@ -28,6 +28,7 @@ extensions = [
 ]
 templates_path = ["_templates"]
 root_doc = "index"
+highlight_language = "none"  # of blocks that name no language: commands, layouts of files
 exclude_patterns = ["_ext", "_build", "**/.ipynb_checkpoints"]
 suppress_warnings = ["misc.highlighting_failure"]  # lines of a shell in notebooks
 

@@ -30,6 +30,7 @@ WIDEST = 1400
 def execute(path: Path, write: bool) -> None:
     """Run a notebook from the start."""
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # bars in colour, which no output keeps
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     folder = WORK / path.stem
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
