@@ -21,13 +21,9 @@ from stexp.files import CONF
 TOP = Path(__file__).parents[1]
 README = TOP / "README.md"
 NOTEBOOKS = sorted((TOP / "docs" / "tutorials").glob("*.ipynb"))
-BY_HAND = [
-    README,
-    TOP / "CONTRIBUTING.md",
-    TOP / "conf" / "README.md",
-    *sorted((TOP / "docs").rglob("*.md")),
-    *NOTEBOOKS,
-]
+PAGES = sorted((TOP / "docs").rglob("*.md"))
+BY_HAND = [README, TOP / "CONTRIBUTING.md", TOP / "conf" / "README.md", *PAGES, *NOTEBOOKS]
+MAKEFILE = (TOP / "Makefile").read_text(encoding="utf-8")
 COMMANDS = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["scripts"]
 FOLDERS = "src|conf|docs|examples|experiments|containers|tests"
 
