@@ -72,11 +72,16 @@ METHODS = {
         "ridge, closed form",
         "256 principal components as published, or fewer where there are fewer spots",
     ),
+    "consensus": (
+        "this project",
+        "ridges, neighbours and their weights, closed form",
+        "a tile is read at three scales; what is open is chosen on training spots left out in turn",
+    ),
     "mean": ("", "none", "the training mean, for every spot"),
 }
 """Method -> source, loss, what differs from the original."""
 
-FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "mean"}
+FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "consensus", "mean"}
 """Methods that predict from a tile alone, which is what `stexp-export` takes."""
 
 

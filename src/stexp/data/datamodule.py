@@ -66,8 +66,8 @@ class SpotDataModule(pl.LightningDataModule):
         All sections of the data set; those without an image serve as references.
     protocol, fold
         What is held out, and what may be seen; see :class:`~stexp.protocol.Protocol`.
-    tile_px, tile_um
-        See :class:`~stexp.data.slides.tiles.TileSpec`.
+    tile_px, tile_um, scales
+        See :class:`~stexp.data.slides.tiles.TileSpec`, and its ``wide`` for the last.
     batch_size, eval_batch_size
         Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
@@ -121,6 +121,7 @@ class SpotDataModule(pl.LightningDataModule):
         *,
         tile_px: Pixels = 224,
         tile_um: Positive | None = None,
+        scales: list[Positive] | None = None,
         batch_size: _BatchSize = 128,
         eval_batch_size: Count = 256,
         augmentation: Augmentation = "paper",
@@ -140,7 +141,7 @@ class SpotDataModule(pl.LightningDataModule):
         if stain is not None:
             check_method(stain)
         self.protocol, self.fold, self.seed = protocol, fold, seed
-        self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um), cache_dir, placement
+        self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um).wide(scales), cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
         self.views = views

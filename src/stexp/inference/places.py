@@ -54,6 +54,11 @@ class Places:
         """Micrometres per pixel of a tile."""
         return self.um_per_px and self.um_per_px * self.side_px / self.px
 
+    @property
+    def xy_um(self) -> np.ndarray:
+        """Centres in micrometres, (N, 2) float32; NaN where nobody says the scale."""
+        return (self.grid.xy_px * (np.nan if self.um_per_px is None else self.um_per_px)).astype(np.float32)
+
     def sample(self, batch_size: int) -> dict[int, np.ndarray]:
         """Some of the tiles, (px, px, 3) uint8 by row, by which a slide is judged; their colours as they are."""
         rows = measured_tiles(len(self))

@@ -203,7 +203,7 @@ class Model:
         depends_on = self.facts["digest"], file_digest(slide.path), batch_size, on.type, self.method.precision(on)
         parts = Parts(len(places), None if work_dir is None else Path(work_dir) / places.key(*depends_on))
         self._encode(places, sample, on, batch_size, parts, progress)
-        arrays = self._finish(parts.arrays, names, on, bank)
+        arrays = self._finish(parts.arrays, places, names, on, bank)
 
         adata = as_anndata(places, arrays, self.genes.loc[names])
         if bank is not None:
@@ -262,14 +262,12 @@ class Model:
         progress: bool,
     ) -> None:
         """Encode the tiles that `parts` does not hold yet."""
-        n, waiting, slide, xy_px = len(places), None, places.slide, places.grid.xy_px
+        n, waiting, normaliser, slide, xy_px = len(places), None, None, places.slide, places.grid.xy_px
         if parts.done == n:
             return
-        normaliser = None
         if self.facts["stain"] is not None:
             normaliser = StainNormaliser.towards(self.facts["stain"], slide.path.name, sample, n)
         self.method.to(device)
-        um_xy = torch.from_numpy(xy_px * (np.nan if places.um_per_px is None else places.um_per_px)).float()
         array_xy = torch.from_numpy(places.grid.array_xy.astype(np.int64))
         batches = tile_batches(slide, xy_px, places.side_px, places.px, batch_size, start=parts.done)
         with show_progress(n, f"{slide.path.name}: tiles") if progress else nullcontext(lambda n: None) as advance:
@@ -278,7 +276,7 @@ class Model:
                 tiles = torch.from_numpy(np.ascontiguousarray(pixels)).to(device, non_blocking=True)
                 if normaliser is not None:
                     tiles = normaliser(tiles, torch.zeros(len(rows), dtype=torch.int64))
-                arrays = self.method.encode(tiles, um_xy[rows], array_xy[rows])
+                arrays = self.method.encode(tiles, torch.from_numpy(places.xy_um[rows]), array_xy[rows])
                 if waiting is not None:  # the GPU is at the next batch while this one is fetched
                     parts.add(*waiting)
                 waiting = rows, arrays
@@ -288,7 +286,7 @@ class Model:
         parts.save()
 
     def _finish(
-        self, arrays: dict[str, np.ndarray], names: list[str], device: torch.device, bank: Bank | None
+        self, arrays: dict[str, Any], places: Places, names: list[str], device: torch.device, bank: Bank | None
     ) -> dict[str, Any]:
         """From what was encoded to the expression of some genes."""
         if bank is not None:
@@ -296,8 +294,11 @@ class Model:
             where = torch.device("cpu") if device.type == "mps" else device
             made = {**arrays, **self.method.retrieve(arrays["image_embedding"], names, where, bank=bank)}
         else:
+            if self.method.together:
+                arrays = {**arrays, **self.method.predict_together(arrays["image_embedding"], places.xy_um)}
             columns = pd.Index(self.panel).get_indexer(names)
-            made = {key: value if key == "image_embedding" else value[:, columns] for key, value in arrays.items()}
+            of_spots = {key: arrays[key] for key in ("image_embedding", "obs") if key in arrays}
+            made = {key: value[:, columns] for key, value in arrays.items() if key not in of_spots} | of_spots
         if not np.isfinite(made["predicted"]).all():
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")
         return made

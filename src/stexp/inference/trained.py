@@ -74,8 +74,11 @@ class TrainedMethod:
         tile, nowhere = torch.zeros(1, px, px, 3, dtype=torch.uint8), torch.zeros(1, 2)
         try:
             made = self._encode(tile, nowhere, nowhere.long())
+            alone = self.predict_together(made["image_embedding"].numpy(), nowhere.numpy()) if self.together else {}
         except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:  # model.json is not ours
             raise InputError(f"the model takes no tile of {px} px: {' '.join(str(error).split())[:200]}") from error
+        if self.together:
+            made |= {"predicted": torch.from_numpy(alone["predicted"])}
         width = made["image_embedding"].shape[1] if "image_embedding" in made else None
         if self.bank is not None and width != self.bank.embedding.shape[1]:
             raise InputError(f"tiles are embedded in {width} numbers, references in {self.bank.embedding.shape[1]}")
@@ -101,8 +104,8 @@ class TrainedMethod:
         Returns
         -------
         dict
-            ``image_embedding`` (B, D) of a method that retrieves; of others ``predicted`` (B, G) and what they give
-            besides.
+            ``image_embedding`` (B, D) of a method that retrieves or predicts all spots together; of others
+            ``predicted`` (B, G) and what they give besides.
         """
         return self._encode(tiles, xy_um, array_xy)
 
@@ -114,6 +117,8 @@ class TrainedMethod:
             if isinstance(self._method, RetrievalMethod):
                 return {"image_embedding": self._method.embed_image(image).float()}
             features = None if self._encoder is None else self._encoder(image).float()
+            if self.together and features is not None:
+                return {"image_embedding": self._method.embed_features(features)}
             nothing = torch.empty(n, 0, device=device)  # no counts: a method that reads them fails
             batch = SpotBatch(
                 image=image,
@@ -133,6 +138,29 @@ class TrainedMethod:
             made = self._method.predict_step(batch)
         arrays = {name: value.float() for name, value in vars(made).items() if torch.is_tensor(value)}
         return arrays if features is None else {"image_embedding": features, **arrays}
+
+    @property
+    def together(self) -> bool:
+        """Whether all spots of a slide are predicted at once, from their embeddings."""
+        return self._method.together
+
+    @torch.inference_mode()
+    def predict_together(self, embedding: np.ndarray, xy_um: np.ndarray) -> dict[str, Any]:
+        """Expression of a whole slide.
+
+        Parameters
+        ----------
+        embedding, xy_um : (Q, D), (Q, 2)
+            Of its tiles; NaN where the scale is not known.
+
+        Returns
+        -------
+        dict
+            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``.
+        """
+        made = self._method.predict_together(torch.from_numpy(embedding), torch.from_numpy(xy_um))
+        arrays = {key: value for key, value in vars(made).items() if key in ("predicted", "uncertainty")}
+        return {key: value.cpu().numpy() for key, value in arrays.items()} | {"obs": made.obs}
 
     @torch.inference_mode()
     def retrieve(

@@ -45,6 +45,16 @@ class Prediction:
     neighbours: torch.Tensor | None = None
     neighbour_weights: torch.Tensor | None = None
 
+    def take(self, rows: torch.Tensor) -> Prediction:
+        """Those of some spots, in their order."""
+
+        def taken(value: Any) -> Any:
+            if value is None:
+                return None
+            return value.iloc[rows.numpy()].reset_index(drop=True) if isinstance(value, pd.DataFrame) else value[rows]
+
+        return Prediction(**{name: taken(value) for name, value in vars(self).items()})
+
     @classmethod
     def concatenate(cls, parts: Sequence[Prediction]) -> Prediction:
         """Predictions of several batches as one, in their order, on the CPU, floating point numbers in float32."""
@@ -101,6 +111,9 @@ class Method(pl.LightningModule, ABC):
     """
     predicts_slides: bool = True
     """A tile and its frozen features are all that :meth:`predict_step` reads, so that it predicts bare slides."""
+    together: bool = False
+    """Of a slide, features become embeddings tile by tile (`embed_features`), which are predicted all
+    together (`predict_together`)."""
     fine_tunes: bool = True
     """Its training can begin at the weights of another one; see :mod:`stexp.inference.carried`."""
     spot_context: str | None = None
@@ -125,6 +138,14 @@ class Method(pl.LightningModule, ABC):
     def data(self) -> SpotDataModule:
         """Data module of the trainer that the method is attached to."""
         return self.trainer.datamodule  # type: ignore[attr-defined]  # which Lightning sets without declaring it
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Frozen features of tiles (B, F) to embeddings (B, D), of a method that predicts a slide `together`."""
+        raise TypeError(f"{type(self).__name__} predicts spot by spot")
+
+    def predict_together(self, embedding: torch.Tensor, xy_um: torch.Tensor) -> Prediction:
+        """Expression of a whole slide from the embeddings of its tiles (Q, D) and where they lie (Q, 2)."""
+        raise TypeError(f"{type(self).__name__} predicts spot by spot")
 
     @abstractmethod
     def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:

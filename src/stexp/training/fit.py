@@ -132,7 +132,7 @@ def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
     InputError
         ``data.views`` of a method that would not, or without an augmentation to draw from.
     """
-    reads_features = data.encoder is not None and method.reads_features_of(data.encoder)
+    reads_features = data.encoder is not None and not method.closed_form and method.reads_features_of(data.encoder)
     if data.views and data.augmentation == "none":
         raise InputError(f"data.views={data.views}: data.augmentation=none has one view; null would fit")
     if data.views and not reads_features:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class TileSpec:
     def __post_init__(self) -> None:
         if self.um is not None and not (isinstance(self.um, int | float) and 0 < self.um < np.inf):
             raise InputError(f"data.tile_um={self.um}: a length above 0 in micrometres, or null, would fit")
+
+    def wide(self, scales: Sequence[float] | None) -> TileSpec:
+        """As wide as the widest of some views, whose sides are multiples of this one's; never less."""
+        reach = max([1.0, *(scales or [])])
+        return TileSpec(round(self.px * reach), self.um and self.um * reach)
 
     def side_px(self, section: Section) -> int:
         """Side at level 0 of the section's slide, in whole pixels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from stexp.arguments import Colour, ColourSpread, Depth, Pixels, Positive, Width, check_keys, checked
 from stexp.errors import InputError, did_you_mean
+from stexp.models.blocks import central
 from stexp.models.encoders.tuning import add_lora, train_last, trained_parts
 from stexp.models.encoders.weights import Card, Weights, create_model
 
@@ -73,6 +75,12 @@ class ImageEncoder(nn.Module):
     output
         ``pooled`` as the model itself pools; of a transformer also its class token (``cls``), the ``mean`` of its
         patch tokens, or both one after the other (``cls+mean``), after the last norm.
+    scales
+        Sides of views from the middle of an image, as multiples of a tile's, the widest of which is the whole image;
+        their features stand one after another. A view has as many pixels as it shows, at most those of a tile.
+        None: the image itself.
+    turns
+        Each view is also seen turned by 90 degrees (4: by 180 and 270, too), and features are averaged.
     mean, std
         Input normalisation of RGB in 0..1; None: timm's for these weights.
     final_activation
@@ -117,6 +125,8 @@ class ImageEncoder(nn.Module):
         frozen_norm: bool = False,
         input_size: Pixels | None = None,
         output: Literal["pooled", "cls", "mean", "cls+mean"] = "pooled",
+        scales: list[Positive] | None = None,
+        turns: Literal[1, 2, 4] = 1,
         mean: Colour | None = None,
         std: ColourSpread | None = None,
         final_activation: bool = True,
@@ -130,7 +140,7 @@ class ImageEncoder(nn.Module):
                 f"image_encoder.frozen=true trains nothing; tuning={tuning} needs image_encoder.frozen=false"
             )
         self.name, self.frozen, self.frozen_norm = name, frozen, frozen_norm
-        self.input_size, self.output = input_size, output
+        self.input_size, self.output, self.scales, self.turns = input_size, output, scales, turns
         if card is not None:
             check_keys(Card, card, "image_encoder.card")
         self.card = None if card is None else Card(**card)
@@ -139,6 +149,8 @@ class ImageEncoder(nn.Module):
             args["global_pool"] = ""  # all tokens, normalised
         # part of the feature cache's key: neither weights nor printed layers hold all of it
         self.built_as = f"{architecture or name} {sorted(args.items())} {final_activation}"
+        if scales is not None or turns > 1:
+            self.built_as += f" {scales} {turns}"
         weights = Weights(name, hub, hub_file, checkpoint, self.card) if pretrained else None
         self.model = self.create(architecture or name, weights, args)
         if not final_activation:
@@ -146,7 +158,7 @@ class ImageEncoder(nn.Module):
             if last is None or not hasattr(last, "act"):
                 raise InputError(f"image_encoder.final_activation=false: {name} has no activation after its last norm")
             last.act = nn.Identity()
-        self.num_features = self.model.num_features * (2 if output == "cls+mean" else 1)
+        self.num_features = self.model.num_features * (2 if output == "cls+mean" else 1) * len(scales or [1])
         if output != "pooled" and not getattr(self.model, "num_prefix_tokens", 0):
             raise InputError(f"image_encoder.output={output}: {name} has no class token; pooled would fit")
         config = {"mean": mean, "std": std} if mean and std else self.model.pretrained_cfg
@@ -186,11 +198,24 @@ class ImageEncoder(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in 0..1 to features (B, F)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.model(self.prepare(image))
-            if self.output == "pooled":
-                return features
-            parts = {"cls": features[:, 0], "mean": features[:, self.model.num_prefix_tokens :].mean(dim=1)}
-            return torch.cat([parts[part] for part in self.output.split("+")], dim=1)
+            features = []
+            for view in [image] if self.scales is None else at_scales(image, self.scales):
+                turned = [self._pooled(torch.rot90(view, number, (2, 3))) for number in range(self.turns)]
+                features.append(turned[0] if self.turns == 1 else torch.stack(turned).mean(dim=0))
+            return features[0] if len(features) == 1 else torch.cat(features, dim=1)
+
+    def _pooled(self, image: torch.Tensor) -> torch.Tensor:
+        features = self.model(self.prepare(image))
+        if self.output == "pooled":
+            return features
+        parts = {"cls": features[:, 0], "mean": features[:, self.model.num_prefix_tokens :].mean(dim=1)}
+        return torch.cat([parts[part] for part in self.output.split("+")], dim=1)
+
+
+def at_scales(image: torch.Tensor, scales: Sequence[float]) -> list[torch.Tensor]:
+    """Views from the middle of images (B, 3, H, H), one for each scale; see :class:`ImageEncoder`."""
+    reach = max(1.0, *scales)
+    return [central(image, scale / reach, round(min(scale, 1.0) * image.shape[-1] / reach)) for scale in scales]
 
 
 def _checked_model_args(model_args: dict) -> dict:

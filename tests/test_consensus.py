@@ -1,0 +1,212 @@
+"""Consensus: learned on spots that are left out, the same in any batch, and what its parts make of obvious numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from encoders import MadeUpFeatures, settings
+from sections import make_data
+
+from stexp.config import build, to_plain
+from stexp.data.batches import SpotIndex
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.slides.tiles import TileSpec
+from stexp.errors import InputError
+from stexp.evaluation.metrics import mean_pearson
+from stexp.models import consensus
+from stexp.models.consensus import Consensus, Table, fit_weights, leave_out
+from stexp.models.low_rank import smooth
+from stexp.protocol import Protocol
+
+F, G = 24, 20
+SMALL = {"n_components": 10, "penalties": [0.1, 3.0], "neighbours": [3, 8], "ranks": [1, 2, 4], "radii_um": [0, 60]}
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    """Three patients of 40 spots on a square array; two hidden fields make the genes, and noisy features tell them."""
+    rng = np.random.default_rng(0)
+    place = np.stack(np.meshgrid(np.arange(8), np.arange(5)), axis=-1).reshape(-1, 2)
+    xy = np.tile(place * 50.0, (3, 1)).astype(np.float32)
+    hidden = np.column_stack([np.sin(xy[:, 0] / 90 + np.repeat([0, 1, 2], 40)), np.cos(xy[:, 1] / 70)])
+    features = hidden @ rng.normal(size=(2, F)) + 1.5 * rng.normal(size=(120, F))
+    expression = hidden @ rng.normal(size=(2, G)) + 0.5 * rng.normal(size=(120, G)) + 5
+    names = np.repeat(["A1", "B1", "C1"], 40)
+    return Table(features.astype(np.float32), expression.astype(np.float32), xy, names, names)
+
+
+def fitted(table: Table, **changes) -> Consensus:
+    method = Consensus(G, F, **SMALL | changes)
+    method.fit_table(table)
+    return method
+
+
+def predict(method: Consensus, table: Table) -> np.ndarray:
+    made = method.predict_together(method.embed_features(torch.from_numpy(table.features)), torch.tensor(table.xy_um))
+    return made.predicted.numpy()
+
+
+def test_it_predicts_a_patient_that_it_never_saw(table):
+    rows = {name: np.flatnonzero(table.section == name) for name in ["A1", "B1", "C1"]}
+    train, test = table.take(np.concatenate([rows["A1"], rows["B1"]])), table.take(rows["C1"])
+    method = fitted(train)
+    found, mean = predict(method, test), train.expression.mean(axis=0)
+    assert mean_pearson(test.expression, found, test.section) > 0.6
+    assert np.square(test.expression - found).mean() < 0.7 * np.square(test.expression - mean).mean()
+    assert method.tune(None)["radius_um"] == 60, "noise of single spots is smoothed"
+
+
+def test_what_is_predicted_is_the_weighted_mean_of_its_members(table):
+    method = fitted(table)
+    z = method.embed_features(torch.from_numpy(table.features[:40]))
+    members, _ = method.members(z)
+    radius, scale, _ = method.chosen.tolist()
+    loadings = method.loadings.numpy()
+    by_member = [
+        method.mean.numpy() + scale * smooth(scores, table.xy_um[:40].astype(float), radius) @ loadings
+        for scores in members.numpy()
+    ]
+    weights = method.weights.numpy()
+    expected = np.einsum("m,mqg->qg", weights, np.stack(by_member))
+    spread = np.sqrt(np.einsum("m,mqg->qg", weights, np.square(np.stack(by_member) - expected)))
+    made = method.predict_together(z, torch.from_numpy(table.xy_um[:40]))
+    np.testing.assert_allclose(made.predicted, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(made.uncertainty, spread, rtol=1e-3, atol=1e-4)
+    assert weights.min() >= 0 and weights.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_ranks_are_averaged(table):
+    """One rank after the other, and their mean, is what the tapered loadings make at once."""
+    z = torch.from_numpy(table.features)
+    space, expression, members = fitted(table).fit_members(table)
+    scores = members(space(z))[0].mean(dim=0)
+    each = [scores[:, :rank] @ expression.axes.T[:rank] for rank in SMALL["ranks"]]
+    found = scores @ fitted(table).loadings_of(expression)
+    torch.testing.assert_close(found, torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_is_predicted_by_what_never_saw_it(table):
+    """Whatever the left-out group measures, its predictions are the same; and those of others change."""
+    method, changed = Consensus(G, F, **SMALL), table.expression.copy()
+    own = table.group == "B1"
+    changed[own] = np.random.default_rng(1).permutation(changed[own]) * 3
+    before, after = (
+        {tuple(part.rows): part for part in leave_out(each, method)}
+        for each in (table, replace(table, expression=changed))
+    )
+    for rows, part in before.items():
+        predicted, again = (p.mean + p.members.mean(axis=0) @ p.loadings for p in (part, after[rows]))
+        if own[list(rows)].all():
+            np.testing.assert_array_equal(predicted, again)
+        else:
+            assert np.abs(predicted - again).max() > 0.1
+
+
+def test_groups_are_patients_else_sections_else_blocks(tmp_path):
+    protocol, encoder = Protocol("strict", validation=False), MadeUpFeatures(np.ones((150, 4), np.float32))
+    data = make_data(tmp_path, protocol, encoder=encoder)
+    spots = data.spots
+    rows = data.rows("train")
+    assert set(Table.of(data, rows).group) == set(spots["section"].iloc[rows]), "two patients are too few"
+    assert set(Table.of(data, np.arange(len(spots))).group) == {"A", "B", "C"}
+    only = np.flatnonzero(spots["section"] == "A1")
+    blocks = Table.of(data, only).group
+    assert sorted(np.unique(blocks, return_counts=True)[1]) == [6, 6, 6, 7] and len(set(blocks)) == 4
+    with pytest.raises(InputError, match="5 spots to learn from are too few"):
+        Table.of(data, only[:5])
+
+
+def test_weights_are_drawn_to_equal_ones_and_follow_the_better_member(table, monkeypatch):
+    parts = list(leave_out(table, Consensus(G, F, **SMALL)))
+    monkeypatch.setattr(consensus, "TRUST", 1e6)
+    np.testing.assert_allclose(fit_weights(parts), 0.25, atol=1e-3)
+    best = [replace(part, members=np.stack([part.scores, *part.members[1:]])) for part in parts]
+    monkeypatch.setattr(consensus, "TRUST", 1e-6)
+    assert fit_weights(best)[0] > 0.99
+
+
+def test_noise_is_predicted_by_little_more_than_the_mean(table):
+    """The scale learned on spots left out takes away what does not hold there."""
+    noise = np.random.default_rng(3).normal(size=table.expression.shape).astype(np.float32)
+    found = predict(fitted(replace(table, expression=noise), radii_um=[0]), table)
+    assert found.std(axis=0).mean() < 0.25
+
+
+def test_without_a_scale_nothing_is_smoothed(table):
+    nowhere = replace(table, xy_um=np.full_like(table.xy_um, np.nan))
+    method = fitted(nowhere)
+    assert method.tune(None)["radius_um"] == 0
+    np.testing.assert_allclose(predict(method, nowhere), predict(method, table), rtol=1e-5)
+    smoothing = fitted(table)
+    assert np.isfinite(predict(smoothing, nowhere)).all()
+
+
+def test_a_state_of_any_size_is_taken(table):
+    method, again = fitted(table), Consensus(G, F, **SMALL)
+    again.load_state_dict(method.state_dict())
+    np.testing.assert_array_equal(predict(again, table), predict(method, table))
+    assert again.tune(None) == method.tune(None)
+
+
+@pytest.mark.parametrize("changes", [{"neighbours": []}, {"penalties": []}])
+def test_either_kind_of_member_does_alone(table, changes):
+    method = fitted(table, **changes)
+    assert mean_pearson(table.expression, predict(method, table), table.section) > 0.6
+    with pytest.raises(InputError, match="one number at least"):
+        Consensus(G, F, **SMALL | {"penalties": [], "neighbours": []})
+
+
+def test_many_spots_are_thinned_for_the_choice_and_all_are_searched(table, monkeypatch):
+    monkeypatch.setattr(consensus, "AT_MOST", 50)
+    assert len(table.thinned(50)) == 50 and set(table.thinned(50).section) == set(table.section)
+    assert fitted(table).reference.shape == (120, 10)
+
+
+def test_spots_are_predicted_with_their_section_in_any_batch(tmp_path):
+    rng = np.random.default_rng(0)
+    protocol = Protocol("strict", validation=False)
+    encoder = MadeUpFeatures(rng.normal(size=(150, F)).astype(np.float32))
+    data: SpotDataModule = make_data(tmp_path, protocol, encoder=encoder)
+    method = Consensus(len(data.panel), F, **SMALL)
+    method.fit_to(data)
+    method.predict_spots(data, "test")
+    rows = data.rows("test")
+    whole = method.predict_step(data.batch(SpotIndex(torch.from_numpy(rows), image=False)))
+    parts = [method.predict_step(data.batch(SpotIndex(torch.from_numpy(rows[i::3]), image=False))) for i in range(3)]
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(part.predicted, whole.predicted[i::3])
+        assert list(part.obs["neighbour_section"]) == list(whole.obs["neighbour_section"][i::3])
+    learnt = set(data.rows("train").tolist())
+    assert set(whole.neighbours.flatten().tolist()) <= learnt
+    section = data.spots["section"].to_numpy(str)
+    own = rows[section[rows] == data.names("test")[0]]
+    alone = method.predict_together(
+        method.embed_features(torch.from_numpy(data.tile_features[own])), torch.from_numpy(data.xy_um[own])
+    )
+    torch.testing.assert_close(alone.predicted, whole.predicted[: len(own)])
+
+
+# views of a tile
+
+
+def test_an_encoder_sees_the_middle_at_every_scale_and_turned():
+    plain = build(to_plain(settings("tiny", frozen=True)))
+    views = build(to_plain(settings("tiny", frozen=True, scales=[0.5, 1, 2], turns=2)))
+    views.load_state_dict(plain.state_dict())
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    small = torch.nn.functional.interpolate(image, size=(32, 32), mode="bilinear", antialias=True)
+    expected = [
+        (plain(view) + plain(torch.rot90(view, 1, (2, 3)))) / 2
+        for view in (image[..., 24:40, 24:40], image[..., 16:48, 16:48], small)
+    ]
+    torch.testing.assert_close(views(image), torch.cat(expected, dim=1))
+    assert views.num_features == 3 * plain.num_features
+    assert views.built_as != plain.built_as
+
+
+def test_tiles_are_cut_as_wide_as_the_widest_view():
+    assert TileSpec(224, 112.0).wide([0.5, 1, 2]) == TileSpec(448, 224.0)
+    assert TileSpec(224).wide(None) == TileSpec(224) == TileSpec(224).wide([0.5])
