@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -47,24 +48,28 @@ N_GENES, IMAGE_PX, TILE_PX, FOLD_K = 785, 4000, 224, 100  # small folds have no 
 N_QUERIES, N_REFERENCES, N_GENES_OF_MANY, K = 346, 11_200, 256, 200
 
 
-def write_data(folder: Path, n_sections: int, n_spots: int) -> None:
+def write_data(folder: Path, n_sections: int, n_spots: int, image_px: int = IMAGE_PX) -> None:
     """A sample sheet and its files, after HER2+: images of 4,000 px, a square array, 785 genes."""
-    rng = np.random.default_rng(0)
     genes = [f"GENE{i:03}" for i in range(N_GENES)]
     (folder / "panel.txt").write_text("\n".join(genes) + "\n")
-    rows, side = [], int(np.ceil(np.sqrt(n_spots)))
-    for name in (f"S{i:02}" for i in range(n_sections)):
-        coarse = Image.fromarray(rng.integers(90, 255, (IMAGE_PX // 16, IMAGE_PX // 16, 3), dtype=np.uint8))
-        image = np.asarray(coarse.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
+    side = int(np.ceil(np.sqrt(n_spots)))
+
+    def write_section(seed: int) -> tuple:
+        name, rng = f"S{seed:02}", np.random.default_rng(seed)
+        coarse = Image.fromarray(rng.integers(90, 255, (image_px // 16, image_px // 16, 3), dtype=np.uint8))
+        image = np.asarray(coarse.resize((image_px, image_px), Image.Resampling.BICUBIC))
         image = np.clip(image + rng.integers(-12, 13, image.shape, dtype=np.int16), 0, 255).astype(np.uint8)
         Image.fromarray(image).save(folder / f"{name}.jpg", quality=90)
         x, y = (n.ravel()[:n_spots] for n in np.mgrid[:side, :side])
         spots = pd.DataFrame({"array_x": x, "array_y": y}, index=[f"{i}x{j}" for i, j in zip(x, y, strict=True)])
-        spots["pixel_x"], spots["pixel_y"] = ((n + 0.5) * IMAGE_PX / side for n in (x, y))
+        spots["pixel_x"], spots["pixel_y"] = ((n + 0.5) * image_px / side for n in (x, y))
         spots.to_csv(folder / f"{name}.csv")
         counts = pd.DataFrame(rng.negative_binomial(1, 0.2, (n_spots, N_GENES)), index=spots.index, columns=genes)
         counts.to_csv(folder / f"{name}.tsv.gz", sep="\t")
-        rows.append((name, name, f"{name}.jpg", f"{name}.tsv.gz", f"{name}.csv", 1.0))
+        return name, name, f"{name}.jpg", f"{name}.tsv.gz", f"{name}.csv", 1.0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(write_section, range(n_sections)))
     pd.DataFrame(rows, columns=list(samplesheet.COLUMNS)).to_csv(folder / "sheet.csv", index=False)
 
 
@@ -120,7 +125,7 @@ def work(spec: dict) -> None:
 def _config(spec: dict) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         chosen = ["data=her2st", "protocol=paper", "image_encoder.pretrained=false"]
-        sizes = [f"data.batch_size={spec['batch']}", f"trainer.max_epochs={spec['epochs']}", f"model.k={FOLD_K}"]
+        sizes = [f"data.batch_size={spec['batch']}", f"trainer.max_epochs={spec['epochs']}", f"model.k={spec['k']}"]
         paths = [f"data.panel_file={spec['data']}/panel.txt", f"data.cache_dir={spec['scratch']}/cache"]
         run = [f"output_dir={spec['scratch']}/run", f"trainer={'gpu' if spec['device'] == 'cuda' else 'cpu'}"]
         return compose("train", [*chosen, *sizes, *paths, *run, f"hardware.keep_memory={spec['allocator']}"])
@@ -209,12 +214,13 @@ class PlainSpots(Dataset):
 class PlainModel(nn.Module):
     """The published sizes; the layers behind the image encoder are ours, so that only the style differs."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, spec: dict) -> None:
         super().__init__()
         self.features = torchvision.models.densenet121(weights=None).features
-        self.spot_encoder = SpotEncoder(N_GENES, 65536)
+        self.spot_encoder = SpotEncoder(N_GENES, spec["positions"])
         self.image_projection, self.spot_projection = ProjectionHead(1024, 256), ProjectionHead(N_GENES, 256)
-        self.device, self.adam = device, torch.optim.Adam(self.to(device).parameters(), lr=1e-4, weight_decay=1e-3)
+        self.device = spec["device"]
+        self.adam = torch.optim.Adam(self.to(self.device).parameters(), lr=1e-4, weight_decay=1e-3)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         batch = {key: value.to(self.device) for key, value in batch.items()}
@@ -232,7 +238,7 @@ class PlainModel(nn.Module):
 
 def train_plain(spec: dict, turns: Iterator[int]) -> None:
     """The same training step in the plain style, loader included."""
-    model = PlainModel(spec["device"])
+    model = PlainModel(spec)
     loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True, drop_last=True)
     batches = (batch for _ in iter(int, 1) for batch in loader)  # epoch after epoch
     for steps in turns:
@@ -243,7 +249,7 @@ def train_plain(spec: dict, turns: Iterator[int]) -> None:
 def fold_plain(spec: dict, turns: Iterator[int]) -> None:
     """Train, embed tiles and spots of every section, retrieve query by query, correlate gene by gene."""
     for _ in turns:
-        model = PlainModel(spec["device"])
+        model = PlainModel(spec)
         loader = DataLoader(PlainSpots(spec, slice(-1), True), spec["batch"], shuffle=True)
         for _ in range(spec["epochs"]):
             for batch in loader:
@@ -286,8 +292,8 @@ def retrieval(spec: dict, turns: Iterator[int]) -> dict:
 class Bench:
     """The comparisons, their lines and the peaks of their processes."""
 
-    def __init__(self, spec: dict, quick: bool) -> None:
-        self.spec, self.quick, self.gpu = spec, quick, spec["device"] == "cuda"
+    def __init__(self, spec: dict, size: str) -> None:
+        self.spec, self.size, self.gpu = spec, size, spec["device"] == "cuda"
         self.lines, self.peaks = [], {}
         print(f"{'':<66}{'ours':>10}{'other':>10}{'ratio':>8}  bound")
 
@@ -299,31 +305,37 @@ class Bench:
         verdict = "" if bound is None else f"  >= {bound:g}  {'ok' if ratio >= bound else 'short'}"
         print(f"{name:<66}{median(ours):>8.3f} s{median(other):>8.3f} s{ratio:>8.2f}{verdict}", flush=True)
 
-    def _interleave(self, sides: dict[str, Side], what: str, rounds: int, steps: int, warm: int) -> dict:
-        for side in sides.values():
-            side.turn(warm)
+    def _interleave(
+        self, sides: dict[str, Side], what: str, rounds: int, steps: int, warm: int, fewer: Mapping[str, int] = {}
+    ) -> dict[str, list[float]]:
+        """Seconds a step of every round, by side; `fewer`: steps of a turn of those that are slow."""
+        for name, side in sides.items():
+            side.turn(min(warm, fewer.get(name, warm)))
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
-                seconds[name].append(side.turn(steps))
+                seconds[name].append(side.turn(fewer.get(name, steps)))
         self.peaks |= {f"{name} {what}": side.close() for name, side in sides.items()}
         return seconds
 
     def training(self) -> None:
         """(a) the loop against its encoder; (b) its step against a plain one."""
-        rounds, steps, warm = (5, 40, 20) if self.gpu else (2, 2, 1) if self.quick else (5, 3, 2)
+        rounds, steps, warm = {"full": (5, 3, 2), "quick": (2, 2, 1), "dry": (1, 1, 1)}[self.size]
+        if self.gpu:
+            rounds, steps, warm = 5, 40, 20
+        fewer = {"plain": min(steps, 3)}  # its loader takes seconds a step, which a GPU does not shorten
         settings = {"": (True, False)}  # who keeps freed pages: ours and its encoder; the plain side
-        if not self.gpu and not self.quick:
+        if not self.gpu and self.size == "full":
             settings |= {", all keep freed pages": (True, True), ", none keeps them": (False, False)}
         for suffix, (mine, theirs) in settings.items():
             keeps = {"ours": mine, "bare": mine, "plain": theirs}
             sides = {name: Side(f"train_{name}", **self.spec, allocator=kept) for name, kept in keeps.items()}
-            seconds = self._interleave(sides, f"training{suffix}", rounds if not suffix else 2, steps, warm)
-            step = f"training step{suffix}"
+            seconds = self._interleave(sides, f"training{suffix}", rounds if not suffix else 2, steps, warm, fewer)
+            step, near = f"training step{suffix}", 0.95 if self.gpu else 0.9
             self.line(
-                f"(a) {step}, against the bare encoder", seconds["ours"], seconds["bare"], None if suffix else 0.9
+                f"(a) {step}, against the bare encoder", seconds["ours"], seconds["bare"], None if suffix else near
             )
-            fast = 5 if self.gpu else 3 if hardware.cpu_has_bf16() else None
+            fast = 8 if self.gpu else 3 if hardware.cpu_has_bf16() else None
             self.line(
                 f"(b) {step}, against the plain style", seconds["ours"], seconds["plain"], None if suffix else fast
             )
@@ -331,7 +343,7 @@ class Bench:
     def folds(self) -> None:
         """(c) a fold from files to scores."""
         seconds, stages = {"ours": [], "plain": []}, []
-        for i in range(1 if self.quick else 2):
+        for i in range(2 if self.size == "full" else 1):
             for name, taken in seconds.items():
                 scratch = Path(self.spec["scratch"]) / f"{name}{i}"
                 side = Side(f"fold_{name}", **{**self.spec, "scratch": str(scratch)}, allocator=name == "ours")
@@ -348,8 +360,9 @@ class Bench:
 
     def retrieval(self) -> None:
         """(d) against a loop over queries, at the size of HER2+ and at a million references."""
-        many = 100_000 if self.quick else 1_000_000
-        for n, genes, rounds, bound in ((N_REFERENCES, N_GENES, 9, 1), (many, N_GENES_OF_MANY, 3, None)):
+        many = {"full": 1_000_000, "quick": 100_000, "dry": 500}[self.size]
+        sizes = [(N_REFERENCES, N_GENES, 9, 1), (many, N_GENES_OF_MANY, 3, None)]
+        for n, genes, rounds, bound in sizes[1:] if self.size == "dry" else sizes:
             ours = {"n": n, "genes": genes, "plain": False, "explain": False, "allocator": True}
             specs = {"ours": ours, "explained": {**ours, "explain": True}}
             sides = {name: Side("retrieval", **spec, device=self.spec["device"]) for name, spec in specs.items()}
@@ -368,7 +381,9 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, spots and references")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer rounds, spots and references")
+    size.add_argument("--dry", action="store_true", help="next to nothing, to see that it runs; batches of 4")
     parser.add_argument("--parts", default="abcd", help="(a, b) training, (c) folds, (d) retrieval; default abcd")
     parser.add_argument("--batch", type=int, help="spots of a batch; default 32 on a CPU, 128 on a GPU")
     parser.add_argument("--output", type=Path, help="default experiments/results/bench-<device>.json")
@@ -379,20 +394,26 @@ def main() -> None:
     start, device, gpu = time.perf_counter(), hardware.accelerator_of("auto"), torch.cuda.is_available()
     # whole batches; on a GPU an epoch that is long beside the writing of its checkpoint
     n_sections, n_spots = (16, 346) if gpu else (5, 32) if args.quick else (9, 64)
+    image_px, batch = IMAGE_PX, args.batch or (128 if gpu else 32)
+    if args.dry:
+        n_sections, n_spots, image_px, batch = 3, 8, 800, 4
+    chosen = "dry" if args.dry else "quick" if args.quick else "full"
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "experiments/bench.py", *sys.argv[1:]]),
         "date": now(),
         "device": device,
         "precision": hardware.choose_precision("auto", device),
         **hardware.describe(),
     }
-    facts |= {"threads": torch.get_num_threads(), "batch": args.batch or (128 if gpu else 32), "quick": args.quick}
+    facts |= {"threads": torch.get_num_threads(), "batch": batch, "size": chosen}
     facts |= {"fold": f"{n_sections} sections of {n_spots} spots", "versions": versions(), **git_state()}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     with tempfile.TemporaryDirectory(prefix="stexp-bench-") as scratch:
-        write_data(Path(scratch), n_sections, n_spots)
+        write_data(Path(scratch), n_sections, n_spots, image_px)
         spec = {"device": device, "batch": facts["batch"], "epochs": 2 if gpu else 1, "data": scratch}
-        bench = Bench({**spec, "scratch": scratch}, args.quick)
+        spec["positions"] = 64 if args.dry else 65_536  # rows of the plain model's tables
+        spec["k"] = min(FOLD_K, (n_sections - 1) * n_spots)
+        bench = Bench({**spec, "scratch": scratch}, chosen)
         for letter, part in (("a", bench.training), ("c", bench.folds), ("d", bench.retrieval)):
             if letter in args.parts:
                 part()

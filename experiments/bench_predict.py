@@ -13,8 +13,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -38,20 +40,22 @@ from stexp.files import CONF
 from stexp.runs.provenance import git_state, now, versions
 
 UM, TILE, BLOCK = 0.25, 256, 4096  # um/px and tile of the slide; side of what it repeats
-LEVELS = 5  # by halves: the last level's block is one tile
-PAINTED_PX = 4864  # of which the middle is taken, where there is hardly any glass
+MARGIN_PX = 384  # of painted tissue around a block, where there is glass
 PX = 224
 GEOMETRIES = {"as the slide has them": PX * UM, "at half the slide's scale": 2 * PX * UM}  # side of a tile, um
 
 
-def make_slide(path: Path, size: int) -> None:
-    """An ellipse of tissue on glass, `size` px wide and high."""
-    blocks = [[_levels(_painted(seed)) for seed in (0, 1)], [_levels(_glass())]]
-    middle = (np.arange(-(-size // BLOCK)) + 0.5) * BLOCK / size * 2 - 1
+def make_slide(path: Path, size: int, block: int = BLOCK) -> None:
+    """An ellipse of tissue on glass, `size` px wide and high; levels by halves, until a block of it is one tile."""
+    n_levels = (block // TILE).bit_length()
+    with ThreadPoolExecutor(3) as pool:
+        first, second, glass = pool.map(_block, (0, 1, None), (block,) * 3)
+    blocks = [[first, second], [glass]]
+    middle = (np.arange(-(-size // block)) + 0.5) * block / size * 2 - 1
     tissue = middle[:, None] ** 2 + (1.3 * middle) ** 2 < 0.9
 
     def tiles(level: int) -> Iterator[bytes]:
-        n, across = BLOCK // TILE >> level, -(-(size >> level) // TILE)
+        n, across = block // TILE >> level, -(-(size >> level) // TILE)
         for row, column in itertools.product(range(across), repeat=2):
             (down, y), (right, x) = divmod(row, n), divmod(column, n)
             kinds = blocks[0 if tissue[down, right] else 1]
@@ -59,7 +63,7 @@ def make_slide(path: Path, size: int) -> None:
 
     part = path.with_suffix(".part")
     with tifffile.TiffWriter(part, bigtiff=True) as writer:
-        for level in range(LEVELS):
+        for level in range(n_levels):
             writer.write(
                 tiles(level),
                 shape=(size >> level, size >> level, 3),
@@ -76,29 +80,29 @@ def make_slide(path: Path, size: int) -> None:
     os.replace(part, path)
 
 
-def _painted(seed: int) -> np.ndarray:
-    block, cut = (np.random.default_rng([seed, part]) for part in (0, 1))
-    size_um = (PAINTED_PX * UM,) * 2
-    tissue = lay_out_tissue(block, cut, size_um)
-    image = paint(block, cut, tissue, place_nuclei(cut, tissue, size_um), (PAINTED_PX,) * 2, UM)
-    margin = (PAINTED_PX - BLOCK) // 2
-    return image[margin : margin + BLOCK, margin : margin + BLOCK]
-
-
-def _glass() -> np.ndarray:
-    noise = 2 * np.random.default_rng(2).standard_normal((BLOCK, BLOCK, 3), dtype=np.float32)
-    return (np.array([243, 242, 244], dtype=np.float32) + noise).clip(0, 255).astype(np.uint8)
-
-
-def _levels(image: np.ndarray) -> list[list[bytes]]:
-    """The encoded tiles of every level, row by row."""
-    whole, out = Image.fromarray(image), []
-    for level in range(LEVELS):
+def _block(seed: int | None, side: int) -> list[list[bytes]]:
+    """The encoded tiles of every level of a block, row by row: tissue of a seed, or glass."""
+    whole, out = Image.fromarray(_glass(side) if seed is None else _painted(seed, side)), []
+    for level in range((side // TILE).bit_length()):
         pixels = np.asarray(whole.reduce(2**level))
         corners = itertools.product(range(0, len(pixels), TILE), repeat=2)
         parts = (np.ascontiguousarray(pixels[y : y + TILE, x : x + TILE]) for y, x in corners)
         out.append([imagecodecs.jpeg8_encode(part, level=85, subsampling="420") for part in parts])
     return out
+
+
+def _painted(seed: int, side: int) -> np.ndarray:
+    block, cut = (np.random.default_rng([seed, part]) for part in (0, 1))
+    painted = side + 2 * MARGIN_PX
+    size_um = (painted * UM,) * 2
+    tissue = lay_out_tissue(block, cut, size_um)
+    image = paint(block, cut, tissue, place_nuclei(cut, tissue, size_um), (painted,) * 2, UM)
+    return image[MARGIN_PX : MARGIN_PX + side, MARGIN_PX : MARGIN_PX + side]
+
+
+def _glass(side: int) -> np.ndarray:
+    noise = 2 * np.random.default_rng(2).standard_normal((side, side, 3), dtype=np.float32)
+    return (np.array([243, 242, 244], dtype=np.float32) + noise).clip(0, 255).astype(np.uint8)
 
 
 def _in_turn(spec: dict) -> np.ndarray:
@@ -172,7 +176,8 @@ def compare(spec: dict, rounds: int, steps: int) -> dict:
                 rates[name].append(steps * spec["batch"] / seconds)
     told = {f"{name}_tiles_per_s": round(median(values), 1) for name, values in rates.items()}
     ratios = [ours / bare for ours, bare in zip(*rates.values(), strict=True)]
-    told |= {"ratio": round(median(ratios), 3), "ratios": [round(ratio, 3) for ratio in ratios], "bound": 0.85}
+    told |= {"ratio": round(median(ratios), 3), "ratios": [round(ratio, 3) for ratio in ratios]}
+    told["bound"] = 0.9 if spec["device"] == "cuda" else 0.85
     return told | {"peak_memory": {name: side.ask(None) for name, side in sides.items()}}
 
 
@@ -185,39 +190,42 @@ def main() -> None:
     parser.add_argument("--encoder", default="densenet121", help="of conf/image_encoder (default %(default)s)")
     parser.add_argument("--spacing", type=float, default=100.0, help="of the grid, um (default %(default)s)")
     parser.add_argument("--batch", type=int, help="tiles a batch (default 256 on a GPU, 32 on a CPU)")
+    parser.add_argument("--steps", type=int, help="batches of a turn (default 50 on a GPU, 6 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="two short rounds")
+    parser.add_argument("--dry", action="store_true", help="one round on a slide of 2048 px, to see that it runs")
     parser.add_argument("--output", type=Path, help="default experiments/results/bench-predict-DEVICE.json")
     args = parser.parse_args()
     begun, gpu = time.perf_counter(), torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
-    path = args.cache / f"slide-{args.size}.tif"
+    size, block = (2048, 512) if args.dry else (args.size, BLOCK)
+    path = args.cache / f"slide-{size}.tif"
     if not path.exists():
         args.cache.mkdir(parents=True, exist_ok=True)
         print(f"making {path}", flush=True)
-        make_slide(path, args.size)
+        make_slide(path, size, block)
     slide, start = Slide(path), time.perf_counter()
     grid = make_grid(slide, UM, "hexagonal", args.spacing, tissue_mask(slide))
     np.save(args.cache / "grid.npy", grid.xy_px)
     facts = {
-        "command": f"python experiments/bench_predict.py --size {args.size} --encoder {args.encoder}",
+        "command": " ".join(["python", "experiments/bench_predict.py", *sys.argv[1:]]),
         "date": now(),
         "device": device,
         "precision": hardware.choose_precision("auto", device),
         **hardware.describe(),
         "threads": torch.get_num_threads(),
-        "batch": args.batch or (256 if gpu else 32),
+        "batch": 2 if args.dry else args.batch or (256 if gpu else 32),
         "encoder": args.encoder,
-        "quick": args.quick,
-        "slide": {"px": args.size, "um_per_px": UM, "gb": round(path.stat().st_size / 1e9, 2)},
+        "size": "dry" if args.dry else "quick" if args.quick else "full",
+        "slide": {"px": size, "um_per_px": UM, "gb": round(path.stat().st_size / 1e9, 2)},
         "grid": {"spacing_um": args.spacing, "tiles": len(grid), "seconds": round(time.perf_counter() - start, 1)},
         "versions": versions(),
         **git_state(),
     }
     print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
-    rounds, steps = (5, 50) if gpu else (3, 6)
-    rounds, steps = (2, steps // 3) if args.quick else (rounds, steps)
+    rounds, steps = (5, args.steps or 50) if gpu else (5, args.steps or 6)
+    rounds, steps = (1, 1) if args.dry else (2, steps // 3) if args.quick else (rounds, steps)
     facts["lines"] = []
-    for name, um in GEOMETRIES.items():
+    for name, um in list(GEOMETRIES.items())[: 1 if args.dry else None]:
         spec = {"slide": str(path), "grid": str(args.cache / "grid.npy"), "side": round(um / UM)}
         spec |= {key: facts[key] for key in ("batch", "threads", "device", "precision", "encoder")}
         told = {"tiles": name, "tile_um": um, **compare(spec, rounds, steps)}
@@ -226,7 +234,8 @@ def main() -> None:
         ours, bare = told["ours_tiles_per_s"], told["bare_tiles_per_s"]
         alone = told["stream_alone"]["tiles"] / told["stream_alone"]["seconds"]
         memory = told["stream_alone"]["peak_memory_gb"] - told["stream_alone"]["before_gb"]
-        print(f"tiles of {um:g} um: {ours:.1f} a second, encoder alone {bare:.1f}, ratio {told['ratio']:.3f} (>= 0.85)")
+        ratio = f"ratio {told['ratio']:.3f} (>= {told['bound']})"
+        print(f"tiles of {um:g} um: {ours:.1f} a second, encoder alone {bare:.1f}, {ratio}")
         print(f"  the stream alone: {alone:.0f} a second, {1000 * memory:.0f} MB", flush=True)
     facts["seconds"] = round(time.perf_counter() - begun, 1)
     output = args.output or Path(__file__).parent / "results" / f"bench-predict-{device}.json"

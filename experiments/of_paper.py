@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gpu_table
+
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 SCORES = ("table1", "tableS4", "tableS5", "tableS6", "tableS7")
@@ -60,7 +62,7 @@ def readme() -> str:
     rows = [["table or figure", "data", "command", "number", "paper", "ours", "difference", "cost"]]
     for name in ("table1", "tableS2", "tableS3", *SCORES[1:], "figS1", "figS2", "figS3", "figS4"):
         rows += _rows(name)
-    parts = [HEAD, "## Tables and figures", _markdown(rows)]
+    parts = [HEAD, "## Tables and figures", _markdown(rows), gpu_table.readme()]
     path = HERE / "results" / "without-images.json"
     if path.is_file():
         parts += _without_images(json.loads(path.read_text()))

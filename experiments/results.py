@@ -2,6 +2,7 @@
 
 python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
 python experiments/results.py add tables/table1    the same for a table or figure of the paper
+python experiments/results.py add gpu-*.json       the same for what experiments/gpu.py measured
 python experiments/results.py                      rewrite the tables in README.md, and experiments/README.md
 """
 
@@ -19,17 +20,22 @@ README = HERE.parent / "README.md"
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
 
 
-def add(run: Path) -> Path:
+def add(run: Path) -> list[Path]:
     """Scores, floors, ceiling, audit and provenance of a run, or the cards of a table, under one name."""
     if (run / "cards.json").is_file():
-        return of_paper.add(run)
+        return [of_paper.add(run)]
+    if run.suffix == ".json":
+        return _add_measured(run)
     if not (run / "provenance.json").is_file():
         raise SystemExit(f"{run} is not a finished run: it has no provenance.json")
+    return [_keep(run.name, record(run), run)]
+
+
+def record(run: Path) -> dict:
+    """What is kept of a finished run."""
     metrics, audit, provenance = (
         json.loads((run / f"{name}.json").read_text()) for name in ("metrics", "audit", "provenance")
     )
-    if provenance["commit"] is None or provenance["dirty"]:
-        raise SystemExit(f"{run} was made from code that no commit holds; commit, then run again")
     kept = {
         key: metrics[key]
         for key in (
@@ -50,7 +56,24 @@ def add(run: Path) -> Path:
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
-    path = HERE / "results" / f"{run.name}.json"
+    return kept
+
+
+def _add_measured(path: Path) -> list[Path]:
+    """A step of experiments/gpu.py; of its runs, each by itself."""
+    facts = json.loads(path.read_text())
+    if facts["dry"] or (facts["failure"] and not facts.get("records")):
+        raise SystemExit(f"{path} holds no measurement: {facts['failure'] or 'it is of a dry run'}")
+    if "records" in facts:
+        return [_keep(name, kept, f"{name} of {path}") for name, kept in facts["records"].items()]
+    return [_keep(path.stem, facts, path)]
+
+
+def _keep(name: str, kept: dict, what: object) -> Path:
+    provenance = kept.get("provenance", kept)
+    if provenance["commit"] is None or provenance["dirty"]:
+        raise SystemExit(f"{what} was made from code that no commit holds; commit, then run again")
+    path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
     return path
@@ -121,7 +144,8 @@ def main(arguments: list[str]) -> None:
         return
     if arguments:
         for run in arguments[1:]:
-            print(f"wrote {add(Path(run))}")
+            for path in add(Path(run)):
+                print(f"wrote {path}")
         return
     before, rest = README.read_text().split(START)
     after = rest.split(END)[1]

@@ -34,7 +34,7 @@ def leaks(protocol: Protocol = STRICT, **changed) -> list[str]:
 def test_strict_has_no_leak():
     found = audit(STRICT, FACTS)
     assert found["leaks"] == 0 and found["protocol"] == "strict" and found["facts"] == FACTS
-    assert len({item["name"] for item in found["items"]}) == len(found["items"]) == 10
+    assert len({item["name"] for item in found["items"]}) == len(found["items"]) == 11
     assert json.loads(json.dumps(found)) == found
 
 

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from PIL import Image
+from sections import make_section
 
+from stexp.data.datamodule import SpotDataModule
 from stexp.data.duplicates import copies_by_counts as by_counts
-from stexp.data.duplicates import copies_by_tiles, count_prints, tile_prints
+from stexp.data.duplicates import copies_by_tiles, copies_in_fold, count_prints, tile_prints
+from stexp.errors import InputError
+from stexp.protocol import Protocol
+from stexp.training.duplicates import compare_tiles
 
 
 class Named:
@@ -72,3 +79,47 @@ def test_tiles_encoded_anew_are_recognised_and_others_are_not():
         "blank too": tile_prints([np.full((64, 64, 3), 240, np.uint8)] * 30),
     }
     assert [(copy.first, copy.second, copy.by) for copy in copies_by_tiles(prints)] == [("A", "C", "tiles")]
+
+
+def fold(**roles: str) -> pd.DataFrame:
+    return pd.DataFrame({"section": list(roles), "role": list(roles.values())})
+
+
+def test_copies_are_refused_only_where_one_is_held_out_and_the_other_trains():
+    copies = by_counts([Named("A", counts_of(0)), Named("B", counts_of(0)), Named("C", counts_of(1))])
+    for roles in ({"A": "train", "B": "validation", "C": "test"}, {"A": "test", "B": "test", "C": "train"}):
+        assert copies_in_fold(copies, fold(**roles), allowed=False) == []
+    for roles in ({"A": "train", "B": "test", "C": "train"}, {"A": "test", "B": "reference", "C": "train"}):
+        assert copies_in_fold(copies, fold(**roles), allowed=True) == copies
+        with pytest.raises(InputError, match=r"A and B are copies by their counts .*allow_duplicates"):
+            copies_in_fold(copies, fold(**roles), allowed=False)
+
+
+def module(folder: Path, allowed: bool) -> SpotDataModule:
+    """Three patients, of whom C is A in other colours and with other names of genes and spots."""
+    rng = np.random.default_rng(4)
+    image = np.asarray(Image.fromarray(rng.integers(20, 235, (12, 15, 3), dtype=np.uint8)).resize((120, 96)))
+    counts = counts_of(5, 24, 200)
+    sections = [
+        make_section(folder, "A1", "A", genes=200, counts=counts, image=image),
+        make_section(folder, "B1", "B", genes=200, seed=1),
+        make_section(folder, "C1", "C", genes=200, counts=counts[::-1], image=(image * 0.9 + 10).astype(np.uint8)),
+    ]
+    protocol = Protocol("strict", validation=False)
+    options = {"tile_px": 24, "cache_dir": folder / "cache", "augmentation": "none"}
+    return SpotDataModule(sections, protocol, "C", allow_duplicates=allowed, **options)
+
+
+def test_a_fold_with_a_copy_is_refused_or_has_it_on_record(tmp_path):
+    with pytest.raises(InputError, match=r"A1 and C1 are copies by their counts"):
+        module(tmp_path, allowed=False)
+    data = module(tmp_path, allowed=True)
+    assert [(copy.first, copy.second, copy.by) for copy in data.copies] == [("A1", "C1", "counts")]
+    compare_tiles(data)
+    assert len(data.copies) == 1  # each pair once
+    data.copies.clear()
+    compare_tiles(data)
+    assert [(copy.first, copy.second, copy.by) for copy in data.copies] == [("A1", "C1", "tiles")]
+    data.allow_duplicates = False
+    with pytest.raises(InputError, match="copies by their tiles"):
+        compare_tiles(data)

@@ -29,6 +29,7 @@ from stexp.runs.provenance import Stages, changed_sections, provenance
 from stexp.runs.results import write_results
 from stexp.runs.scoring import score_run
 from stexp.training import loggers
+from stexp.training.duplicates import compare_tiles
 from stexp.training.fit import best_validation_score, build_method, fit, predict, size_of_training
 from stexp.training.machine import Machine
 
@@ -144,6 +145,7 @@ def _train(
         if base is not None:
             check_data(base, data)
         data.open_tiles()
+        compare_tiles(data)
         for line in data.summary():
             log.info("%s", line)
     with stages("floors"):

@@ -29,6 +29,7 @@ from stexp.data.batches import (
     neighbours_within,
     part_of,
 )
+from stexp.data.duplicates import copies_by_counts, copies_in_fold
 from stexp.data.features import (
     Surroundings,
     TiledSection,
@@ -40,12 +41,12 @@ from stexp.data.features import (
     required,
     tiled_sections,
 )
-from stexp.data.genes import choose_panel, drop_unmeasured, expression_of
+from stexp.data.genes import drop_unmeasured, expression_of, panel_of_fold
 from stexp.data.identity import check_checkpoint, check_stain, data_digest
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser, check_method
 from stexp.data.slides.tiles import TileBank, TileSpec, open_tiles, warn_of_scales
-from stexp.data.splits import assign_roles, role_lines, spot_table, with_roles
+from stexp.data.splits import assign_roles, role_lines, spot_table
 from stexp.errors import InputError
 from stexp.protocol import Protocol
 
@@ -83,6 +84,8 @@ class SpotDataModule(pl.LightningDataModule):
         A published gene list; None: chosen from the sections the protocol names.
     panel_saw_test
         Whether whoever made the list looked at all sections; the audit says so.
+    allow_duplicates
+        Whether a copy of a held-out section may train; `copies` has them.
     n_neighbours
         Nearest spots of the same section and role in the context of a spot.
     cache_dir
@@ -130,6 +133,7 @@ class SpotDataModule(pl.LightningDataModule):
         stain: str | None = None,
         panel: Sequence[str] | None = None,
         panel_saw_test: bool = True,
+        allow_duplicates: bool = False,
         n_neighbours: Whole = 6,
         cache_dir: str | Path = "cache",
         tile_store: Literal["raw", "jpeg"] = "raw",
@@ -148,10 +152,12 @@ class SpotDataModule(pl.LightningDataModule):
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
         self.spots = spot_table(self.sections, roles)
-        self.panel, self.panel_saw = self._panel(panel, panel_saw_test)
+        self.panel, self.panel_saw = panel_of_fold(self.sections, self.spots, protocol, panel, panel_saw_test)
         self.sections = drop_unmeasured(
             self.sections, self.panel, self.names("test"), self.names("train", "validation")
         )
+        self.allow_duplicates = allow_duplicates
+        self.copies = copies_in_fold(copies_by_counts(self.sections), self.spots, allow_duplicates)
         self.section_names = [section.name for section in self.sections]
         self._with_image = [section for section in self.sections if section.slide is not None]
         self.spots = spot_table(self.sections, roles)
@@ -186,16 +192,6 @@ class SpotDataModule(pl.LightningDataModule):
             )
         lines.append(f"panel: {len(self.panel)} genes; array: {self.array_size} x {self.array_size}")
         return lines
-
-    def _panel(self, panel: Sequence[str] | None, saw_test: bool) -> tuple[list[str], list[str]]:
-        """The panel and the test sections that chose it. Validation spots belong to the training side here."""
-        if panel is not None:
-            return list(panel), self.names("test") if saw_test else []
-        saw_test = self.protocol.panel == "all"
-        choosing = self.sections if saw_test else with_roles(self.sections, self.spots, "train", "validation")
-        referenced = [section for section in self.sections if section.name in self.names("reference")]
-        panel = choose_panel(choosing, self.protocol, measured_in=referenced)
-        return panel, self.names("test") if saw_test else []
 
     def state_dict(self) -> dict:
         """Facts about the data, for checkpoints of a model that is trained on it; plain values."""

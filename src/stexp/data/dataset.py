@@ -81,7 +81,8 @@ class DataSet:
 
     def prepare(self, sections: list[Section]) -> list[Section]:
         """Sections at the stated scale, without the spots that are to be left out; InputError for two of one count."""
-        _refuse_copies(sections)
+        if not self.config.get("allow_duplicates"):  # run folders of earlier versions lack it
+            _refuse_copies(sections)
         um_per_px = self.config["um_per_px"]
         if um_per_px is not None:
             check("data.um_per_px", um_per_px, Positive)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from PIL import Image
 
 from stexp.data.section import Section
+from stexp.errors import InputError
 
 TOP = 30
 """Largest counts of a spot that tell it from others: what is left when rare genes were filtered."""
@@ -100,11 +103,45 @@ def copies_by_tiles(prints: dict[str, np.ndarray]) -> list[Copy]:
 
 
 def _copies(prints: dict[str, np.ndarray], by: str) -> list[Copy]:
-    telling = {name: np.unique(values[values > 0]) for name, values in prints.items()}
-    copies = []
-    for first, second in combinations(telling, 2):
-        few = min(len(telling[first]), len(telling[second]))
-        same = len(np.intersect1d(telling[first], telling[second], assume_unique=True))
-        if few and same >= max(FEWEST_SPOTS, SHARE * few):
-            copies.append(Copy(first, second, same / few, by))
-    return copies
+    names = list(prints)
+    telling = [np.unique(values[values > 0]) for values in prints.values()]
+    sizes = np.array([len(values) for values in telling])
+    values, of = np.concatenate(telling), np.repeat(np.arange(len(names)), sizes)
+    order = np.lexsort((of, values))
+    values, of = values[order], of[order]
+    same: Counter[tuple[int, int]] = Counter()
+    for group in np.split(of, np.flatnonzero(np.diff(values)) + 1) if len(values) else ():
+        if len(group) > 1:
+            same.update(combinations(group.tolist(), 2))
+    return [
+        Copy(names[i], names[j], n / min(sizes[i], sizes[j]), by)
+        for (i, j), n in sorted(same.items())
+        if n >= max(FEWEST_SPOTS, SHARE * min(sizes[i], sizes[j]))
+    ]
+
+
+def copies_in_fold(copies: Iterable[Copy], spots: pd.DataFrame, allowed: bool) -> list[Copy]:
+    """The pairs of which one section is held out, and the other trains, validates or is retrieved from.
+
+    Parameters
+    ----------
+    spots
+        ``section`` and ``role`` of every spot.
+
+    Raises
+    ------
+    InputError
+        There is one, and it is not `allowed`.
+    """
+    is_test = spots["role"] == "test"
+    test, other = (set(spots["section"][rows]) for rows in (is_test, ~is_test))
+    sides = ((test, other), (other, test))
+    across = [copy for copy in copies if any(copy.first in a and copy.second in b for a, b in sides)]
+    if across and not allowed:
+        one = across[0]
+        raise InputError(
+            f"sections {one.first} and {one.second} are copies by their {one.by} ({one.share:.0%} of the spots), and "
+            f"one is held out while the other trains: no score would mean anything; leave one out (data.sections=), "
+            f"or data.allow_duplicates=true, which the audit counts as a leak"
+        )
+    return across

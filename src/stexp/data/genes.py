@@ -18,6 +18,7 @@ from stexp.data.readers.excel_dates import date_of
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.text import read_text
 from stexp.data.section import Section
+from stexp.data.splits import with_roles
 from stexp.errors import InputError
 from stexp.protocol import Protocol
 
@@ -113,6 +114,29 @@ def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[
             f"or raise protocol.n_hvg"
         )
     return sorted(panel)
+
+
+def panel_of_fold(
+    sections: list[Section], spots: pd.DataFrame, protocol: Protocol, panel: Sequence[str] | None, saw_test: bool
+) -> tuple[list[str], list[str]]:
+    """The panel of a fold, and the test sections that whoever chose it looked at.
+
+    Parameters
+    ----------
+    spots
+        ``section`` and ``role`` of every spot; those that validate belong to the training side here.
+    panel
+        A published list; None: chosen as the protocol says.
+    saw_test
+        Whether a published list was made with all sections in view.
+    """
+    names_of = {role: list(part["section"].unique()) for role, part in spots.groupby("role", sort=False)}
+    if panel is None:
+        saw_test = protocol.panel == "all"
+        choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
+        referenced = [section for section in sections if section.name in names_of.get("reference", [])]
+        panel = choose_panel(choosing, protocol, measured_in=referenced)
+    return list(panel), names_of.get("test", []) if saw_test else []
 
 
 def drop_unmeasured(sections: list[Section], panel: list[str], test: list[str], training: list[str]) -> list[Section]:

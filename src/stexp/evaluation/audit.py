@@ -17,7 +17,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
         ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
-        ``spot_context``: of the method, or None.
+        ``spot_context``: of the method, or None; ``copies``: sections across train and test that share spots, in words.
 
     Returns
     -------
@@ -55,6 +55,12 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             bool(validation),
             f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
             "no section of a test patient is in validation",
+        ),
+        _item(
+            "copies_in_training",
+            bool(facts.get("copies")),
+            f"sections are held out and train under another name: {', '.join(facts.get('copies', []))}",
+            "no section of the test shares counts or tiles with one that trains",
         ),
         _panel(saw),
         *_of_protocol(protocol),

@@ -200,6 +200,7 @@ class AuditFacts(AuditSections):
     k_chosen_on: Literal["validation", "given", "after_scoring"]
     published_settings: bool
     spot_context: str | None
+    copies: NotRequired[list[str]]
 
 
 class AuditItems(TypedDict):

@@ -248,12 +248,12 @@ def _as_yaml(config: Mapping[str, Any]) -> str:
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys by which two configs differ."""
+    """Dotted keys by which two configs differ; one that is new to a version counts as switched off before."""
     keys = []
     for key in {*a, *b}:
-        left, right = a.get(key), b.get(key)
+        left, right = a.get(key, False), b.get(key, False)
         if isinstance(left, dict) and isinstance(right, dict):
             keys += differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
+        elif left != right and (left or right or (key in a and key in b)):
             keys.append(f"{prefix}{key}")
     return keys

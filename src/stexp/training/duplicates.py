@@ -1,0 +1,31 @@
+"""Copies across train and test that show only in the tiles."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.duplicates import copies_by_tiles, copies_in_fold, tile_prints
+
+log = logging.getLogger(__name__)
+
+MOST_TILES = 200_000
+"""Of more, reading them all for this takes longer than the check is worth beside the counts."""
+
+
+def compare_tiles(data: SpotDataModule) -> None:
+    """Add to `data.copies` the sections that share tiles; InputError where these are not allowed."""
+    with_image = [section for section in data.sections if section.slide is not None]
+    if sum(map(len, with_image)) > MOST_TILES:
+        log.info("copies were looked for among the counts only: there are more than %d tiles", MOST_TILES)
+        return
+    prints = {}
+    for section in with_image:
+        rows = np.flatnonzero(data.spots["section"] == section.name)
+        parts = np.array_split(rows, -(-len(rows) // data.eval_batch_size))
+        prints[section.name] = np.concatenate([tile_prints(data.tiles(part).numpy()) for part in parts])
+    seen = {(copy.first, copy.second) for copy in data.copies}
+    copies = copies_in_fold(copies_by_tiles(prints), data.spots, data.allow_duplicates)
+    data.copies += [copy for copy in copies if (copy.first, copy.second) not in seen]
