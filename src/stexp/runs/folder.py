@@ -63,8 +63,8 @@ class DataConfig(TypedDict):
 
     _target_: Literal["stexp.data.datamodule.SpotDataModule"]
     name: str
-    root: str
-    reader: Built
+    root: str | None
+    reader: Built | None  # None: the sections came from Python
     quality: ThresholdsConfig
     sections: Names
     published_sections: Names
