@@ -18,7 +18,7 @@ OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.loc
 .PHONY: help setup demo test test-all test-kills lint lint-recipes wheel test-wheel minimum bench results docs docs-notebooks clean clean-data clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
-	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv and install stexp with the versions of CONSTRAINTS=constraints.txt; TORCH=cpu: without CUDA
 
@@ -100,7 +100,7 @@ docs-notebooks: $(READY)  ## run the tutorials again and keep their outputs; NOT
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/notebooks.py $(ARGS) $(NOTEBOOKS)
 
 clean:  ## delete caches and builds; not data, runs or the environment
-	rm -rf .coverage .venv-newer cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .coverage .venv-newer cache build dist docs/reference/generated .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-data:  ## delete the demo's sections, which the next demo generates again; not data of yours

@@ -41,7 +41,8 @@ nb_merge_streams = True
 # the reference
 autosummary_generate = True
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_inherit_docstrings = False  # of Lightning: long, and about Lightning
 napoleon_google_docstring = False
 napoleon_use_rtype = False
