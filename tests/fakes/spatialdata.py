@@ -18,6 +18,7 @@ UM_PER_PX = 100 / PITCH_PX
 
 def write(root: Path, seed: int = 0) -> None:
     """Sections a and b of patient P1, c of P2, and d of P3 with its hires image only."""
+    pytest.importorskip("spatialdata")
     for i, name in enumerate("abcd"):
         write_visium(root / f"{name}.zarr", seed + i, full=name != "d")
     (root / "patients.csv").write_text("section,patient\na,P1\nb,P1\nc,P2\nd,P3\n")
