@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from stexp import __version__, config
 from stexp.cli.fold import train
 from stexp.cli.train import DEMO
-from stexp.config.compose import _groups, compose, entry
+from stexp.config.compose import compose, entry, groups_of
 from stexp.config.help import help_text, whole_help_text
+from stexp.config.plugins import default_sources
 from stexp.errors import InputError
 from stexp.reporting import exports
 from stexp.reporting.downstream import check
@@ -122,9 +123,9 @@ def test_a_flag_for_a_key_says_how_keys_are_given() -> None:
 def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) -> None:
     import_module(f"stexp.cli.{name}")  # prepare makes a group of its own
     cfg = compose(name, [], with_hydra=True)
-    _, _, keys = help_text(cfg, name, _groups(name)).partition("== Keys that people change")
+    _, _, keys = help_text(cfg, name, groups_of(name, []), default_sources()).partition("== Keys that people change")
     lines = re.findall(r"^  ([\w.]+=\S+) +(\S.*)$", keys, re.M)
-    assert len(lines) == (7 if name == "score" else 10) and all(text for _, text in lines)
+    assert len(lines) == (8 if name == "score" else 10) and all(text for _, text in lines)
     for key, _ in lines:
         path, _, value = key.partition("=")
         node = OmegaConf.select(cfg, path)
@@ -137,13 +138,15 @@ def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) 
 
 def test_the_whole_help_has_every_key_with_the_comment_of_its_yaml() -> None:
     cfg = compose("train", ["data=her2st"], with_hydra=True)
-    text = whole_help_text(cfg, "train", _groups("train"))
+    text = whole_help_text(cfg, "train", groups_of("train", []), default_sources())
     listed = text[text.index("== Keys") :]
     assert yaml.safe_load(listed.partition("\n")[2]) == OmegaConf.to_container(compose("train", ["data=her2st"]))
     assert re.search(r"^  position: learnable +# none, sinusoid, naive, learnable$", listed, re.M)
     assert re.search(r"^    min_counts: 50 +# counts of a spot$", listed, re.M), "of data/default.yaml"
     assert re.search(r"^model=mclstexp +of bleep, .*triplex$", text, re.M)
-    assert "--help-all" not in text and "--help-all" in help_text(cfg, "train", _groups("train"))
+    assert "--help-all" not in text and "--help-all" in help_text(
+        cfg, "train", groups_of("train", []), default_sources()
+    )
 
 
 def test_a_bare_train_says_that_it_is_the_demo(monkeypatch, caplog) -> None:

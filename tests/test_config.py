@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from stexp import config
@@ -257,13 +258,19 @@ def test_what_is_missing_in_a_config_is_said_in_one_line(node, message):
 # run folders are data
 
 
-def test_a_runs_config_is_read_and_nothing_in_it_is_executed(tmp_path):
-    model = f"model:\n  _target_: os.system\n  command: touch {tmp_path}/ran\n"
-    (tmp_path / "config.yaml").write_text(f"{model}seed: 3\nprotocol: {{}}\ndata: {{}}\n")
+def test_a_runs_config_is_read_and_nothing_in_it_is_executed(strict, tmp_path):
+    """Whatever a config names, reading it runs nothing, and building refuses it."""
+    content = yaml.safe_load((strict / "config.yaml").read_text())
+    content["model"] = {"_target_": "os.system", "name": "x", "command": f"touch {tmp_path}/ran"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     config_of_run = RunFolder(tmp_path).config
-    assert (config_of_run["seed"], config_of_run["model"]["_target_"]) == (3, "os.system")
+    assert config_of_run["model"]["_target_"] == "os.system"
     with pytest.raises(InputError, match=r"os\.system is not allowed"):
         build(config_of_run["model"])
+    content["protocol"]["_target_"] = "os.system"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=r"protocol\._target_"):
+        RunFolder(tmp_path).require()
     assert not (tmp_path / "ran").exists()
 
 
@@ -292,7 +299,9 @@ def test_a_key_that_was_cut_from_a_runs_config_is_one_line(tmp_path, capsys, mon
         RunFolder(tmp_path).require()
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("stexp: error: ") and error.count("\n") == 1 and "lacks protocol, data, model" in error
+    assert (
+        error.startswith("stexp: error: ") and error.count("\n") == 1 and "has no fold, protocol, data, model" in error
+    )
 
 
 @pytest.mark.parametrize(("debug", "lines"), [(None, 1), ("0", 1), ("1", 4)])

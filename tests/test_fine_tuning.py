@@ -18,7 +18,7 @@ from exported_model import SHORT, exported, finished_run, root
 import stexp
 from stexp import config
 from stexp.api.features import frozen_encoder, machine_of
-from stexp.cli.train import train
+from stexp.cli.fold import train
 from stexp.construct import build
 from stexp.data.digests import file_digest
 from stexp.errors import InputError

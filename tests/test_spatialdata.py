@@ -19,7 +19,7 @@ from fakes import visium  # noqa: E402
 from spatialdata.models import Image2DModel, PointsModel, ShapesModel  # noqa: E402
 from spatialdata.transformations import Affine, Identity, Scale, Translation  # noqa: E402
 
-from stexp.cli.predict import find_slides  # noqa: E402
+from stexp.cli.prediction import find_slides  # noqa: E402
 from stexp.data.readers.spatialdata import read_spatialdata  # noqa: E402
 from stexp.data.readers.visium import read_visium  # noqa: E402
 from stexp.data.slides.slide import Slide  # noqa: E402

@@ -216,7 +216,7 @@ def test_what_is_said_of_ctrl_c_is_true(checkpoint: bool, says: str, demo: Path,
             (tmp_path / "checkpoints" / "last.ckpt").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stexp.cli.fold._train", interrupted)
+    monkeypatch.setattr("stexp.api.train._train", interrupted)
     with pytest.raises(KeyboardInterrupt, match=says):
         train(configure(demo, tmp_path), [], "A", tmp_path)
 

@@ -141,7 +141,8 @@ def _train(
     logger: Any = build(config["logger"]) if machine.is_first else False  # before the work: it may not be installed
     _announce(config, machine)
     with stages("data"):
-        data = dataset.serve(sections, protocol, config["fold"], seed, encoder=frozen_encoder(config, machine))
+        data = dataset.serve(sections, protocol, config["fold"], seed)  # judges its keys, before weights are loaded
+        data.encoder = frozen_encoder(config, machine)
         if base is not None:
             check_data(base, data)
         data.open_tiles()
