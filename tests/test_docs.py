@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import json
 import os
 import re
@@ -11,8 +13,10 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import stexp
 from stexp.config.compose import compose
@@ -158,3 +162,41 @@ def test_a_notebook_is_kept_as_it_ran(path: Path) -> None:
     pictures = {"image/jpeg": "", "image/png": ""}
     said = json.dumps([{**output, "data": {**output.get("data", {}), **pictures}} for output in outputs])
     assert not re.findall(r"/(?:home|root|tmp|work|Users)/[\w./-]+", said), "paths of the machine that it ran on"
+
+
+@pytest.fixture
+def extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOP / "docs" / "_ext")
+    monkeypatch.syspath_prepend(TOP / "docs")
+
+
+def test_links_of_included_files_lead_to_pages_files_or_nowhere(extensions: None) -> None:
+    pytest.importorskip("sphinx")
+    from repository_links import rewrite  # of docs/_ext
+
+    page = TOP / "docs" / "contributing.md"
+    text = "[a](conf/README.md) [b](src/stexp/errors.py) [c](examples/plugin) [d](https://x.org/y) ![e](a.png)"
+    expected = "[a](methods.md) [b](../src/stexp/errors.py) c [d](https://x.org/y) ![e](a.png)"
+    assert rewrite(text, TOP / "CONTRIBUTING.md", page) == expected
+    assert rewrite("[a](../README.md#install)", TOP / "conf" / "README.md", page) == "[a](index.md#install)"
+
+
+def test_outputs_are_kept_without_what_was_printed_over_and_with_small_pictures(extensions: None) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    from notebooks import LARGE, WIDEST, cleaned  # of docs
+
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 2 * WIDEST, 3), np.uint8)).save(noise, "PNG")
+    made = nbformat.v4
+    outputs = [
+        made.new_output("stream", name="stderr", text="1/2\r2/2\rdone\nnext\n"),
+        made.new_output("display_data", data={"image/png": base64.b64encode(noise.getvalue()).decode()}),
+        made.new_output("display_data", data={"image/png": base64.b64encode(b"small").decode()}),
+    ]
+    cell = made.new_code_cell("1", outputs=outputs, metadata={"execution": {"iopub.status.busy": "2026"}})
+    (kept,) = cleaned(made.new_notebook(cells=[cell])).cells
+    assert kept.outputs[0].text == "done\nnext\n" and not kept.metadata
+    assert len(noise.getvalue()) > LARGE and set(kept.outputs[1].data) == {"image/jpeg"}
+    assert Image.open(io.BytesIO(base64.b64decode(kept.outputs[1].data["image/jpeg"]))).width == WIDEST
+    assert set(kept.outputs[2].data) == {"image/png"}
