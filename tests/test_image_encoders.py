@@ -288,7 +288,7 @@ def test_an_older_timm_that_reads_pickles_whole_runs_nothing(tmp_path, monkeypat
         return torch.load(tmp_path / "weights.pth", weights_only=False)
 
     monkeypatch.setattr(timm, "create_model", older)
-    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: True)
+    monkeypatch.setattr(encoder_weights, "hub_answers", lambda: True)
     with pytest.raises(InputError, match="could not be fetched"):
         ImageEncoder(TINY, pretrained=True)
     assert not (tmp_path / "ran").exists()
@@ -358,7 +358,7 @@ def test_without_network_the_message_says_what_else_there_is(tmp_path, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", no_network)
-    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: False)
+    monkeypatch.setattr(encoder_weights, "hub_answers", lambda: False)
     with pytest.raises(InputError, match="weights of densenet121 could not be fetched") as caught:
         ImageEncoder("densenet121")
     message = str(caught.value)
@@ -377,9 +377,9 @@ def test_the_hub_is_asked_once_and_not_at_all_behind_a_proxy(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert not encoder_weights._hub_answers()
+    assert not encoder_weights.hub_answers()
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert encoder_weights._hub_answers()
+    assert encoder_weights.hub_answers()
     assert len(calls) == 1
 
 

@@ -17,7 +17,7 @@ from unreliable import Site, status
 
 import stexp
 from stexp.errors import InputError
-from stexp.inference import hub, model_folder
+from stexp.inference import hub, model_facts, model_folder
 from stexp.inference.card import describe
 
 COMMIT = "c" * 40
@@ -88,9 +88,7 @@ def test_a_shared_model_replaces_the_one_before(api, tmp_path):
     hub.push_to_hub(exported(), "lab/model", private=False)
     model_folder.write(tmp_path / "m", replace(model_folder.read(exported()), tiles=None), "float32")
     hub.push_to_hub(tmp_path / "m", "lab/model", private=False)
-    assert set(api.list_repo_files("lab/model")) == {"README.md", "model.json", *model_folder.FILES} - {
-        "references.jpg"
-    }
+    assert set(api.list_repo_files("lab/model")) == {"README.md", "model.json", *model_facts.FILES} - {"references.jpg"}
     assert stexp.load_model("lab/model").reference_tiles is None
 
 

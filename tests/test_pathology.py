@@ -242,7 +242,7 @@ def test_the_hub_is_asked_for_the_repository_and_file_of_the_yaml(monkeypatch, t
         return str(tmp_path / filename)
 
     monkeypatch.setattr(encoder_weights, "hf_hub_download", from_hub)
-    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: True)
+    monkeypatch.setattr(encoder_weights, "hub_answers", lambda: True)
     image = tiles(1, 224)
     with torch.no_grad():
         uni, phikon, _ = (build(settings(name, model_args=small)) for name in ("uni", "phikon_v2", "conch_v1_5"))
@@ -267,7 +267,7 @@ def test_a_gated_model_says_where_to_accept_what(monkeypatch, token):
 
     monkeypatch.setattr(encoder_weights, "hf_hub_download", refuse)
     monkeypatch.setattr(encoder_weights, "get_token", lambda: token)
-    monkeypatch.setattr(encoder_weights, "_hub_answers", lambda: False)
+    monkeypatch.setattr(encoder_weights, "hub_answers", lambda: False)
     small = {"depth": 1, "embed_dim": 32, "num_heads": 4}
     with pytest.raises(InputError, match="weights of uni are given") as caught:
         build(settings("uni", model_args=small))

@@ -467,7 +467,7 @@ def test_a_table_of_genes_that_is_cut_and_a_config_that_is_cut_are_one_line(runs
         read_scored_run(runs[0])
     path.write_text(whole)
     (runs[0] / "config.yaml").write_text("data: {name: x}\n")
-    with pytest.raises(InputError, match=r"config\.yaml lacks seed, protocol, model: it is not whole"):
+    with pytest.raises(InputError, match=r"config\.yaml has no seed, fold, protocol"):
         read_scored_run(runs[0])
 
 
