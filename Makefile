@@ -6,6 +6,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 READY := .venv/.ready
 INSTALL = $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+WITH_DOCS = $(BIN)/python -c 'import ipykernel, myst_nb, sphinx_book_theme' 2>/dev/null || \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[docs]' -c $(CONSTRAINTS)
 .DEFAULT_GOAL := help
 # of the paper: make table1 DATA= ARGS='data=her2st "data.sections=[B4,C2]" protocol.k=100 trainer.max_epochs=1'
 PAPER := table1 tableS2 tableS3 tableS4 tableS5 tableS6 tableS7 figS1 figS2 figS3 figS4
@@ -13,10 +15,10 @@ DATA ?= her2st cscc alex10x
 RUNS ?= runs
 # what commands leave here when no output_dir= says otherwise
 OUTPUTS := $(sort runs $(RUNS)) tables predictions prepared *.stexp .*.stexp.lock multirun.yaml
-.PHONY: help setup demo test test-all test-kills lint lint-recipes wheel test-wheel minimum bench results clean clean-data clean-runs uninstall tables $(PAPER)
+.PHONY: help setup demo test test-all test-kills lint lint-recipes wheel test-wheel minimum bench results docs docs-notebooks clean clean-data clean-runs uninstall tables $(PAPER)
 
 help:  ## this list
-	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z][a-zA-Z0-9%-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/; s/%/NAME/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv and install stexp with the versions of CONSTRAINTS=constraints.txt; TORCH=cpu: without CUDA
 
@@ -85,11 +87,20 @@ bench: $(READY)  ## speed and memory as ratios against plain alternatives, in on
 	$(BIN)/python experiments/bench_prepare.py
 	$(BIN)/python experiments/bench_predict.py
 
-results: $(READY)  ## the README's results table and experiments/README.md from experiments/results
+results: $(READY)  ## the tables of docs/results.md and experiments/README.md from experiments/results
 	$(BIN)/python experiments/results.py
 
+docs: $(READY)  ## build the documentation into build/docs; a warning is an error
+	@$(WITH_DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "open build/docs/index.html in a browser"
+
+docs-notebooks: $(READY)  ## run the tutorials again and keep their outputs; NOTEBOOKS=demo: that one; ARGS=--check: only run
+	@$(WITH_DOCS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/notebooks.py $(ARGS) $(NOTEBOOKS)
+
 clean:  ## delete caches and builds; not data, runs or the environment
-	rm -rf .coverage .venv-newer cache build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .coverage .venv-newer cache build dist docs/reference/generated .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-data:  ## delete the demo's sections, which the next demo generates again; not data of yours

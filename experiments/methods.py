@@ -25,7 +25,7 @@ METHODS = {
     "mclstexp": (
         "Min et al. 2024, [arXiv 2407.08216](https://arxiv.org/abs/2407.08216)",
         "InfoNCE",
-        "context of a spot: its 6 nearest spots, not its batch (`spot_context=batch`: published); see README",
+        "context of a spot: its 6 nearest spots, not its batch (`spot_context=batch`: published)",
     ),
     "bleep": (
         "Xie et al. 2023, [arXiv 2306.01859](https://arxiv.org/abs/2306.01859)",

@@ -1,9 +1,9 @@
-"""Keep results of finished runs, and write the README's tables from those kept.
+"""Keep results of finished runs, and write the tables of docs/results.md from those kept.
 
 python experiments/results.py add runs/a runs/b    copy what a number needs into experiments/results
 python experiments/results.py add tables/table1    the same for a table or figure of the paper
 python experiments/results.py add gpu-*.json       the same for what experiments/gpu.py measured
-python experiments/results.py                      rewrite the tables in README.md, and experiments/README.md
+python experiments/results.py                      rewrite the tables in docs/results.md, and experiments/README.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import of_paper
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "results.md"
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
 
 
@@ -110,7 +110,7 @@ def _table(data: str, protocol: str, runs: list[dict]) -> str:
             scores = of[fold]["scores"] if fold in of else {}
             cells.append(_pair(scores, fold in of and scores["pearson_acg"] > best[of[fold]["name"]]))
         mean = _mean([of[fold]["scores"] for fold in folds if fold in of], len(folds))
-        links = " ".join(f"[{fold}](experiments/results/{of[fold]['name']}.json)" for fold in folds if fold in of)
+        links = " ".join(f"[{fold}](../experiments/results/{of[fold]['name']}.json)" for fold in folds if fold in of)
         rows.append((0, mean, f"| {label} | {' | '.join(cells)} | {_pair(mean)} | {links} |"))
     for label, of in floors.items():
         if set(of) < set(folds):
@@ -147,10 +147,10 @@ def main(arguments: list[str]) -> None:
             for path in add(Path(run)):
                 print(f"wrote {path}")
         return
-    before, rest = README.read_text().split(START)
+    before, rest = PAGE.read_text().split(START)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{tables()}\n{END}{after}")
-    print(f"wrote the results tables of {README}")
+    PAGE.write_text(f"{before}{START}\n{tables()}\n{END}{after}")
+    print(f"wrote the results tables of {PAGE}")
     of_paper.README.write_text(of_paper.readme() + "\n")
     print(f"wrote {of_paper.README}")
 
