@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial import cKDTree
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm
 
 from stexp.data.slides.spacing import spacing
 from stexp.evaluation.metrics import pearson_per_gene
@@ -32,7 +32,8 @@ class Chance:
     p : (G,)
         Share of the moved maps, and itself, that correlate as well or better.
     q : (G,)
-        False discovery rate over the maps (Benjamini and Hochberg 1995).
+        False discovery rate over the maps (Benjamini and Hochberg 1995), from the normal tail of `z`: `p` cannot be
+        lower than one over the number of draws, with which hardly a map would stand out among a thousand.
     """
 
     pearson: np.ndarray
@@ -85,7 +86,7 @@ def beyond_chance(
     sd, mean = moved.std(axis=0), moved.mean(axis=0)
     p = (1 + (moved >= pearson - 1e-12).sum(axis=0)) / (1 + n_draws)
     z = np.divide(pearson - mean, sd, out=np.zeros_like(sd), where=sd > 1e-9)
-    columns = {"pearson": pearson, "mean": mean, "z": z, "p": p, "q": false_discovery_control(p)}
+    columns = {"pearson": pearson, "mean": mean, "z": z, "p": p, "q": false_discovery_control(norm.sf(z))}
     whole = {key: np.full(len(n_sections), np.nan) for key in columns}
     for key, values in columns.items():
         whole[key][scored] = values
