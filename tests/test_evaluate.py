@@ -451,3 +451,46 @@ def test_constant_predictions_are_no_skill_and_of_no_scale(data, theirs, tmp_pat
     metrics = evaluate(changed(theirs.copy(), value=3.0), data, tmp_path / "flat", name="flat")
     assert metrics["scores"]["pearson_acg"] == 0 and metrics["scores"]["mse"] is None
     assert metrics["elsewhere"]["scale"]["looks_like"] is None
+
+
+def test_what_a_file_says_of_its_scale_is_said_of_its_predictions_alone(
+    strict: Path, demo: Path, tmp_path: Path
+) -> None:
+    """Another layer, or an X that was changed, is not covered by it; measured values are no predictions."""
+    of_data = [text for text in overrides_of(demo, tmp_path / "x") if not text.startswith(("trainer", "hardware"))]
+    cfg = compose("evaluate", [*of_data, "predictions=x", "name=x", "fold=A", "device=cpu"])
+    protocol = config.build(cfg.protocol)
+    dataset = config.dataset_of(cfg)
+    data = dataset.serve(dataset.read_sections(protocol), protocol, "A", 0)
+    names = names_of(data.sections)
+    own = ad.read_h5ad(strict / "predictions.h5ad")
+    own.X = np.expm1(own.X)
+    own.write_h5ad(tmp_path / "changed.h5ad")
+    own.layers["other"] = np.expm1(own.layers["predicted"])
+    own.X = own.layers["predicted"]
+    own.write_h5ad(tmp_path / "own.h5ad")
+    assert "stexp" in read([tmp_path / "own.h5ad"], names).uns
+    for file, layer in (("changed.h5ad", None), ("own.h5ad", "other")):
+        predicted = read([tmp_path / file], names, layer)
+        assert "stexp" not in predicted.uns
+        metrics = evaluate(predicted, data, tmp_path / f"{file}-{layer}", name="x")
+        assert not metrics["elsewhere"]["scale"]["errors"] and metrics["scores"]["mse"] is None
+    for layer in ("counts", "observed"):
+        with pytest.raises(InputError, match="is what was measured"):
+            read([tmp_path / "own.h5ad"], names, layer)
+
+
+def test_a_statement_may_be_one_name_and_never_an_empty_one(data: SpotDataModule, theirs: ad.AnnData, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"'' names no section"):
+        evaluate(theirs, data, tmp_path / "x", name="x", trained_on="")
+    metrics = evaluate(theirs, data, tmp_path / "y", name="y", trained_on="A1")
+    assert metrics["elsewhere"]["trained_on"] == ["A1"]
+
+
+def test_a_spot_column_may_hold_section_and_spot(theirs: ad.AnnData, names: DataNames, tmp_path: Path) -> None:
+    table = pd.DataFrame(theirs.X, columns=theirs.var_names)
+    table.insert(0, "spot", [f"{a}:{b}" for a, b in zip(theirs.obs["section"], theirs.obs["spot"], strict=True)])
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    predicted = read([tmp_path / "theirs.csv"], names)
+    assert list(predicted.obs["section"]) == list(theirs.obs["section"])
+    assert list(predicted.obs["spot"]) == list(theirs.obs["spot"])

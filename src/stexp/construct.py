@@ -121,13 +121,20 @@ def get_object(path: str) -> Any:
         is_package = scope is None or hasattr(scope, "__path__")
         if n and part and hasattr(scope, part):
             scope = getattr(scope, part)
-        elif part and is_package and (module in sys.modules or importlib.util.find_spec(module)):
+        elif part and is_package and _exists(module):
             scope = importlib.import_module(module)
         else:
             modules = [module.name for module in pkgutil.iter_modules(getattr(scope, "__path__", []))]
             near = did_you_mean(part, [*modules, *dir(scope)])
             raise InputError(f"_target_ {path} cannot be found: there is no {module}{near}")
     return scope
+
+
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that calls itself otherwise than the path that led to it
+        return False
 
 
 def build(node: Any, **extra: Any) -> Any:

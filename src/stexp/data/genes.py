@@ -136,6 +136,9 @@ def panel_of_fold(
         choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
         referenced = [section for section in sections if section.name in names_of.get("reference", [])]
         panel = choose_panel(choosing, protocol, measured_in=referenced)
+    twice = sorted({gene for gene in panel if list(panel).count(gene) > 1}) if len(set(panel)) < len(panel) else []
+    if twice:
+        raise InputError(f"panel: {', '.join(twice[:3])} is named twice; once would fit")
     return list(panel), names_of.get("test", []) if saw_test else []
 
 

@@ -85,7 +85,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             "retrieval was changed after the test sections had been scored"
             if facts["k_chosen_on"] == "after_scoring"
             else "k and the other settings are the published ones, chosen on the test folds of the paper",
-            f"k was {'chosen on validation spots' if facts['k_chosen_on'] == 'validation' else 'given by the user'}",
+            _settings(facts),
         ),
     ]
     if facts.get("began_at") is not None:
@@ -155,6 +155,15 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
         "items": items,
         "facts": facts,
     }
+
+
+def _settings(facts: dict) -> str:
+    """Who chose the settings, where it was nobody who saw the test."""
+    if facts["k_chosen_on"] == "validation":
+        return "k was chosen on validation spots"
+    if facts["reference"]:
+        return "k was given by the user"
+    return "settings were given by the user, or chosen by the method on the training side"
 
 
 def _item(name: str, leak: bool, if_leak: str, if_clean: str) -> dict:

@@ -167,6 +167,7 @@ class Metrics(Scored):
     chosen: Chosen
     elsewhere: NotRequired[ScoredElsewhere]
     evidence: NotRequired[Evidence]
+    leaks: NotRequired[list[str]]
 
 
 class AuditItem(TypedDict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stexp.evaluation.compare import Comparison, compare, smallest_p
@@ -60,8 +60,31 @@ def by_score(floors: Mapping[str, Mapping[str, float | None]], score: str = "pea
     return sorted(floors.items(), key=lambda item: (value[item[0]] is None, -(value[item[0]] or 0.0)))
 
 
+SEEN = ("same_section_in_training", "copies_in_training", "same_patient_in_training", "same_patient_in_reference")
+"""Leaks of the audit with which a score says nothing of a patient that was not seen; the worst first."""
+
+
 def verdict(metrics: Mapping[str, Any]) -> Verdict:
-    """Judge the scores of a run.
+    """Judge the scores of a run; with a leak of tissue or patients, nothing is called a win.
+
+    Parameters
+    ----------
+    metrics
+        ``metrics.json``. Sections without a ``patient`` are taken for those of one patient.
+    """
+    judged = _judge(metrics)
+    leaks = [name for name in SEEN if name in metrics.get("leaks", [])]
+    if not leaks:
+        return judged
+    said = f"The audit has a leak, {label(leaks[0])}: this is no score on a patient that was not seen."
+    return replace(judged, statement=f"{said} {judged.statement}", outcome=min(judged.outcome, "unclear", key=_WORST))
+
+
+_WORST = ("loss", "unclear", "win").index
+
+
+def _judge(metrics: Mapping[str, Any]) -> Verdict:
+    """The verdict by floors alone.
 
     Parameters
     ----------

@@ -34,6 +34,7 @@ from stexp.runs.provenance import Stages, changed_sections, provenance
 from stexp.runs.results import RunFacts, colours, quality_of_test, write_scored_files
 from stexp.runs.scale import put_on_scale
 from stexp.runs.scoring import score_run
+from stexp.training.duplicates import compare_tiles
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +114,17 @@ def evaluate(
     sections = data.sections if sections is None else list(sections)
     if scale is not None:
         check_scale(scale)
+    trained_on, genes_chosen_on = _listed(trained_on), _listed(genes_chosen_on)
     for key, value in (("trained_on", trained_on), ("genes_chosen_on", genes_chosen_on)):
         check_sections(key, value, [section.name for section in sections])
     aligned, renamed = _aligned(predicted, data, sections, gene_table)
+    compare_tiles(data)
     values, facts_of_scale = put_on_scale(aligned, data, scale, _stated_by_file(predicted))
     log.info("%s", facts_of_scale["statement"])
     log.info("floors learn from the training side of fold %s, whatever the predictions were trained on", data.fold)
     elsewhere = {
-        "trained_on": _listed(trained_on),
-        "genes_chosen_on": _listed(genes_chosen_on),
+        "trained_on": trained_on,
+        "genes_chosen_on": genes_chosen_on,
         "genes_by": "predictions" if own_panel or not aligned.panel.all() else "protocol",
         "scale": facts_of_scale,
         "left_over": aligned.left_over,
@@ -204,9 +207,12 @@ def _aligned(
 
 
 def _stated_by_file(predicted: ad.AnnData) -> Protocol | None:
-    """Protocol that predictions of ours were made under; None of others, and of scores of those made elsewhere."""
+    """Protocol that predictions of ours were made under; None of others, of changed ones and of those of elsewhere."""
     facts = predicted.uns.get("stexp")
     if not isinstance(facts, Mapping) or "protocol" not in facts or "elsewhere" in facts:
+        return None
+    written = predicted.layers.get("predicted")
+    if written is None or not np.array_equal(np.asarray(predicted.X), np.asarray(written), equal_nan=True):
         return None
     return protocol_of(predicted)
 
@@ -230,6 +236,13 @@ def _digest(predicted: ad.AnnData) -> str:
 
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
+    """Names as stated; a single one may come without a list."""
+    if isinstance(names, str):
+        if not names:
+            raise InputError(
+                "trained_on and genes_chosen_on: '' names no section; [] states none, null that it is open"
+            )
+        return [names]
     return None if names is None else [str(name) for name in names]
 
 

@@ -16,7 +16,7 @@ from stexp.evaluation import predictions
 from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
-from stexp.evaluation.records import AGAIN, Chosen
+from stexp.evaluation.records import AGAIN, Chosen, read_audit
 from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
@@ -70,6 +70,8 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
     elsewhere = facts_elsewhere(observed)
     if elsewhere is not None:
         metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
+    if (run / "audit.json").is_file():
+        metrics["leaks"] = [item["name"] for item in read_audit(run)["items"] if item["leak"]]
     if predictions.changed_since_run(run):
         metrics["predictions_changed"] = True
     write_csv(genes, run / "per_gene.csv")

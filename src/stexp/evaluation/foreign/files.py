@@ -34,6 +34,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return list(files)
 
 
+MEASURED = ("counts", "observed")
+"""Layers of a ``predictions.h5ad`` of ours that hold no predictions."""
+
+
 def read_predictions(files: Sequence[Path], names: DataNames, layer: str | None = None) -> ad.AnnData:
     """Predicted expression of several files as one.
 
@@ -103,6 +107,11 @@ def _read_h5ad(path: Path, names: DataNames, layer: str | None) -> ad.AnnData:
     if ids is not None:
         var["gene_ids"] = ids.astype(object).where(ids.notna(), "").astype(str).to_numpy()
     out = lay_out(values, locate(adata.obs, adata.obs_names, where, names.sections, path.stem), var, where)
-    if isinstance(adata.uns.get("stexp"), dict):
-        out.uns["stexp"] = adata.uns["stexp"]
+    if not isinstance(adata.uns.get("stexp"), dict) or "predicted" not in adata.layers:
+        return out
+    if layer in MEASURED:
+        raise InputError(f"layer={layer}: of {where} that is what was measured; predicted would fit")
+    # what the file says of its predictions is said of no other layer, and of no X that was changed
+    if np.array_equal(values, dense(adata.layers["predicted"], where), equal_nan=True):
+        out.uns["stexp"], out.layers["predicted"] = adata.uns["stexp"], out.X
     return out

@@ -92,8 +92,8 @@ def locate(
         section = texts(obs[columns[SECTION]], where)
         if spots is None:
             spots = [name.removeprefix(f"{own}:") for own, name in zip(section, index, strict=True)]
-    elif spots is None and index and all(":" in name for name in index):
-        section, spots = ([name.partition(":")[i] for name in index] for i in (0, 2))
+    elif (named := index if spots is None else spots) and all(":" in name for name in named):
+        section, spots = ([name.partition(":")[i] for name in named] for i in (0, 2))
     else:
         section = [_section_of_file(stem, where, sections)] * len(index)
         spots = index if spots is None else spots
