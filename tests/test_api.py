@@ -156,10 +156,10 @@ def test_several_sections_are_joined(model: stexp.Model, sections: list[stexp.Se
 
 def test_a_module_and_sections_of_ones_own(own: stexp.Model, tmp_path: Path, monkeypatch) -> None:
     data = own._run.data  # type: ignore[union-attr]
-    assert own.score.metrics["model"] == "linear" and own.score.metrics["data"] == "mine"
+    assert own.score.metrics["model"] == "Linear" and own.score.metrics["data"] == "mine"
     config = RunFolder(own.folder).config
     assert config["seed"] == 3 and config["plugins"] == ["test_api"]
-    assert config["model"] == {"_target_": "test_api.Linear", "name": "linear", "scale": 2.0}
+    assert config["model"] == {"_target_": "test_api.Linear", "name": "Linear", "scale": 2.0}
     kept = own.predict(data)
     assert kept.shape == (50, 20)
     anew = own.predict(data, progress=False)
@@ -271,7 +271,7 @@ def test_arrays_and_tables_are_scored_too(
 
 BAD_PREDICTIONS = {
     "shape": (lambda d: np.zeros((3, 4)), {}, r"array of \(3, 4\); \(152, 200\)"),
-    "kind": (lambda d: [1.0], {}, "is a list"),
+    "kind": (lambda d: [1.0], {}, "predicted: .*list, does not fit"),
     "text": (lambda d: np.full((152, 200), "a"), {}, "numbers would fit"),
     "layer": (lambda d: ad.AnnData(np.zeros((1, 1))), {"layer": "pred"}, "layer=pred"),
     "section": (lambda d: np.zeros((152, 200)), {"trained_on": ["Z9"]}, "Z9 is no section"),
@@ -329,7 +329,7 @@ def test_values_of_python_become_plain_and_text_stays_text() -> None:
 BAD = {
     "protocol": (lambda s: stexp.SpotDataModule(s, "stric"), "did you mean strict"),
     "fold": (lambda s: stexp.SpotDataModule(s, fold="a"), "did you mean A"),
-    "fold of another kind": (lambda s: stexp.SpotDataModule(s, fold=1), "fold=1"),  # type: ignore[arg-type]
+    "fold of another kind": (lambda s: stexp.SpotDataModule(s, fold=1), "fold: 1, int, does not fit; str"),  # type: ignore[arg-type]
     "encoder": (lambda s: stexp.SpotDataModule(s, image_encoder="uno"), "did you mean uni"),
     "encoder's argument": (
         lambda s: stexp.SpotDataModule(s, image_encoder_args={"froze": True}),
@@ -337,7 +337,7 @@ BAD = {
     ),
     "tile": (lambda s: stexp.SpotDataModule(s, tile_um=-1), "data.tile_um=-1"),
     "no sections": (lambda s: stexp.SpotDataModule([]), "list is empty"),
-    "no section": (lambda s: stexp.SpotDataModule(["A1"]), "a str is none"),  # type: ignore[list-item]
+    "no section": (lambda s: stexp.SpotDataModule(["A1"]), "sections: .*does not fit; Sequence.Section."),  # type: ignore[list-item]
     "twice": (lambda s: stexp.SpotDataModule([s[0], *s]), "same counts"),
     "genes": (lambda s: stexp.SpotDataModule(s, panel=[]), "data.panel"),
     "flags": (lambda s: stexp.SpotDataModule(s, leave_out=["blury"]), "no flag is called blury"),
@@ -355,8 +355,8 @@ def test_bad_data_are_refused_in_one_line(name: str, sections: list[stexp.Sectio
 BAD_FITS = {
     "method": (lambda d: stexp.fit("stnett", d), "did you mean stnet"),
     "class": (lambda d: stexp.fit(Linear, d), "is a class"),  # type: ignore[arg-type]
-    "no method": (lambda d: stexp.fit(torch.nn.Linear(1, 1), d), "is a Linear"),  # type: ignore[arg-type]
-    "no data": (lambda d: stexp.fit("mean", d.every_section), "SpotDataModule would fit"),
+    "no method": (lambda d: stexp.fit(torch.nn.Linear(1, 1), d), "method: Linear, does not fit"),  # type: ignore[arg-type]
+    "no data": (lambda d: stexp.fit("mean", d.every_section), "data: .*does not fit; SpotDataModule"),
     "epochs": (lambda d: stexp.fit("mean", d, max_epochs=0), "max_epochs=0"),
     "argument": (lambda d: stexp.fit("stnet", d, model_args={"lrr": 1}), "did you mean lr"),
     "value": (lambda d: stexp.fit("stnet", d, model_args={"lr": 2}, **QUICK), "model.lr=2"),

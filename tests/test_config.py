@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import yaml
@@ -341,11 +343,20 @@ def test_memory_that_runs_out_is_one_line(error, capsys, monkeypatch):
 @pytest.mark.parametrize("error", [TypeError("a typo"), KeyError("x"), RuntimeError("shapes")])
 def test_a_bug_is_a_traceback_after_a_line_that_says_where_the_run_stands(error, capsys, monkeypatch):
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr(config.OmegaConf, "to_container", Mock(side_effect=error))
     with pytest.raises(type(error)) as caught, config.command():
-        raise error
+        config.to_plain({})
     assert caught.value is error
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{type(error).__name__} (a bug)" in line and "the same command goes on from there" in line
+
+
+def test_an_error_in_a_file_of_the_user_is_no_bug_of_ours(capsys, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    with pytest.raises(KeyError), config.command():
+        raise KeyError("a typo")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert __file__ in line and "(a bug)" not in line
 
 
 # what a command line reads as something else

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from stexp.api.score import Score
+from stexp.api.typed import typed
 from stexp.arguments import check
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.metrics import SCORES
@@ -14,6 +15,7 @@ from stexp.reporting.tables import tabulate
 from stexp.runs.scored import read_scored_run
 
 
+@typed
 def compare(scores: Sequence[Score], metric: str = "pearson_acg", baseline: str | None = None) -> pd.DataFrame:
     """Differences of methods over the same held-out sections, with interval and test.
 
@@ -59,6 +61,14 @@ def compare(scores: Sequence[Score], metric: str = "pearson_acg", baseline: str 
     kinds = {(run.metrics["data"], run.scored_as) for run in runs}
     if len(kinds) > 1:
         raise InputError(f"scores are of different data or protocols: {', '.join(sorted(map(' '.join, kinds)))}")
+    folds = {run.fold for run in runs}
+    for name in names:
+        own = {run.fold for run, score in zip(runs, scores, strict=True) if score.name == name}
+        if own != folds:
+            raise InputError(
+                f"scores of {name} are of fold {', '.join(sorted(own))}, others of {', '.join(sorted(folds - own))}; "
+                f"scores of the same folds would fit"
+            )
     title = " ".join(next(iter(kinds)))
     table = tabulate(title, runs, metric, baseline or names[-1], False, [score.name for score in scores])
     return table.comparisons.astype({"low": float, "high": float}).set_index("method")

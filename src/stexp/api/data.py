@@ -11,6 +11,7 @@ from typing import Any
 from stexp.api.features import frozen_encoder, machine_of
 from stexp.api.sections import Source, source_of
 from stexp.api.settings import run_config
+from stexp.api.typed import typed
 from stexp.arguments import check
 from stexp.construct import build
 from stexp.data import datamodule
@@ -92,6 +93,7 @@ class SpotDataModule(datamodule.SpotDataModule):
     >>> data.spots.groupby("role").size(), data.panel[:3]
     """
 
+    @typed
     def __init__(
         self,
         sections: Sequence[Section],
@@ -214,10 +216,8 @@ class SpotDataModule(datamodule.SpotDataModule):
 
 
 def _checked(sections: Sequence[Section]) -> list[Section]:
-    strange = [section for section in sections if not isinstance(section, Section)]
-    if strange or not len(sections):
-        what = f"a {type(strange[0]).__name__} is none" if strange else "the list is empty"
-        raise InputError(f"sections: {what}; those of stexp.read_visium, read_samplesheet, ... would fit")
+    if not len(sections):
+        raise InputError("sections: the list is empty; those of stexp.read_visium, read_samplesheet, ... would fit")
     return list(sections)
 
 

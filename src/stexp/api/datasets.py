@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from stexp.api.sections import read_demo
+from stexp.api.typed import typed
 from stexp.data.section import Section
 
 
+@typed
 def demo(
     root: str | Path | None = None, *, patients: int = 4, sections_per_patient: int = 2, seed: int = 0
 ) -> list[Section]:

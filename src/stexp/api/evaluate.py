@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from stexp.api.data import SpotDataModule
 from stexp.api.features import machine_of
 from stexp.api.score import Score
+from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
 from stexp.construct import build
 from stexp.errors import InputError, did_you_mean
@@ -28,15 +29,16 @@ KEPT = ("seed", "fold", "output_dir", "protocol", "data", "image_encoder")
 """Of the config of a run: what scoring depends on."""
 
 
+@typed
 def evaluate(
     predicted: ad.AnnData | pd.DataFrame | np.ndarray | str | Path,
     data: SpotDataModule,
     *,
     name: str | None = None,
     layer: str | None = None,
-    trained_on: Sequence[str] | None = None,
+    trained_on: Sequence[str] | str | None = None,
     scale: str | None = None,
-    genes_chosen_on: Sequence[str] | None = None,
+    genes_chosen_on: Sequence[str] | str | None = None,
     gene_table: str | Path | None = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
@@ -83,8 +85,6 @@ def evaluate(
     >>> theirs = stexp.evaluate("theirs.h5ad", data, name="theirs", trained_on=["C2", "C3"])
     >>> stexp.compare([score, theirs])
     """
-    if not isinstance(data, SpotDataModule):
-        raise InputError(f"data is a {type(data).__name__}; a stexp.SpotDataModule would fit")
     adata = _as_anndata(predicted, data, layer)
     facts = adata.uns.get("stexp", {})
     if trained_on is None and "trained_on" in facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -21,6 +20,7 @@ from stexp.api.features import machine_of
 from stexp.api.model import Model, Run
 from stexp.api.settings import check_numbers, plain
 from stexp.api.train import train_run
+from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
 from stexp.config import HARMLESS
 from stexp.config.plugins import FROM_DATA
@@ -31,6 +31,7 @@ from stexp.models.method import Method
 PLAIN = (bool, int, float, str, type(None))
 
 
+@typed
 def fit(
     method: str | pl.LightningModule,
     data: SpotDataModule,
@@ -117,8 +118,6 @@ def fit(
     >>> model = stexp.fit("stnet", data, max_epochs=20, model_args={"lr": 1e-3})
     >>> model.score.table
     """
-    if not isinstance(data, SpotDataModule):
-        raise InputError(f"data is a {type(data).__name__}; a stexp.SpotDataModule would fit")
     if "image_encoder" in (model_args or {}):
         raise InputError("model_args: the image encoder is chosen by stexp.SpotDataModule(image_encoder=...)")
     work = WorkFolder(output_dir)
@@ -155,23 +154,17 @@ def fit(
     return Model(run=Run(work, data, config))
 
 
-def _own_method(method: object, model_args: Mapping[str, Any] | None) -> Method:
+def _own_method(method: pl.LightningModule, model_args: Mapping[str, Any] | None) -> Method:
     if model_args:
         raise InputError("model_args are of methods by name; one's own has its arguments already")
-    if isinstance(method, pl.LightningModule):
-        return as_method(method)
-    if inspect.isclass(method):
-        raise InputError(f"method: {method.__name__} is a class; an object of it, {method.__name__}(...), would fit")
-    raise InputError(
-        f"method is a {type(method).__name__}; the name of one in conf/model, or a LightningModule would fit"
-    )
+    return as_method(method)
 
 
 def _described(method: Method, name: str | None) -> dict[str, Any]:
     """A method of one's own as a config names it: its class and, as far as it recorded them, its arguments."""
     kind, recorded = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
     arguments = {key: value for key, value in recorded.items() if key not in FROM_DATA and _is_plain(value)}
-    return {**arguments, "_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__.lower()}
+    return {**arguments, "_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__}
 
 
 def _is_plain(value: object) -> bool:

@@ -7,12 +7,13 @@ import pandas as pd
 
 from stexp.api.data import SpotDataModule
 from stexp.api.score import ranked
-from stexp.errors import InputError
+from stexp.api.typed import typed
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
 from stexp.runs.results import TRAINING, colours, floors_under
 
 
+@typed
 def floors(data: SpotDataModule) -> pd.DataFrame:
     """Score simple predictors on the held-out spots, without training anything.
 
@@ -31,8 +32,6 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
     --------
     >>> stexp.floors(data)[["kind", "pearson_acg"]]
     """
-    if not isinstance(data, SpotDataModule):
-        raise InputError(f"data is a {type(data).__name__}; a stexp.SpotDataModule would fit")
     protocol, test, train = data.protocol, data.rows("test"), data.rows(*TRAINING)
     layers, ceiling = floors_under(protocol, data, data.tile_features, colours(data))
     observed = predictions.make_predictions(

@@ -16,6 +16,7 @@ import pandas as pd
 
 from stexp.api.data import SpotDataModule
 from stexp.api.score import Score
+from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
 from stexp.data.genes import normalise
 from stexp.data.section import Section
@@ -299,6 +300,7 @@ class Model:
         }
 
 
+@typed
 def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     """A model that :meth:`Model.save` or ``stexp-export`` wrote, or that of a finished run.
 

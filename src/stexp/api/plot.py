@@ -8,6 +8,7 @@ import anndata as ad
 import numpy as np
 
 from stexp.api.score import Score
+from stexp.api.typed import typed
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.verdict import label
@@ -20,6 +21,7 @@ SHOWN = 6
 """Genes that are drawn where none are named."""
 
 
+@typed
 def genes(
     adata: ad.AnnData,
     genes: str | Sequence[str] | None = None,
@@ -67,6 +69,7 @@ def genes(
     return gene_maps.draw(adata, chosen, _listed(sections, names, "sections") or names, drawn)
 
 
+@typed
 def scores(score: Score, metric: str = "pearson_acg") -> Picture:
     """Draw a score as bars: the method, its floors and oracles, a dot for every section, and the ceiling.
 
@@ -103,6 +106,7 @@ def scores(score: Score, metric: str = "pearson_acg") -> Picture:
     return figure
 
 
+@typed
 def section(section: Section, tile_px: int | None = None) -> Picture:
     """Draw a section's spots on its image, where a flipped or shifted join is seen at once.
 

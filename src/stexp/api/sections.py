@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
+from stexp.api.typed import typed
 from stexp.data.readers import cscc, demo, her2st, hest, samplesheet, spatialdata, visium
 from stexp.data.section import Section
 
@@ -52,6 +53,8 @@ def recorded(data: str, reader: Callable[P, list[Section]]) -> Callable[P, list[
     data
         Choice of ``conf/data`` that names the same reader.
     """
+
+    reader = typed(reader)
 
     @functools.wraps(reader)
     def read(*args: P.args, **kwargs: P.kwargs) -> list[Section]:

@@ -20,16 +20,16 @@ from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
 from stexp.files import alone_in, write_atomically
-from stexp.inference.base import Base, check_data, check_method, read_base
+from stexp.inference.base import Base, check_data, check_method, check_tiles, read_base
 from stexp.inference.carried import CarriedWeights
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
-from stexp.runs.provenance import Stages, changed_sections, provenance
+from stexp.runs.provenance import Stages, provenance
 from stexp.runs.results import write_results
-from stexp.runs.scoring import score_run
+from stexp.runs.scoring import score_finished, score_run
 from stexp.training import loggers
-from stexp.training.duplicates import compare_tiles
+from stexp.training.duplicates import compare_tiles, training_record
 from stexp.training.fit import best_validation_score, build_method, fit, predict, size_of_training
 from stexp.training.machine import Machine
 
@@ -100,7 +100,7 @@ def train_run(
         with alone_in(folder.path) if machine.is_first else nullcontext():
             if machine.is_first:
                 if folder.claim(config, overwrite):
-                    return TrainedRun(folder.path, _finished(folder, sections), None)
+                    return TrainedRun(folder.path, score_finished(folder.path, sections), None)
             elif folder.finished and not overwrite:
                 return None
             return _train(config, sections, folder, machine, overwrite, method, callbacks, base)
@@ -146,7 +146,9 @@ def _train(
         if base is not None:
             check_data(base, data)
         data.open_tiles()
-        compare_tiles(data)
+        tiles = compare_tiles(data)
+        if base is not None:
+            check_tiles(base, data, tiles)
         for line in data.summary():
             log.info("%s", line)
     with stages("floors"):
@@ -187,6 +189,7 @@ def _train(
         )
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
+        record["spots"] = training_record(data, tiles)
         if carried is not None:
             record["from"] = carried.record()
         if folder.best_checkpoint.exists():
@@ -199,17 +202,6 @@ def _train(
         if machine.is_first:
             loggers.end(logger, status)
     return TrainedRun(folder.path, metrics, method)
-
-
-def _finished(folder: RunFolder, sections: list[Section]) -> dict:
-    changed = changed_sections(folder.path, sections)
-    if changed:
-        raise InputError(
-            f"{folder.path} is finished, and its data changed since ({', '.join(changed[:5])}); choose another "
-            f"output_dir, or overwrite=true to start anew"
-        )
-    log.info("%s is finished; give overwrite=true to run it again", folder.path)
-    return score_run(folder.path)
 
 
 def _announce(config: dict[str, Any], machine: Machine) -> None:

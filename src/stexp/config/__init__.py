@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stexp import construct
 from stexp.errors import InputError, UnknownName, in_one_line, is_of_memory
@@ -41,8 +43,29 @@ def to_plain(config: Any) -> Any:
     """A config as dict and list, with every interpolation resolved."""
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        from_data = "; n_genes, n_positions and n_features of a method come from the data"
+        raise InputError(
+            f"config: {key} has no value; {key}=VALUE gives one{from_data if str(key).startswith('model.') else ''}"
+        ) from None
     except OmegaConfBaseException as error:
         raise InputError(f"config: {str(error).splitlines()[0]}") from None
+
+
+def _whose(error: Exception) -> str:
+    """Where an error that nobody foresaw comes from: the line of a plug-in, or a bug of stexp."""
+    libraries = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib", "stdlib")}
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        places.append((error.filename, error.lineno))
+    for name, line in reversed(places):
+        path = Path(name).resolve()
+        if path.is_relative_to(Path(__file__).resolve().parents[1]):
+            break
+        if path.is_file() and not any(path.is_relative_to(library) for library in libraries):
+            return f"in {path}, line {line}, which is not of stexp"
+    return "(a bug)"
 
 
 @contextmanager
@@ -70,8 +93,8 @@ def command() -> Iterator[None]:
         # OmegaConf's: of a run's config that was cut
         if not isinstance(error, InputError | OSError | OmegaConfBaseException) and not is_of_memory(error):
             print(
-                f"stexp: stopped by {type(error).__name__} (a bug); what was finished is whole, and the same command "
-                f"goes on from there. Where it happened:",
+                f"stexp: stopped by {type(error).__name__} {_whose(error)}; what was finished is whole, and the same "
+                f"command goes on from there. Where it happened:",
                 file=sys.stderr,
             )
             raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,8 @@ FEWEST_SPOTS = 5
 """Of the smaller section's spots, so many must be in the other one, and at least so many."""
 BITS = 6
 """Of the 112 of a tile's hash, that may differ after encoding anew."""
+SAMPLED = 64
+"""Spots of a section that are kept on record, to know it again where it is not at hand."""
 PLAIN = 4.0
 """Standard deviation of grey levels below which a tile shows nothing to tell it by."""
 
@@ -85,19 +88,59 @@ def tile_prints(tiles: Iterable[np.ndarray]) -> np.ndarray:
     return np.array(rows, dtype=bool).reshape(-1, 112)
 
 
+def record_spots(counts: np.ndarray, tiles: np.ndarray | None) -> dict[str, list[str]]:
+    """Hashes of 64 spots of a section, as hexadecimal text: ``counts`` and, where there are tiles, ``tiles``.
+
+    Parameters
+    ----------
+    counts, tiles
+        `count_prints` (N,) and `tile_prints` (N, 112); evenly over the spots that can be told from others.
+    """
+    kept = {"counts": [f"{value:016x}" for value in _spread(counts[counts > 0])]}
+    if tiles is not None:
+        kept["tiles"] = [np.packbits(bits).tobytes().hex() for bits in _spread(tiles[tiles.any(axis=1)])]
+    return kept
+
+
+def spots_on_record(record: Mapping[str, Any], counts: np.ndarray, tiles: np.ndarray | None = None) -> str | None:
+    """By what a section is the one of a record of `record_spots`: ``counts`` or ``tiles``; None where it is another."""
+    recorded = np.array([int(text, 16) for text in record.get("counts", ())], dtype=np.uint64)
+    if _is_copy(int(np.isin(recorded, counts).sum()), len(recorded)):
+        return "counts"
+    if tiles is not None and len(record.get("tiles", ())):
+        packed = np.frombuffer(bytes.fromhex("".join(record["tiles"])), dtype=np.uint8)
+        kept = np.unpackbits(packed.reshape(len(record["tiles"]), -1), axis=1).astype(bool)
+        if _is_copy(_alike(kept, tiles[tiles.any(axis=1)]), len(kept)):
+            return "tiles"
+    return None
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    return values[np.unique(np.linspace(0, len(values) - 1, min(SAMPLED, len(values))).astype(int))]
+
+
+def _is_copy(same: int, of: int) -> bool:
+    return same >= max(FEWEST_SPOTS, SHARE * of)
+
+
+def _alike(few: np.ndarray, many: np.ndarray) -> int:
+    """How many of some tiles' bits (n, 112) are those of others (m, 112), but for a few that encoding changes."""
+    if not len(few) or not len(many):
+        return 0
+    few, many = few.astype(np.float32), many.astype(np.float32)
+    # bits that differ, by one product: |a| + |b| - 2ab
+    differ = few.sum(axis=1)[:, None] + many.sum(axis=1)[None] - 2 * few @ many.T
+    return int((differ.min(axis=1) <= BITS).sum())
+
+
 def copies_by_tiles(prints: dict[str, np.ndarray]) -> list[Copy]:
     """Pairs of sections whose tiles look the same in a fifth of their spots or more; `tile_prints` by section."""
     copies = []
-    telling = {name: bits[bits.any(axis=1)].astype(np.float32) for name, bits in prints.items()}
+    telling = {name: bits[bits.any(axis=1)] for name, bits in prints.items()}
     for first, second in combinations(telling, 2):
         few, many = sorted((telling[first], telling[second]), key=len)
-        if not len(few):
-            continue
-        # bits that differ, by one product: |a| + |b| - 2ab
-        agree = few @ many.T
-        differ = few.sum(axis=1)[:, None] + many.sum(axis=1)[None] - 2 * agree
-        same = int((differ.min(axis=1) <= BITS).sum())
-        if same >= max(FEWEST_SPOTS, SHARE * len(few)):
+        same = _alike(few, many)
+        if _is_copy(same, len(few)):
             copies.append(Copy(first, second, same / len(few), "tiles"))
     return copies
 
@@ -116,7 +159,7 @@ def _copies(prints: dict[str, np.ndarray], by: str) -> list[Copy]:
     return [
         Copy(names[i], names[j], n / min(sizes[i], sizes[j]), by)
         for (i, j), n in sorted(same.items())
-        if n >= max(FEWEST_SPOTS, SHARE * min(sizes[i], sizes[j]))
+        if _is_copy(n, min(sizes[i], sizes[j]))
     ]
 
 

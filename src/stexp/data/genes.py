@@ -86,6 +86,16 @@ def read_panel(path: str | Path) -> list[str]:
     return genes
 
 
+def listed_genes(genes: object) -> list[str]:
+    """Names of ``genes=``, one or a list; InputError for anything else, for none, or one named twice."""
+    if not isinstance(genes, str | list | tuple | np.ndarray | pd.Index | pd.Series):
+        raise InputError(f"genes={genes}: give panel, all, or a list of names")
+    names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
+    if not names or len(set(names)) < len(names):
+        raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
+    return names
+
+
 def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[Section] | None = None) -> list[str]:
     """Variable genes of the given sections, and of no other.
 
@@ -136,9 +146,9 @@ def panel_of_fold(
         choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
         referenced = [section for section in sections if section.name in names_of.get("reference", [])]
         panel = choose_panel(choosing, protocol, measured_in=referenced)
-    twice = sorted({gene for gene in panel if list(panel).count(gene) > 1}) if len(set(panel)) < len(panel) else []
-    if twice:
-        raise InputError(f"panel: {', '.join(twice[:3])} is named twice; once would fit")
+    if len(set(panel)) < len(panel):
+        twice = pd.Index(panel)[pd.Index(panel).duplicated()][0]
+        raise InputError(f"panel: {twice} is named twice; once would fit")
     return list(panel), names_of.get("test", []) if saw_test else []
 
 

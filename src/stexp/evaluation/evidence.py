@@ -10,6 +10,7 @@ import pandas as pd
 
 from stexp.evaluation import intervals
 from stexp.evaluation.chance import beyond_chance
+from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import SCORES, mean_or_none, pearson_per_gene
 from stexp.evaluation.programmes import set_scores
 from stexp.evaluation.spatial import structural_similarity, structure
@@ -90,12 +91,25 @@ def _intervals(sections: Mapping[str, Mapping], patients: Mapping[str, str | Non
 
 
 def _error(sections: Mapping[str, Mapping]) -> dict[str, float | None]:
-    """Share of the training mean's error that a prediction is rid of, in each part: 1 is perfect, below 0 is worse."""
-    out = {}
-    for part in ("mse", "mse_gene_mean", "mse_within_gene"):
-        pairs = [(section["scores"].get(part), section["floors"]["mean"].get(part)) for section in sections.values()]
-        skills = [1 - own / floor for own, floor in pairs if own is not None and floor]
-        out[f"skill_{part.removeprefix('mse_')}"] = mean_or_none(skills)
+    """Share of the training mean's error that a prediction is rid of, in each part: 1 is perfect, below 0 is worse.
+
+    ``best_floor_within_gene`` is the highest that a floor has within genes.
+    """
+
+    scored = list(sections.values())
+
+    def skill(part: str, predictions: Sequence[Mapping]) -> float | None:
+        """Of the error summed over sections: in a mean of ratios, one that the mean fits by chance would decide."""
+        beside = [section["floors"]["mean"].get(part) for section in scored]
+        pairs = [(each.get(part), mean) for each, mean in zip(predictions, beside, strict=True)]
+        own, mean = np.array([pair for pair in pairs if None not in pair], dtype=np.float64).reshape(-1, 2).sum(axis=0)
+        return float(1 - own / mean) if mean > 0 else None
+
+    parts = ("mse", "mse_gene_mean", "mse_within_gene")
+    out = {f"skill_{part.removeprefix('mse_')}": skill(part, [each["scores"] for each in scored]) for part in parts}
+    names = set(scored[0]["floors"]) - ORACLES - {"mean"}
+    floors = [skill("mse_within_gene", [each["floors"][name] for each in scored]) for name in names]
+    out["best_floor_within_gene"] = max((value for value in floors if value is not None), default=None)
     return out
 
 

@@ -33,6 +33,17 @@ Manifest = dict[str, dict[str, str]]
 """Section -> file -> digest."""
 
 
+class SpotHashes(TypedDict):
+    """See :func:`stexp.data.duplicates.record_spots`."""
+
+    counts: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]]
+    tiles: NotRequired[list[Annotated[str, Field(pattern="^[0-9a-f]{28}$")]]]
+
+
+Spots = dict[str, SpotHashes]
+"""Section -> hashes of some of its spots."""
+
+
 class Chosen(TypedDict):
     """What a method chose on validation spots, and what retrieving again changed."""
 
@@ -248,6 +259,7 @@ class Provenance(Made):
 
     stages: dict[str, NotNegative]
     data_manifest: Manifest
+    spots: NotRequired[Spots]
     trained_by: NotRequired[str]
     epochs: NotRequired[Whole | None]
     parameters: NotRequired[dict[str, int] | None]

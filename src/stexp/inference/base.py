@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stexp import construct
+from stexp.arguments import check_fields
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.digests import file_digest
+from stexp.data.duplicates import count_prints, spots_on_record
 from stexp.errors import InputError
-from stexp.evaluation.records import read_audit, read_provenance
+from stexp.evaluation.records import SpotHashes, Spots, read_audit, read_provenance
 from stexp.inference import hub, model_facts, model_folder, training_slides
 from stexp.inference.description import build_encoder, without_weights
 from stexp.inference.rebuild import class_of_method
@@ -136,7 +139,7 @@ def _of_run(path: Path) -> Base:
 def _record(
     source: str, digest: str, data: str, fold: str, trained: Mapping[str, Any], looks: Mapping[str, str]
 ) -> dict[str, Any]:
-    keys = ("sections", "data_manifest", "from")
+    keys = ("sections", "data_manifest", "spots", "from")
     about = {"model": source, "digest": digest, "data": data, "fold": fold, "looks": dict(looks)}
     return about | {key: trained.get(key) for key in keys}
 
@@ -157,9 +160,35 @@ def check_data(base: Base, data: SpotDataModule) -> None:
     ------
     InputError
         A section that is held out, or with whole patients held out one of their sections, trained it or one of the
-        models that it began at: by the content of its files, or the look of its slide.
+        models that it began at: by the content of its files, the counts of its spots, or the look of its slide.
     """
     seen = {section.name: how for section in data.sections if (how := _seen(base, section))}
+    _refuse_held_out(base, data, seen)
+    validated = sorted(set(seen) & set(data.names("validation")))
+    if validated:
+        log.warning("from=%s was trained on %s, which now validate: validation flatters", base.source, validated)
+    for what, before, now in (
+        ("tiles (px, um)", base.tile, (data.tile.px, data.tile.um)),
+        ("stain", base.stain, data.stain),
+        ("scale of the expression", base.protocol.scale, data.protocol.scale),
+    ):
+        if before != now:
+            log.warning("from=%s: its %s was %s, here it is %s", base.source, what, before, now)
+
+
+def check_tiles(base: Base, data: SpotDataModule, tiles: Mapping[str, np.ndarray]) -> None:
+    """`check_data` by the `tile_prints` of sections, which are there once their tiles are cut."""
+    prints = {section.name: count_prints(section.spots.X) for section in data.sections if section.name in tiles}
+    records = [spots for record in _lineage(base.record) for spots in _spots_of(base, record)]
+    seen = {
+        name: "by its tiles"
+        for name, counts in prints.items()
+        if any(spots_on_record(spots, counts, tiles[name]) for spots in records)
+    }
+    _refuse_held_out(base, data, seen)
+
+
+def _refuse_held_out(base: Base, data: SpotDataModule, seen: Mapping[str, str]) -> None:
     test = set(data.names("test"))
     of_patient = {section.name: section.patient for section in data.sections}
     if data.protocol.hold_out == "patient":
@@ -173,16 +202,6 @@ def check_data(base: Base, data: SpotDataModule) -> None:
             f"{'a patient of them' if data.protocol.hold_out == 'patient' else 'that'}: no score would mean anything; "
             f"a fold, or a model, of other patients would fit"
         )
-    validated = sorted(set(seen) & set(data.names("validation")))
-    if validated:
-        log.warning("from=%s was trained on %s, which now validate: validation flatters", base.source, validated)
-    for what, before, now in (
-        ("tiles (px, um)", base.tile, (data.tile.px, data.tile.um)),
-        ("stain", base.stain, data.stain),
-        ("scale of the expression", base.protocol.scale, data.protocol.scale),
-    ):
-        if before != now:
-            log.warning("from=%s: its %s was %s, here it is %s", base.source, what, before, now)
 
 
 def _seen(base: Base, section: Any) -> str | None:
@@ -194,12 +213,22 @@ def _seen(base: Base, section: Any) -> str | None:
             lists = {role: names for role, names in roles.items() if isinstance(names, list)}
             if any(training_slides.by_digest(file_digest(file), files, lists) for file in section.files):
                 return "by its files"
+        counts = count_prints(section.spots.X)
+        if any(spots_on_record(spots, counts) for spots in _spots_of(base, record)):
+            return "by the counts of its spots"
         looks = record.get("looks")
         if section.slide is not None and isinstance(looks, dict) and looks:
             texts = {name: text for name, text in looks.items() if isinstance(text, str)}
             if training_slides.by_look(training_slides.fingerprint(section.slide), texts):
                 return "by the look of its slide"
     return None
+
+
+def _spots_of(base: Base, record: Mapping[str, Any]) -> list[SpotHashes]:
+    """What is on record of the spots of each section; nothing of models of earlier versions."""
+    spots = record.get("spots") or {}
+    check_fields(f"from={base.source}: its record of spots", spots, Spots, "train or export it again")
+    return list(spots.values())
 
 
 def _lineage(record: Any) -> Iterator[dict[str, Any]]:

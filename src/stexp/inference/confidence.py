@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from stexp.evaluation.verdict import best_floor, label
 from stexp.inference.intervals import PATIENTS
 from stexp.inference.intervals import interval as interval_of
 from stexp.inference.out_of_distribution import KnownTiles
@@ -50,6 +51,25 @@ def add_likeness(adata: ad.AnnData, known: KnownTiles, limit: float) -> float:
     adata.obs["ood_distance"], adata.obs["ood_percentile"] = distance, percentile
     adata.obs["out_of_distribution"] = percentile > limit
     return float((percentile > limit).mean())
+
+
+def worth(facts: dict) -> str:
+    """What a method scored on held-out sections beside its best floor, in a sentence; empty where none is on record.
+
+    Parameters
+    ----------
+    facts
+        ``model.json``; those of earlier versions hold no scores.
+    """
+    runs = [(run, floor) for run in facts.get("scores", []) if (floor := best_floor(run)) is not None]
+    runs = [(run, floor) for run, floor in runs if run["scores"].get("pearson_acg") is not None]
+    if not runs:
+        return ""
+    own = float(np.mean([run["scores"]["pearson_acg"] for run, _ in runs]))
+    beside = float(np.mean([run["floors"][floor]["pearson_acg"] for run, floor in runs]))
+    names = " and ".join(dict.fromkeys(label(floor) for _, floor in runs))
+    relation = "above" if own > beside else "not above"
+    return f"On held-out sections the model scored {own:.3f}, {relation} its best floor ({names}, {beside:.3f})."
 
 
 def lines(facts: dict) -> list[str]:

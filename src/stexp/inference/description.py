@@ -79,6 +79,7 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
             "run": run.folder.path.resolve().name,
             "checkpoint": file_digest(path),
             **{key: run.provenance.get(key) for key in ("command", "commit", "dirty", "date", "data_manifest", "from")},
+            **({"spots": run.provenance["spots"]} if "spots" in run.provenance else {}),  # runs of before lack it
             "sections": {role: run.data.names(role) for role in ROLES},
         },
     }

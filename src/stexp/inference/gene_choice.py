@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from stexp.data.genes import listed_genes
 from stexp.errors import InputError, did_you_mean
 from stexp.inference import model_facts, model_folder
 
@@ -21,11 +22,7 @@ def choose_genes(genes: str | Sequence[str], panel: list[str], predicted: pd.Ind
     """
     if isinstance(genes, str) and genes in ("panel", "all"):
         return panel if genes == "panel" else list(predicted)
-    if genes is None or isinstance(genes, int | float):
-        raise InputError(f"genes={genes}: give panel, all, or a list of names")
-    names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
-    if not names or len(set(names)) < len(names):
-        raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
+    names = listed_genes(genes)
     unknown = [name for name in names if name not in predicted]
     if unknown:
         raise InputError(

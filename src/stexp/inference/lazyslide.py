@@ -18,20 +18,6 @@ from stexp.inference.trained import TrainedMethod, device_of
 
 
 class TrainedModel(Protocol):
-    """What is asked of a model, such as one of :func:`stexp.load_model`."""
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-    @property
-    def panel(self) -> list[str]: ...
-    @property
-    def bank(self) -> Bank | None: ...
-    @property
-    def method(self) -> TrainedMethod: ...
-    def names(self, genes: str | Sequence[str]) -> list[str]: ...
-
-
-class Predicting(Protocol):
     """What a model says of itself, loaded or trained here."""
 
     @property

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from stexp.arguments import Between, Count, NotNegative, Share, Whole, check_fields, check_keys
 from stexp.documents import parse_json
 from stexp.errors import InputError
+from stexp.evaluation.records import Spots
 from stexp.inference.bank import LONGEST
 from stexp.inference.tensors import AGAIN
 from stexp.protocol import Protocol
@@ -120,6 +121,7 @@ Base = TypedDict(
         "looks": dict[Name, str],
         "sections": NotRequired[dict[Name, list[Name]] | None],
         "data_manifest": NotRequired[Manifest | None],
+        "spots": NotRequired[Spots | None],
         "from": NotRequired["Base | None"],
     },
 )
@@ -131,6 +133,7 @@ Trained = TypedDict(
         "checkpoint": Digest,
         "data_manifest": Manifest | None,
         "sections": dict[Literal["train", "validation", "test", "reference"], list[Name]],
+        "spots": NotRequired[Spots],
         "from": NotRequired[Base | None],
     },
 )

@@ -39,22 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
-    """A model that ``stexp-export`` wrote, or that of a finished run.
-
-    Parameters
-    ----------
-    path
-        An exported folder; or a run folder whose data are still there, which is exported to ``<run>/model.stexp``
-        first, once; or ``owner/name`` (``owner/name@revision``) of a model on the Hugging Face hub. A folder on disk
-        goes before a repository of that name.
-    plugins
-        Plug-ins that the model may name, whose code then runs; a model that was made with one says so.
-
-    Raises
-    ------
-    InputError
-        None of them, or a file of it is missing, damaged or was changed; or a plug-in of it is not named.
-    """
+    """What predicts slides of :func:`stexp.load_model`, which has the same arguments and errors."""
     load_plugins(plugins)
     return Model(model_folder.read(exported_folder(path)))
 
@@ -353,4 +338,5 @@ class Model:
             same = self.known.share_of_same(adata.obsm["image_embedding"])
         checks.append(slide_checks.trained(trained_on, same, n_excluded))
         about = adata.uns["stexp"]
-        about["checks"], about["verdict"] = json.dumps(checks), slide_checks.conclude(checks)
+        verdict = f"{slide_checks.conclude(checks)} {confidence.worth(self.facts)}".rstrip()
+        about["checks"], about["verdict"] = json.dumps(checks), verdict

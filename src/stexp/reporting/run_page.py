@@ -100,6 +100,13 @@ def changes(metrics: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def settings(metrics: dict[str, Any]) -> str:
+    """Numbers that a method chose besides k: ``radius um 100, scale 1.8``; else empty."""
+    chosen = metrics.get("chosen", {})
+    numbers = {key: value for key, value in chosen.items() if isinstance(value, int | float) and key != "k"}
+    return ", ".join(f"{label(key)} {value:.4g}" for key, value in numbers.items())
+
+
 def _render(
     metrics: dict,
     audit: Audit | EvaluatedAudit,
@@ -130,6 +137,7 @@ def _render(
         columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
         heg=heg,
         changes=changes(metrics),
+        settings=settings(metrics),
         elsewhere=sentences(metrics),
         floor_notes=FLOORS,
         config=str(predictions.uns["stexp"]["config"]),

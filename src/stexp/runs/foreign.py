@@ -30,10 +30,10 @@ from stexp.files import alone_in, write_atomically
 from stexp.models.method import Prediction
 from stexp.protocol import Protocol
 from stexp.runs.folder import PREDICTIONS, RunFolder
-from stexp.runs.provenance import Stages, changed_sections, provenance
+from stexp.runs.provenance import Stages, provenance
 from stexp.runs.results import RunFacts, colours, quality_of_test, write_scored_files
 from stexp.runs.scale import put_on_scale
-from stexp.runs.scoring import score_run
+from stexp.runs.scoring import score_finished, score_run
 from stexp.training.duplicates import compare_tiles
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def evaluate(
     run = RunFolder(Path(folder))
     with alone_in(run.path):
         if run.claim(config, overwrite):
-            return _finished(run, data)
+            return score_finished(run.path, data.sections)
         (run.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are laid out anew
         stages = Stages(run.path)
         with stages("floors"):
@@ -244,14 +244,3 @@ def _listed(names: Sequence[str] | None) -> list[str] | None:
             )
         return [names]
     return None if names is None else [str(name) for name in names]
-
-
-def _finished(run: RunFolder, data: SpotDataModule) -> dict:
-    changed = changed_sections(run.path, data.sections)
-    if changed:
-        raise InputError(
-            f"{run.path} is finished, and its data changed since ({', '.join(changed[:5])}); choose another "
-            f"output_dir, or overwrite=true to start anew"
-        )
-    log.info("%s is finished; give overwrite=true to score the predictions again", run.path)
-    return score_run(run.path)

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from stexp.data.genes import listed_genes
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
@@ -110,9 +111,7 @@ def choose_genes(genes: str | list[str], sections: list[Section]) -> list[str]:
     common = set.intersection(*(set(section.genes) for section in sections))
     if genes == "all":
         return sorted(common)
-    names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
-    if not names or len(set(names)) < len(names):
-        raise InputError("genes names a gene twice, or none; give panel, all, or a list of different genes")
+    names = listed_genes(genes)
     missing = [name for name in names if name not in common]
     if missing:
         raise InputError(

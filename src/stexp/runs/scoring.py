@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from stexp.data.section import Section
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
@@ -20,6 +22,9 @@ from stexp.evaluation.records import AGAIN, Chosen, read_audit
 from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
+from stexp.runs.provenance import changed_sections
+
+log = logging.getLogger(__name__)
 
 
 def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -> dict:
@@ -77,6 +82,24 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
     write_csv(genes, run / "per_gene.csv")
     write_atomically(run / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
+
+
+def score_finished(run: Path, sections: list[Section]) -> dict:
+    """`score_run` of a run that is finished, where the same command is given again.
+
+    Raises
+    ------
+    InputError
+        The data changed since.
+    """
+    changed = changed_sections(run, sections)
+    if changed:
+        raise InputError(
+            f"{run} is finished, and its data changed since ({', '.join(changed[:5])}); choose another output_dir, or "
+            f"overwrite=true to start anew"
+        )
+    log.info("%s is finished; give overwrite=true to make it again", run)
+    return score_run(run)
 
 
 def _evidence(

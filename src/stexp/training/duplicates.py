@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.duplicates import copies_by_tiles, copies_in_fold, tile_prints
+from stexp.data.duplicates import copies_by_tiles, copies_in_fold, count_prints, record_spots, tile_prints
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +16,18 @@ MOST_TILES = 200_000
 """Of more, reading them all for this takes longer than the check is worth beside the counts."""
 
 
-def compare_tiles(data: SpotDataModule) -> None:
-    """Add to `data.copies` the sections that share tiles; InputError where these are not allowed."""
+def compare_tiles(data: SpotDataModule) -> dict[str, np.ndarray]:
+    """Add to `data.copies` the sections that share tiles; InputError where these are not allowed.
+
+    Returns
+    -------
+    dict
+        Section -> `tile_prints` of its spots; empty where there are too many tiles to be read for this.
+    """
     with_image = [section for section in data.sections if section.slide is not None]
     if sum(map(len, with_image)) > MOST_TILES:
         log.info("copies were looked for among the counts only: there are more than %d tiles", MOST_TILES)
-        return
+        return {}
     prints = {}
     for section in with_image:
         rows = np.flatnonzero(data.spots["section"] == section.name)
@@ -29,3 +36,14 @@ def compare_tiles(data: SpotDataModule) -> None:
     seen = {(copy.first, copy.second) for copy in data.copies}
     copies = copies_in_fold(copies_by_tiles(prints), data.spots, data.allow_duplicates)
     data.copies += [copy for copy in copies if (copy.first, copy.second) not in seen]
+    return prints
+
+
+def training_record(data: SpotDataModule, tiles: Mapping[str, np.ndarray]) -> dict[str, dict[str, list[str]]]:
+    """Hashes of spots of each section that trains or validates, by which a later training knows it again."""
+    names = data.names("train", "validation")
+    return {
+        section.name: record_spots(count_prints(section.spots.X), tiles.get(section.name))
+        for section in data.sections
+        if section.name in names
+    }
