@@ -44,4 +44,5 @@ def test_a_fit_shows_one_bar_or_one_line_an_epoch(demo: Path, tmp_path: Path, te
         return
     assert not lines and "best validation" in text and "loss" in text
     assert re.search(r"epoch 1/3 .* left -:--:--|epoch 1/3 .* left \d:\d\d:\d\d", text)
-    assert re.search(r"INFO +3 epochs  loss [\d.]+  best validation -?[\d.]+\s", text), "what is left when the bar goes"
+    beside = r"loss [\d.]+  log_batch [\d.]+  matched [\d.]+  chance [\d.]+  best validation -?[\d.]+\s"
+    assert re.search(rf"INFO +3 epochs  {beside}", text), "what is left when the bar goes"

@@ -179,6 +179,7 @@ class Metrics(Scored):
     elsewhere: NotRequired[ScoredElsewhere]
     evidence: NotRequired[Evidence]
     leaks: NotRequired[list[str]]
+    contrast: NotRequired[dict[str, Any]]  # see stexp.evaluation.contrast
 
 
 class AuditItem(TypedDict):

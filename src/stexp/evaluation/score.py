@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.genes import normalise
+from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import coverage_of, facts_elsewhere, n_scored_genes, sentences
 from stexp.evaluation.floors import NO_SCALE, ORACLES
 from stexp.evaluation.metrics import (
@@ -166,6 +167,8 @@ def summary(metrics: dict, verbose: bool = False) -> str:
     if "k_validation_pearson" in chosen:
         lines.append(f"  k = {chosen['k']} neighbours, chosen on validation spots.")
     lines += _evidence_lines(metrics)
+    if metrics.get("contrast", {}).get("left_chance"):  # else the verdict says it
+        lines.append(f"  {describe_contrast(metrics)}")
     judged = verdict(metrics)
     lines += [f"{CHANGED}."] if metrics.get("predictions_changed") else []
     lines += sentences(metrics)

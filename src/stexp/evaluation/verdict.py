@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stexp.evaluation.compare import Comparison, compare, smallest_p
+from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import n_scored_genes
 
 SIGNIFICANT = 0.05
@@ -65,7 +66,7 @@ SEEN = ("same_section_in_training", "copies_in_training", "same_patient_in_train
 
 
 def verdict(metrics: Mapping[str, Any]) -> Verdict:
-    """Judge the scores of a run; with a leak of tissue or patients, nothing is called a win.
+    """Judge the scores of a run; with a leak of tissue or patients, or a training at chance, nothing is called a win.
 
     Parameters
     ----------
@@ -73,6 +74,9 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
         ``metrics.json``. Sections without a ``patient`` are taken for those of one patient.
     """
     judged = _judge(metrics)
+    if not metrics.get("contrast", {"left_chance": True})["left_chance"]:
+        statement = f"{describe_contrast(metrics)} {judged.statement}"
+        judged = replace(judged, statement=statement, outcome=min(judged.outcome, "unclear", key=_WORST))
     leaks = [name for name in SEEN if name in metrics.get("leaks", [])]
     if not leaks:
         return judged

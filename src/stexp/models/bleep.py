@@ -95,7 +95,7 @@ class BLEEP(RetrievalMethod):
         image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
         loss = soft_info_nce(image, spot, self.temperature, self.target_temperature)
-        self.log("train/loss", loss, prog_bar=True, batch_size=batch.whole)
+        self.log_beside_chance(loss, image, spot)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

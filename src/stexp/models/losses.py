@@ -39,6 +39,34 @@ def info_nce(
     return image_weight * image_loss + (1 - image_weight) * spot_loss
 
 
+@torch.no_grad()
+def beside_chance(loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a contrastive loss says beside embeddings that carry nothing.
+
+    Parameters
+    ----------
+    loss : Tensor, shape ()
+        Of a batch, in nats.
+    image, spot : (B, D)
+        Its embeddings.
+
+    Returns
+    -------
+    dict of Tensor, shape ()
+        ``mean_loss``; ``log_batch``, log(B); ``matched``, share of tiles whose own spot has the largest scalar product
+        of the batch; ``chance``, 1 / B.
+    """
+    n = len(image)
+    matched = (image.float() @ spot.float().T).argmax(dim=1) == torch.arange(n, device=image.device)
+    chance = loss.new_tensor(1 / n, dtype=torch.float32)
+    return {
+        "mean_loss": loss.detach().float(),
+        "log_batch": -chance.log(),
+        "matched": matched.float().mean(),
+        "chance": chance,
+    }
+
+
 def soft_info_nce(
     image: torch.Tensor, spot: torch.Tensor, temperature: float = 1.0, target_temperature: str = "multiply"
 ) -> torch.Tensor:

@@ -177,10 +177,7 @@ class MclSTExp(RetrievalMethod):
             spot = gather(self.embed_batch_spots(batch), n)
         temperature = self.log_temperature.exp().clamp(min=0.01)
         loss = info_nce(image, spot, temperature, self.image_weight)
-        self.log("train/loss", loss, prog_bar=True, batch_size=n)
-        with torch.no_grad():
-            matched = (image @ spot.T).argmax(dim=1) == torch.arange(len(image), device=image.device)
-        self.log("train/matched", matched.float().mean(), on_step=False, on_epoch=True, batch_size=n)
+        self.log_beside_chance(loss, image, spot)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

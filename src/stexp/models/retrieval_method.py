@@ -14,6 +14,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models.correction import AT_MOST, Correction, Retrieved, fit_correction, without_itself
+from stexp.models.losses import beside_chance
 from stexp.models.method import Method, Prediction, References
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
 
@@ -72,6 +73,14 @@ class RetrievalMethod(Method):
     @abstractmethod
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch to embeddings (B, D)."""
+
+    def log_beside_chance(self, loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> None:
+        """Log a contrastive loss, and means over the epoch of what :func:`~stexp.models.losses.beside_chance` says."""
+        n = len(image)
+        self.log("train/loss", loss, prog_bar=True, batch_size=n)
+        for name, value in beside_chance(loss, image, spot).items():
+            shown = name != "mean_loss"
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=n)
 
     @property
     def _searched(self) -> tuple[ReferenceIndex, torch.Tensor]:

@@ -12,6 +12,7 @@ import anndata as ad
 
 from stexp.data.slides import pictures
 from stexp.errors import InputError
+from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import covered, sentences
 from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
 from stexp.evaluation.records import (
@@ -138,6 +139,7 @@ def _render(
         heg=heg,
         changes=changes(metrics),
         settings=settings(metrics),
+        contrast=describe_contrast(metrics),
         elsewhere=sentences(metrics),
         floor_notes=FLOORS,
         config=str(predictions.uns["stexp"]["config"]),

@@ -15,6 +15,7 @@ from stexp.data.section import Section
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.evaluation.contrast import read_contrast
 from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
@@ -77,6 +78,9 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
         metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
     if (run / "audit.json").is_file():
         metrics["leaks"] = [item["name"] for item in read_audit(run)["items"] if item["leak"]]
+    contrast = read_contrast(run)
+    if contrast is not None:
+        metrics["contrast"] = contrast
     if predictions.changed_since_run(run):
         metrics["predictions_changed"] = True
     write_csv(genes, run / "per_gene.csv")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +15,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.nn.utils import get_total_norm
 
 from stexp.data.datamodule import SpotDataModule
+from stexp.evaluation import contrast
 from stexp.evaluation.metrics import mean_pearson
+from stexp.evaluation.records import read_json
+from stexp.files import write_atomically
 from stexp.models.gather import gather
 from stexp.training.epoch_bar import EpochBar
 
@@ -83,6 +89,35 @@ class Health(pl.Callback):
         model.log("health/spots_per_second", self._spots / (self._end - self._start))
         if model.device.type == "cuda":
             model.log("health/gpu_memory_gb", torch.cuda.max_memory_allocated(model.device) / 1e9)
+
+
+class RecordContrast(pl.Callback):
+    """Keep what a contrastive method logs of its loss beside chance, a row an epoch, in a run's ``contrast.json``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / contrast.NAME
+        self._epochs: list[contrast.Epoch] = []
+        self._spots = 0
+
+    def on_train_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        begun = trainer.current_epoch
+        before = read_json(self.path, contrast.Epochs)["epochs"] if begun and self.path.is_file() else []
+        self._epochs = [epoch for epoch in before if epoch["epoch"] <= begun]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        self._spots = 0
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
+        self._spots += batch.whole
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        logged = trainer.callback_metrics
+        if not trainer.is_global_zero or "train/log_batch" not in logged:
+            return
+        names = {"loss": "mean_loss", **{name: name for name in ("log_batch", "matched", "chance")}}
+        values: Any = {name: float(logged[f"train/{of}"]) for name, of in names.items()}
+        self._epochs.append({"epoch": trainer.current_epoch + 1, "n_spots": self._spots, **values})
+        write_atomically(self.path, json.dumps({"epochs": self._epochs}))
 
 
 class EpochLines(pl.Callback):

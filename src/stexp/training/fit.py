@@ -23,7 +23,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
-from stexp.training.callbacks import VALIDATION
+from stexp.training.callbacks import VALIDATION, RecordContrast
 from stexp.training.checkpoints import WholeCheckpoints, keep_weights, load_checkpoint
 from stexp.training.distributed import SyncBatchNorm, check_several_devices
 from stexp.training.machine import Machine
@@ -105,7 +105,7 @@ def fit(
         log.info("going on from %s", checkpoints.last)
         method.load_state_dict(checkpoint["state_dict"])  # of what encoder there are features is asked next
     say_what_is_encoded(method, data)
-    callbacks = list(callbacks)
+    callbacks = [*callbacks, RecordContrast(folder)]
     if len(data.rows("validation")):
         # before the one that keeps the last epoch, which stores what was best so far
         best = ModelCheckpoint(
