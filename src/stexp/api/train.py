@@ -59,6 +59,7 @@ def train_run(
     config: Mapping[str, Any],
     sections: list[Section],
     *,
+    command: str | None = None,
     overwrite: bool = False,
     method: Method | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -71,6 +72,8 @@ def train_run(
         ``conf/train.yaml`` with every value in place, ``fold`` and ``output_dir`` too, as plain data.
     sections
         Those of the data set, held out and not.
+    command
+        What was called, for the record; None: the command that runs.
     overwrite
         Start anew where ``output_dir`` holds a run, this one or another.
     method
@@ -103,7 +106,7 @@ def train_run(
                     return TrainedRun(folder.path, score_finished(folder.path, sections), None)
             elif folder.finished and not overwrite:
                 return None
-            return _train(config, sections, folder, machine, overwrite, method, callbacks, base)
+            return _train(config, sections, folder, machine, command, overwrite, method, callbacks, base)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_next(folder)) from None
 
@@ -131,6 +134,7 @@ def _train(
     sections: list[Section],
     folder: RunFolder,
     machine: Machine,
+    command: str | None,
     overwrite: bool,
     method: Method | None,
     callbacks: Sequence[pl.Callback],
@@ -184,9 +188,8 @@ def _train(
             digest = write_results(folder, data, method, prediction, chosen, build(config["data"]["quality"]))
         with stages("score"):
             metrics = score_run(folder.path)
-        record = provenance(
-            data.sections, size_of_training(trainer), stages, machine.chosen_precision, machine.device.type
-        )
+        computed = machine.chosen_precision, machine.device.type
+        record = provenance(data.sections, size_of_training(trainer), stages, *computed, command)
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
         record["spots"] = training_record(data, tiles)

@@ -73,6 +73,11 @@ def is_partial(metrics: Mapping[str, Any]) -> bool:
     )
 
 
+def is_training_unstated(metrics: Mapping[str, Any]) -> bool:
+    """Whether predictions were made elsewhere by a training that nobody states."""
+    return ELSEWHERE in metrics and metrics[ELSEWHERE]["trained_on"] is None
+
+
 def n_scored_genes(metrics: Mapping[str, Any]) -> int:
     """Genes of the panel that are predicted."""
     return int(metrics.get(ELSEWHERE, {}).get("coverage", metrics)["n_genes"])

@@ -203,6 +203,7 @@ class AuditElsewhere(AuditSections):
     trained_on: list[str] | None
     genes_chosen_on: list[str] | None
     genes_by: Literal["protocol", "predictions"]
+    copies: NotRequired[list[str]]
 
 
 class AuditFacts(AuditSections):

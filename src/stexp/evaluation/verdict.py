@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stexp.evaluation.compare import Comparison, compare, smallest_p
-from stexp.evaluation.coverage import n_scored_genes
+from stexp.evaluation.coverage import is_training_unstated, n_scored_genes
 
 SIGNIFICANT = 0.05
 """Units that could not reach this p if all of them agreed are too few to say anything."""
@@ -55,9 +56,13 @@ def is_oracle(floor: str) -> bool:
 
 
 def by_score(floors: Mapping[str, Mapping[str, float | None]], score: str = "pearson_acg") -> list[tuple[str, Any]]:
-    """Floors with their scores, the highest first, those without a score last."""
-    value = {name: own.get(score) for name, own in floors.items()}
-    return sorted(floors.items(), key=lambda item: (value[item[0]] is None, -(value[item[0]] or 0.0)))
+    """Floors with their scores, the highest first, those without a score (None or NaN) last."""
+
+    def place(item: tuple[str, Mapping[str, float | None]]) -> tuple[bool, float]:
+        value = item[1].get(score)
+        return (True, 0.0) if value is None or math.isnan(value) else (False, -value)
+
+    return sorted(floors.items(), key=place)
 
 
 SEEN = ("same_section_in_training", "copies_in_training", "same_patient_in_training", "same_patient_in_reference")
@@ -113,6 +118,8 @@ def _judge(metrics: Mapping[str, Any]) -> Verdict:
 
     where = " and on ".join(SCORES[score] for score in higher)
     doubts = [_doubt(metrics, name, score) for score in higher for name in _floors_by_score(metrics, score)]
+    if is_training_unstated(metrics):
+        doubts.insert(0, "what it was trained on is not stated, the held-out patients perhaps")
     difference = compare_with_floor(metrics, best, "pearson_acg")
     if difference is None or any(doubts):
         doubt = next(filter(None, doubts))

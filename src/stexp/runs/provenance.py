@@ -46,7 +46,9 @@ class Stages:
                 write_atomically(self.path, json.dumps(self.seconds))
 
 
-def provenance(sections: list[Section], training: dict, stages: Stages, precision: str, device: str) -> dict:
+def provenance(
+    sections: list[Section], training: dict, stages: Stages, precision: str, device: str, command: str | None = None
+) -> dict:
     """The record that stands beside a run's numbers, as plain values.
 
     Parameters
@@ -55,9 +57,11 @@ def provenance(sections: list[Section], training: dict, stages: Stages, precisio
         What the run read.
     training
         Epochs and parameters; see :func:`~stexp.training.fit.size_of_training`.
+    command
+        What was called, where that is no command; None: see `command_line`.
     """
     return {
-        "command": command_line(),
+        "command": command or command_line(),
         **git_state(),
         "date": now(),
         "seconds": round(sum(stages.seconds.values()), 1),

@@ -105,7 +105,7 @@ def write_results(
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
-        "copies": [f"{c.first} and {c.second} ({c.share:.0%} of the spots, by {c.by})" for c in data.copies],
+        "copies": [copy.in_words() for copy in data.copies],
     }
     if folder.config.get("from") is not None:
         facts["began_at"] = folder.config["from"]["model"]

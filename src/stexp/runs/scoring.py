@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -18,7 +19,7 @@ from stexp.evaluation import predictions
 from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
-from stexp.evaluation.records import AGAIN, Chosen, read_audit
+from stexp.evaluation.records import AGAIN, Chosen, read_audit, read_metrics
 from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
@@ -85,7 +86,9 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
 
 
 def score_finished(run: Path, sections: list[Section]) -> dict:
-    """`score_run` of a run that is finished, where the same command is given again.
+    """``metrics.json`` of a run that is finished, where the same command is given again.
+
+    It is scored anew where the file is missing or its predictions were changed, with the gene sets that it names.
 
     Raises
     ------
@@ -99,7 +102,13 @@ def score_finished(run: Path, sections: list[Section]) -> dict:
             f"overwrite=true to start anew"
         )
     log.info("%s is finished; give overwrite=true to make it again", run)
-    return score_run(run)
+    if not all((run / name).is_file() for name in ("metrics.json", "per_gene.csv")):
+        return score_run(run)
+    metrics: dict[str, Any] = {**read_metrics(run)}
+    if not predictions.changed_since_run(run):
+        return metrics
+    sets = metrics.get("evidence", {}).get("gene_sets", [])
+    return score_run(run, {each["set"]: each["genes"] for each in sets})
 
 
 def _evidence(

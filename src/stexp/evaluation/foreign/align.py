@@ -89,6 +89,11 @@ def align(
         )
     every_gene = np.full((len(test), predicted.n_vars), np.nan, dtype=np.float32)
     every_gene[rows >= 0] = np.asarray(predicted.X, dtype=np.float32)[rows[rows >= 0]]
+    infinite = np.isinf(every_gene)  # outside the panel, too: a spot's total may be counted over those genes
+    if infinite.any():
+        raise InputError(
+            f"predictions: {_cells(infinite, test, predicted.var_names)} infinite; finite numbers would fit"
+        )
     values = np.full((len(test), len(panel)), np.nan, dtype=np.float32)
     values[:, columns >= 0] = every_gene[:, columns[columns >= 0]]
     values = _whole(values, test, panel)
@@ -201,9 +206,6 @@ def _whole(values: np.ndarray, test: pd.DataFrame, panel: Sequence[str]) -> np.n
 
     A gene is predicted where every section that is predicted has it.
     """
-    infinite = np.isinf(values)
-    if infinite.any():
-        raise InputError(f"predictions: {_cells(infinite, test, panel)} infinite; finite numbers would fit")
     missing = np.isnan(values)
     spots, sections = ~missing.all(axis=1), test["section"].to_numpy(str)
     lacking = np.zeros(len(panel), dtype=bool)
