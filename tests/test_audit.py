@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stexp.evaluation.audit import audit, audit_elsewhere
+from stexp.evaluation.audit import audit, audit_foreign
 from stexp.protocol import Protocol, protocol_named
 
 STRICT = Protocol("strict")
@@ -159,7 +159,7 @@ ELSEWHERE = {
     ("trained_on", "leak", "unknown"), [(["C1"], True, False), (["B1"], False, False), (None, False, True)]
 )
 def test_a_copy_of_the_test_is_a_leak_of_whoever_trained_on_it(trained_on, leak, unknown):
-    judged = audit_elsewhere(STRICT, ELSEWHERE | {"trained_on": trained_on})
+    judged = audit_foreign(STRICT, ELSEWHERE | {"trained_on": trained_on})
     (item,) = [item for item in judged["items"] if item["name"] == "copies_in_training"]
     assert (item["leak"], item.get("unknown", False)) == (leak, unknown)
     assert ("A1 and C1" in item["detail"]) == (leak or unknown)

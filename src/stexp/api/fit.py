@@ -170,8 +170,8 @@ def _own_method(method: pl.LightningModule, model_args: Mapping[str, Any] | None
 
 def _described(method: Method, name: str | None) -> dict[str, Any]:
     """A method of one's own as a config names it: its class and, as far as it recorded them, its arguments."""
-    kind, recorded = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
-    arguments = {key: value for key, value in recorded.items() if key not in FROM_DATA and _is_plain(value)}
+    kind, hyperparameters = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
+    arguments = {key: value for key, value in hyperparameters.items() if key not in FROM_DATA and _is_plain(value)}
     return {**arguments, "_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from stexp.api.features import frozen_encoder, machine_of
-from stexp.api.settings import recorded
+from stexp.api.settings import config_of_run
 from stexp.construct import build
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
@@ -92,7 +92,7 @@ def train_run(
         Another process is at work in the folder, or it holds a run with another config or of other data.
     """
     machine = machine_of(config)
-    config = recorded(config)
+    config = config_of_run(config)
     base = _base(config, method)
     if base is not None:
         config["from"] = base.config

@@ -89,7 +89,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}
 
 
-def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
+def audit_foreign(protocol: Protocol, facts: dict) -> dict:
     """List every leak of predictions that another tool made, as far as is stated, and what is not stated.
 
     Parameters

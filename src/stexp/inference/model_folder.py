@@ -210,10 +210,10 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
     for name in ("model.safetensors", "genes.csv"):
         if name not in files:
             raise InputError(f"{folder / 'model.json'} does not name {name} among its files; {AGAIN}")
-    for name, recorded in files.items():
+    for name, expected in files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")
-        if checksum(folder / name, hashlib.sha256()) != recorded:
+        if checksum(folder / name, hashlib.sha256()) != expected:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 

@@ -19,7 +19,7 @@ from stexp.data.quality import Thresholds
 from stexp.data.section import Section, check_name
 from stexp.data.splits import units
 from stexp.errors import InputError
-from stexp.evaluation.audit import audit_elsewhere
+from stexp.evaluation.audit import audit_foreign
 from stexp.evaluation.foreign import training
 from stexp.evaluation.foreign.align import align
 from stexp.evaluation.foreign.files import predictions_of
@@ -187,7 +187,7 @@ def _write_results(
         "copies": [{"sections": [copy.first, copy.second], "words": copy.in_words()} for copy in data.copies],
         **{key: elsewhere[key] for key in ("trained_on", "genes_chosen_on", "genes_by")},
     }
-    write_atomically(run.path / "audit.json", json.dumps(audit_elsewhere(data.protocol, judged), indent=1))
+    write_atomically(run.path / "audit.json", json.dumps(audit_foreign(data.protocol, judged), indent=1))
     return digest
 
 

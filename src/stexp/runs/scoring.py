@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,7 +15,7 @@ from stexp.data.section import Section
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
+from stexp.evaluation.coverage import FOREIGN, coverage_of, covered, describe_coverage, foreign_facts
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.records import AGAIN, Chosen, read_audit, read_metrics
@@ -73,9 +72,9 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
     }
-    elsewhere = facts_elsewhere(observed)
+    elsewhere = foreign_facts(observed)
     if elsewhere is not None:
-        metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
+        metrics[FOREIGN] = {**elsewhere, "coverage": describe_coverage(observed)}
     if (run / "audit.json").is_file():
         metrics["leaks"] = [item["name"] for item in read_audit(run)["items"] if item["leak"]]
     if predictions.changed_since_run(run):
@@ -86,9 +85,7 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
 
 
 def score_finished(run: Path, sections: list[Section]) -> dict:
-    """``metrics.json`` of a run that is finished, where the same command is given again.
-
-    It is scored anew where the file is missing or its predictions were changed, with the gene sets that it names.
+    """`score_run` of a run that is finished, with the gene sets of its ``metrics.json``, for the same command again.
 
     Raises
     ------
@@ -102,12 +99,9 @@ def score_finished(run: Path, sections: list[Section]) -> dict:
             f"overwrite=true to start anew"
         )
     log.info("%s is finished; give overwrite=true to make it again", run)
-    if not all((run / name).is_file() for name in ("metrics.json", "per_gene.csv")):
+    if not (run / "metrics.json").is_file():
         return score_run(run)
-    metrics: dict[str, Any] = {**read_metrics(run)}
-    if not predictions.changed_since_run(run):
-        return metrics
-    sets = metrics.get("evidence", {}).get("gene_sets", [])
+    sets = read_metrics(run).get("evidence", {}).get("gene_sets", [])
     return score_run(run, {each["set"]: each["genes"] for each in sets})
 
 
