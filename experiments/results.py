@@ -54,15 +54,22 @@ def record(run: Path) -> dict:
             "chosen",
         )
     }
-    kept["sections"] = {name: part["scores"] for name, part in metrics["sections"].items()}
-    kept["section_floors"] = {
-        name: {floor: {key: scores[key] for key in OF_SECTIONS} for floor, scores in part["floors"].items()}
-        for name, part in metrics["sections"].items()
-    }
+    kept |= of_sections(metrics["sections"])
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
     return kept
+
+
+def of_sections(sections: dict[str, dict]) -> dict:
+    """Scores of every section, and of its floors those that `OF_SECTIONS` names."""
+    return {
+        "sections": {name: part["scores"] for name, part in sections.items()},
+        "section_floors": {
+            name: {floor: {key: scores[key] for key in OF_SECTIONS} for floor, scores in part["floors"].items()}
+            for name, part in sections.items()
+        },
+    }
 
 
 def _add_measured(path: Path) -> list[Path]:
@@ -94,10 +101,10 @@ def tables() -> str:
         panel = re.search(r"data\.panel_file=(\S+)", run["provenance"]["command"])
         title = f"{run['data']}, `protocol={run['protocol']}`" + (f", genes of {panel[1]}" if panel else "")
         groups.setdefault(title, []).append(run)
-    return "\n\n".join([*(_table(title, members) for title, members in groups.items()), _by_section(runs)])
+    return "\n\n".join([*(_table(title, members) for title, members in groups.items()), by_section(runs)])
 
 
-def _by_section(runs: list[dict]) -> str:
+def by_section(runs: list[dict]) -> str:
     """Of records that keep the floors of every section: the method beside the best floor there, oracles aside."""
     rows = []
     for run in runs:
