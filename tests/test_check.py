@@ -12,6 +12,7 @@ from stexp import construct
 from stexp.cli.check import little_data
 from stexp.config import to_plain
 from stexp.config.compose import compose
+from stexp.data.splits import check_fold
 from stexp.training.dry_run import Point, dry_run
 
 METHODS = '''
@@ -294,3 +295,10 @@ def test_every_method_of_ours_passes(name, data, tmp_path):
     node = to_plain(compose("check", [f"model={name}", *SMALL.get(name, [])]))["model"]
     node = {key: value for key, value in node.items() if key != "name"}
     assert [str(point) for point in dry_run(node, data, tmp_path) if point.fits is False] == []
+
+
+@pytest.mark.parametrize("protocol", ["strict", "paper", "blocks"])
+def test_a_fold_of_every_protocol_is_held_out(protocol: str, tmp_path: Path) -> None:
+    data = little_data(to_plain(compose("check", [f"protocol={protocol}"])), tmp_path)
+    check_fold(data.sections, data.protocol, data.fold)
+    assert len(data.rows("train")) and len(data.rows("test"))

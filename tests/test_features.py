@@ -13,6 +13,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.slides.formats import WHITE
 from stexp.data.slides.tiles import TileSpec, around, open_tiles, tiles_around
 from stexp.errors import InputError
+from stexp.models.encoders import frozen as frozen_module
 from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.models.encoders.image import ImageEncoder
 from stexp.protocol import Protocol
@@ -96,6 +97,20 @@ def test_tiles_around_have_the_scale_of_the_spots_own(tmp_path):
         np.testing.assert_array_equal(found[spot * 9 + 4], store[spot])
     corner, _ = around(section, spec, 3)
     assert (corner[:, 5] - corner[:, 4] == (24, 0)).all() and (corner[:, 7] - corner[:, 4] == (0, 24)).all()
+
+
+def test_of_wider_tiles_fewer_are_encoded_at_once(tmp_path, encoder, monkeypatch):
+    forward, counts = ImageEncoder.forward, []
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, image: counts.append(len(image)) or forward(self, image))
+    section = make_section(tmp_path, n=10)
+    features = []
+    for usual in (16, 8):
+        monkeypatch.setattr(frozen_module, "USUAL_PX", usual)
+        frozen = FrozenEncoder(encoder, CPU, None, tmp_path / str(usual), 8)
+        with frozen:
+            features.append(frozen.of_tiles(section, open_tiles(section, TileSpec(px=16), tmp_path)))
+    assert counts == [8, 2, *[2] * 5]
+    np.testing.assert_allclose(features[1], features[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -156,11 +156,12 @@ class TrainedMethod:
         Returns
         -------
         dict
-            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``.
+            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``, where the method describes spots.
         """
         made = self._method.predict_together(torch.from_numpy(embedding), torch.from_numpy(xy_um))
         arrays = {key: value for key, value in vars(made).items() if key in ("predicted", "uncertainty")}
-        return {key: value.cpu().numpy() for key, value in arrays.items()} | {"obs": made.obs}
+        obs = {} if made.obs is None else {"obs": made.obs}
+        return {key: value.cpu().numpy() for key, value in arrays.items()} | obs
 
     @torch.inference_mode()
     def retrieve(

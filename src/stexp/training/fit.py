@@ -27,6 +27,7 @@ from stexp.training.callbacks import VALIDATION, RecordContrast
 from stexp.training.checkpoints import WholeCheckpoints, keep_weights, load_checkpoint
 from stexp.training.distributed import SyncBatchNorm, check_several_devices
 from stexp.training.machine import Machine
+from stexp.training.threads import LowerThreads
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def fit(
 ) -> Trainer:
     """Fit a method, and leave it at its best weights: by validation, or the last where nothing is validated.
 
+    Nothing is where there are no validation spots, and of closed forms, which learn from these, too.
+
     Parameters
     ----------
     folder
@@ -95,10 +98,12 @@ def fit(
     check_several_devices(method, data, machine.world_size)
     checkpoints = Checkpoints(folder / "checkpoints")
     going_on = resume and checkpoints.last.exists()
+    # of a closed form the validation spots train: a score of theirs would be one in sample
+    validated = len(data.rows("validation")) > 0 and not method.closed_form
     if going_on:
         checkpoint = load_checkpoint(checkpoints.last)
         data.load_state_dict(checkpoint["SpotDataModule"])  # before weights that may not fit
-        if len(data.rows("validation")) and not checkpoints.best.exists():
+        if validated and not checkpoints.best.exists():
             raise InputError(
                 f"{checkpoints.best} is gone, and {checkpoints.last} alone cannot bring it back; give overwrite=true"
             )
@@ -106,13 +111,15 @@ def fit(
         method.load_state_dict(checkpoint["state_dict"])  # of what encoder there are features is asked next
     say_what_is_encoded(method, data)
     callbacks = [*callbacks, RecordContrast(folder)]
-    if len(data.rows("validation")):
+    if validated:
         # before the one that keeps the last epoch, which stores what was best so far
         best = ModelCheckpoint(
             checkpoints.folder, filename="best", monitor=VALIDATION, mode="max", enable_version_counter=False
         )
         callbacks.insert(0, best)
     plugin = WholeCheckpoints(dict(about or {}), checkpoints.best)
+    if machine.chooses_threads and machine.kind == "cpu":
+        callbacks.append(LowerThreads())
     trainer = _trainer(method, folder, machine, callbacks, logger, plugin)
     with _interruptible():
         trainer.fit(method, datamodule=data, ckpt_path=checkpoints.last if going_on else None, weights_only=True)
@@ -174,8 +181,8 @@ def _trainer(
     node = {**machine.trainer, "accelerator": machine.kind, "devices": _devices(machine)}
     sync_batchnorm = node.pop("sync_batchnorm", False)
     if method.closed_form:
-        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer or loss
-        node |= {"max_epochs": 1, "limit_train_batches": 1}
+        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer, loss or validation
+        node |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
         for message in (".*configure_optimizers. returned .None.", ".*training_step. returned .None."):
             warnings.filterwarnings("ignore", message=message)
     plugins: list[Any] = [checkpoint_io]
@@ -243,7 +250,8 @@ def predict(
 
 def in_words(chosen: Mapping[str, Any]) -> str:
     """What a method chose on validation spots, for the log: ``k=50``, with the highest score it was chosen by."""
-    scores = [max(map(float, value.values())) for value in chosen.values() if isinstance(value, dict) and value]
+    tried = [value for key, value in chosen.items() if key.endswith("validation_pearson") and value]
+    scores = [max(map(float, value.values())) for value in tried]
     best = [f"by a validation score of {max(scores):.4f}"] if scores else []
     return " ".join(
         [", ".join(f"{key}={value}" for key, value in chosen.items() if not isinstance(value, dict)), *best]

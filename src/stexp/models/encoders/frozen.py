@@ -25,6 +25,7 @@ from stexp.models.encoders.weights import one_line
 
 log = logging.getLogger(__name__)
 
+USUAL_PX = 224
 UNTUNED = {"frozen": True, "tuning": "all"}
 """Changes to an image encoder's config that build it as before any training, without LoRA's random updates."""
 
@@ -42,7 +43,7 @@ class FrozenEncoder:
     context
         Precision to compute in, e.g. ``torch.autocast("cuda", torch.bfloat16)``.
     batch_size
-        Tiles at once.
+        Tiles of 224 px at once; of wider ones as many as have the same pixels.
 
     Notes
     -----
@@ -134,8 +135,9 @@ class FrozenEncoder:
             log.info("%s by %s", what, self.encoder.name)
             out = np.zeros((n, self.encoder.num_features), dtype=np.float32)
             for rows, tiles in parts():
-                for start in range(0, len(rows), self.batch_size):
-                    part = slice(start, start + self.batch_size)
+                n_at_once = self._at_once(tiles.shape[1]) if view is None else self.batch_size  # see Notes
+                for start in range(0, len(rows), n_at_once):
+                    part = slice(start, start + n_at_once)
                     raw = torch.from_numpy(np.array(tiles[part])).to(self.device)
                     image = _see(stain[1](raw) if stain else raw, view, int(rows[start]))
                     try:
@@ -152,6 +154,10 @@ class FrozenEncoder:
             return out
 
         return kept_array(path, (n, self.encoder.num_features), encode)
+
+    def _at_once(self, px: int) -> int:
+        """How many tiles of a width are encoded at once, so that wide ones do not take more memory."""
+        return max(1, int(self.batch_size * min(1.0, (USUAL_PX / px) ** 2)))
 
     def _precision(self) -> torch.dtype:
         with self.context:

@@ -1,0 +1,211 @@
+"""Where mclSTExp as published loses: its settings with one change at a time, over folds and seeds.
+
+python experiments/one_change.py --folds B C --seeds 0 1 2 data=her2st data.augmentation=none trainer.max_epochs=30 \
+    image_encoder=mobilenetv2 image_encoder.checkpoint=mobilenetv2_100_imagenet.safetensors
+
+Keys are those of stexp-train; the image encoder is frozen. Each line is the difference to the published settings,
+paired over the test sections of all folds with a 95 % interval, seeds averaged before; with the lowest loss beside
+log(batch) and the most matches beside chance. What is finished stays in the output, and the same command goes on from
+there; --only NAME ... measures some of the changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stexp import hardware
+from stexp.api.features import frozen_encoder, machine_of
+from stexp.config import build, dataset_of, to_plain
+from stexp.config.compose import compose
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.section import Section
+from stexp.evaluation.compare import compare
+from stexp.evaluation.contrast import read_contrast
+from stexp.evaluation.metrics import score_section, top_genes
+from stexp.runs.provenance import git_state, manifest, now, versions
+from stexp.training.fit import build_method, fit, predict
+
+SCORES = ("pearson_acg", "pearson_given_depth", "mse")
+CONTRAST = ("loss", "log_batch", "matched", "chance")
+PUBLISHED = "as published"
+SETTINGS = ["model=mclstexp", "model.spot_context=batch", "model.k=200", "data.batch_size=128"]
+CHANGES: dict[str, list[str]] = {
+    PUBLISHED: [],
+    "normalised embeddings": ["model.normalise=true"],
+    "normalised, temperature 0.1": ["model.normalise=true", "model.temperature=0.1"],
+    "normalised, temperature learned": [
+        *("model.normalise=true", "model.temperature=0.1", "model.learn_temperature=true"),
+    ],
+    "temperature 16": ["model.temperature=16"],
+    "batches of 32": ["data.batch_size=32"],
+    "batches of 512": ["data.batch_size=512"],
+    "no position table": ["model.position=none"],
+    "no attention over spots": ["model.depth=0"],
+    "4 attention layers": ["model.depth=4"],
+    "context: 6 neighbours": ["model.spot_context=neighbours"],
+    "neighbours count alike": ["model.weighting=mean"],
+    "corrected by a residual": ["model.correct=true"],
+}
+"""Keys that differ from `SETTINGS`. Scalar products of 256 normalised dimensions are of the order of 16."""
+
+
+def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule, change: str) -> dict[str, Any]:
+    """Train and score one change on one fold: ``sections``, ``contrast`` and ``seconds``."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = compose("train", [*SETTINGS, *keys, *CHANGES[change], f"seed={seed}", f"output_dir={folder}"])
+        config = to_plain(cfg)
+        machine = machine_of(config)
+        data.seed, data.batch_size = seed, config["data"]["batch_size"]
+        method = build_method(config["model"], data, machine, seed)
+        callbacks = [build(node) for node in config["callbacks"].values()]
+        trainer = fit(method, data, Path(folder), machine, callbacks=callbacks)
+        best, last = (Path(folder) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        prediction, _ = predict(method, data, machine, trainer, best if best.exists() else last)
+        contrast = read_contrast(Path(folder))
+    assert contrast is not None
+    rows = data.rows("test")
+    heg = top_genes(data.target[data.rows("train", "validation")].mean(axis=0))
+    names, sections = data.spots["section"].to_numpy(str)[rows], {}
+    for name in data.names("test"):
+        own = names == name
+        depth = data.spots["total_counts"].to_numpy()[rows[own]]
+        scores = score_section(data.target[rows[own]], prediction.predicted.numpy()[own], heg, total_counts=depth)
+        patient = data.spots["patient"].iloc[rows[own][0]]
+        sections[f"{fold}:{name}"] = {key: scores[key] for key in SCORES} | {"patient": patient}
+    return {
+        "sections": sections,
+        "contrast": {key: contrast[key] for key in (*CONTRAST, "left_chance")},  # type: ignore[literal-required]
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def compared(runs: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """Each change's mean scores and its paired differences to the published settings.
+
+    Parameters
+    ----------
+    runs
+        Change -> fold and seed -> what `measure` says. A change is compared on the folds and seeds that both have.
+    """
+    table: dict[str, dict] = {}
+    for change, own in runs.items():
+        both = [key for key in own if key in runs[PUBLISHED]]
+        if not both:
+            continue
+        means, base = _over_seeds(own, both), _over_seeds(runs[PUBLISHED], both)
+        patients = [value["patient"] for value in means.values()]
+        seconds = float(np.mean([own[key]["seconds"] for key in both]))
+        entry: dict[str, Any] = {"runs": len(both), "seconds": round(seconds, 1)}
+        for score in SCORES:
+            entry[score] = {"mean": float(np.mean([value[score] for value in means.values()]))}
+            if change != PUBLISHED:
+                differences = [means[section][score] - base[section][score] for section in means]
+                entry[score] |= asdict(compare(differences, patients))
+        for key in CONTRAST:
+            entry[key] = float(np.mean([own[run]["contrast"][key] for run in both]))
+        entry["left_chance"] = sum(own[run]["contrast"]["left_chance"] for run in both)
+        table[change] = entry
+    return table
+
+
+def _over_seeds(runs: dict[str, dict], keys: list[str]) -> dict[str, dict]:
+    """Section -> scores, means over the runs `keys`."""
+    of_section: dict[str, list[dict]] = {}
+    for key in keys:
+        for section, scores in runs[key]["sections"].items():
+            of_section.setdefault(section, []).append(scores)
+    out = {}
+    for section, seeds in of_section.items():
+        means = {score: float(np.mean([each[score] for each in seeds])) for score in SCORES}
+        out[section] = {**means, "patient": seeds[0]["patient"]}
+    return out
+
+
+def lines(table: dict[str, dict]) -> list[str]:
+    """The table in Markdown."""
+    heads = [f"{name}, difference" for name in SCORES] + ["loss / log(batch)", "matched / chance", "left chance", "s"]
+    rows = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for name, part in table.items():
+        cells = []
+        for score in SCORES:
+            value = part[score]
+            cell = f"{value['mean']:.4f}"
+            if "difference" in value:
+                cell += f", {value['difference']:+.4f}"
+            if value.get("low") is not None:
+                cell += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
+            cells.append(cell)
+        cells.append(f"{part['loss']:.3f} / {part['log_batch']:.3f}")
+        cells.append(f"{part['matched']:.4f} / {part['chance']:.4f}")
+        cells += [f"{part['left_chance']} of {part['runs']}", f"{part['seconds']:.1f}"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folds", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES))
+    parser.add_argument("--output", type=Path, help="default: experiments/results/one-change-<data>-<protocol>.json")
+    args, keys = parser.parse_known_args()
+    keys = ["image_encoder.frozen=true", *keys]
+    cfg = compose("train", [*SETTINGS, *keys])
+    output = args.output or Path(__file__).parent / "results" / f"one-change-{cfg.data.name}-{cfg.protocol.name}.json"
+    config, state = to_plain(cfg), git_state()
+    machine_of(config).set_threads()
+    before = json.loads(output.read_text()) if output.exists() else {}
+    # what other code or other keys measured is no part of one table
+    same = before.get("keys") == _elsewhere(keys) and before.get("commit") == state["commit"]
+    runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
+    sections = dataset_of(cfg).read_sections(build(cfg.protocol))
+    served: dict[str, SpotDataModule] = {}
+    for seed in args.seeds:
+        for fold in args.folds:
+            for change in [PUBLISHED, *(each for each in args.only if each != PUBLISHED)]:
+                if f"{fold} s{seed}" in runs.get(change, {}):
+                    continue
+                if fold not in served:
+                    frozen = frozen_encoder(config, machine_of(config))
+                    served[fold] = dataset_of(cfg).serve(sections, build(cfg.protocol), fold, cfg.seed, encoder=frozen)
+                made = measure(keys, fold, seed, served[fold], change)
+                runs.setdefault(change, {})[f"{fold} s{seed}"] = made
+                print(f"{fold} s{seed}  {change:<32}", *(f"{v['pearson_acg']:.4f}" for v in made["sections"].values()))
+                _write(output, keys, state, sections, runs)
+    print("\n".join([*lines(compared(runs)), f"wrote {output}"]))
+
+
+def _elsewhere(keys: list[str]) -> list[str]:
+    """Keys without the folders of this machine, which say nothing to others."""
+    return [re.sub(r"(?<![^=])/\S*/([^/\s]+)", r"\1", key) for key in keys]
+
+
+def _write(output: Path, keys: list[str], state: dict, sections: list[Section], runs: dict) -> None:
+    record = {
+        "command": " ".join(["python experiments/one_change.py", *_elsewhere(sys.argv[1:])]),
+        "keys": _elsewhere(keys),
+        **state,
+        "date": now(),
+        "hardware": hardware.describe(),
+        "versions": versions(),
+        "data_manifest": manifest(sections),
+        "changes": {change: CHANGES[change] for change in runs},
+        "table": compared(runs),
+        "runs": runs,
+    }
+    output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
