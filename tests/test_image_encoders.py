@@ -106,7 +106,11 @@ def test_outputs_of_a_transformer():
     ("changes", "message"),
     [
         ({"output": "mean"}, "image_encoder.output=mean: test_resnet has no class token; pooled would fit"),
-        ({"output": "max"}, "image_encoder.output=max: choose pooled, cls, mean or cls"),
+        (
+            {"output": "levels"},
+            "image_encoder.output=levels is of a frozen network; .*frozen=true would fit",
+        ),
+        ({"output": "max"}, "image_encoder.output=max: choose pooled, cls, mean, cls.mean or levels"),
         ({"tuning": "frozen"}, "image_encoder.tuning=frozen: choose all, last or lora"),
         ({"tuning": "lora"}, "image_encoder.tuning=lora is for attention, and this encoder has none"),
         ({"tuning": "last", "last_blocks": 5}, "image_encoder.last_blocks=5: this encoder has 4"),
@@ -425,3 +429,30 @@ def test_what_a_library_says_is_repeated_in_whole_sentences():
     shortened = one_line(OSError(words))
     assert shortened.endswith(" ...") and words.startswith(shortened.removesuffix("..."))
     assert one_line(KeyError("a\nb")) == "a b" and one_line(ValueError()) == "ValueError"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [None, [0.5, 1]])
+def test_levels_are_means_and_deviations_of_every_map_of_the_network(scales):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(TINY, pretrained=False, frozen=True, output="levels", scales=scales)
+    randomise_norms(encoder.model)
+    network = timm.create_model(TINY, features_only=True).eval()  # which gives its maps by itself
+    assert not network.load_state_dict(encoder.model.state_dict(), strict=False).missing_keys
+    image = tiles(3, 64)
+    views = [image] if scales is None else [image[..., 16:48, 16:48], image]
+    expected = []
+    for view in views:
+        for level in network(encoder.prepare(view)):
+            pixels = level.double().flatten(2).numpy()
+            expected += [pixels.mean(axis=2), pixels.std(axis=2)]
+    features = encoder(image)
+    assert features.shape == (3, encoder.num_features)
+    np.testing.assert_allclose(features, np.concatenate(expected, axis=1), rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_levels_have_a_key_of_their_own():
+    torch.manual_seed(0)
+    levels = ImageEncoder(TINY, pretrained=False, frozen=True, output="levels")
+    torch.manual_seed(0)
+    assert weights_digest(levels, None) != weights_digest(ImageEncoder(TINY, pretrained=False, frozen=True), None)

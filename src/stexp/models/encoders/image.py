@@ -74,7 +74,9 @@ class ImageEncoder(nn.Module):
         Pixels a side that images are resized to (bilinear, antialiased); None: they go in as they are.
     output
         ``pooled`` as the model itself pools; of a transformer also its class token (``cls``), the ``mean`` of its
-        patch tokens, or both one after the other (``cls+mean``), after the last norm.
+        patch tokens, or both one after the other (``cls+mean``), after the last norm. ``levels``: means and standard
+        deviations of every channel over the tile, level by level of the whole network (frozen alone: its last layers
+        may have no part in them).
     scales
         Sides of views from the middle of an image, as multiples of a tile's, the widest of which is the whole image;
         their features stand one after another. A view has as many pixels as it shows, at most those of a tile.
@@ -124,7 +126,7 @@ class ImageEncoder(nn.Module):
         lora_alpha: Positive = 16,
         frozen_norm: bool = False,
         input_size: Pixels | None = None,
-        output: Literal["pooled", "cls", "mean", "cls+mean"] = "pooled",
+        output: Literal["pooled", "cls", "mean", "cls+mean", "levels"] = "pooled",
         scales: list[Positive] | None = None,
         turns: Literal[1, 2, 4] = 1,
         mean: Colour | None = None,
@@ -145,7 +147,9 @@ class ImageEncoder(nn.Module):
             check_keys(Card, card, "image_encoder.card")
         self.card = None if card is None else Card(**card)
         args = {"num_classes": 0, **_checked_model_args(model_args or {})}
-        if output != "pooled":
+        if output == "levels" and not frozen:
+            raise InputError("image_encoder.output=levels is of a frozen network; image_encoder.frozen=true would fit")
+        if output not in ("pooled", "levels"):
             args["global_pool"] = ""  # all tokens, normalised
         # part of the feature cache's key: neither weights nor printed layers hold all of it
         self.built_as = f"{architecture or name} {sorted(args.items())} {final_activation}"
@@ -158,8 +162,10 @@ class ImageEncoder(nn.Module):
             if last is None or not hasattr(last, "act"):
                 raise InputError(f"image_encoder.final_activation=false: {name} has no activation after its last norm")
             last.act = nn.Identity()
-        self.num_features = self.model.num_features * (2 if output == "cls+mean" else 1) * len(scales or [1])
-        if output != "pooled" and not getattr(self.model, "num_prefix_tokens", 0):
+        if output == "levels" and not hasattr(self.model, "forward_intermediates"):
+            raise InputError(f"image_encoder.output=levels: {name} does not give its levels; pooled would fit")
+        self.num_features = self._width() * len(scales or [1])
+        if output not in ("pooled", "levels") and not getattr(self.model, "num_prefix_tokens", 0):
             raise InputError(f"image_encoder.output={output}: {name} has no class token; pooled would fit")
         config = {"mean": mean, "std": std} if mean and std else self.model.pretrained_cfg
         for key, value in (("mean", mean or config["mean"]), ("std", std or config["std"])):
@@ -204,7 +210,17 @@ class ImageEncoder(nn.Module):
                 features.append(turned[0] if self.turns == 1 else torch.stack(turned).mean(dim=0))
             return features[0] if len(features) == 1 else torch.cat(features, dim=1)
 
+    def _width(self) -> int:
+        """Features of one view."""
+        if self.output == "levels":
+            return 2 * sum(level["num_chs"] for level in self.model.feature_info)
+        return self.model.num_features * (2 if self.output == "cls+mean" else 1)
+
     def _pooled(self, image: torch.Tensor) -> torch.Tensor:
+        if self.output == "levels":
+            levels = self.model.forward_intermediates(self.prepare(image), intermediates_only=True)
+            moments = [torch.var_mean(level.float(), dim=(2, 3), correction=0) for level in levels]
+            return torch.cat([part for variance, mean in moments for part in (mean, variance.sqrt())], dim=1)
         features = self.model(self.prepare(image))
         if self.output == "pooled":
             return features
