@@ -79,6 +79,17 @@ def test_equals_a_loop_over_spots(data):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sections_without_an_image_do_not_spoil_gradients(data, tmp_path, monkeypatch):
+    features = data.tile_features.copy()
+    features[0] = np.nan  # of the first spot of all, which then is of such a section
+    monkeypatch.setattr(SpotDataModule, "tile_features", features)
+    model = make_model(data)
+    rows = data.rows("train")[-5:]
+    batch = data.batch(SpotIndex(torch.from_numpy(rows), image=False))
+    model.standardised(batch).square().mean().backward()
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in model.parameters())
+
+
 def test_a_spot_alone_in_its_section_has_no_neighbours_and_is_predicted(data):
     model = make_model(data)
     tile, parts = torch.randn(2, data.n_features), torch.randn(2, 9, data.n_features)

@@ -125,7 +125,8 @@ class DeepSpot(Method):
         assert self._parts is not None  # seen when a fit or a prediction starts
         parts = torch.from_numpy(self._parts[batch.spot.cpu().numpy()]).to(self.device)
         around = self._around[batch.spot]
-        rows, position = around.clamp(min=0).unique(return_inverse=True)
+        # itself in the place of absent ones, which has features: NaN behind a mask still spoils gradients
+        rows, position = torch.where(around < 0, batch.spot[:, None], around).unique(return_inverse=True)
         return self(batch.tile_features, parts, self._features[rows], position.masked_fill(around < 0, -1))
 
     # training

@@ -7,7 +7,6 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -114,9 +113,18 @@ class RecordContrast(pl.Callback):
         logged = trainer.callback_metrics
         if not trainer.is_global_zero or "train/log_batch" not in logged:
             return
-        names = {"loss": "mean_loss", **{name: name for name in ("log_batch", "matched", "chance")}}
-        values: Any = {name: float(logged[f"train/{of}"]) for name, of in names.items()}
-        self._epochs.append({"epoch": trainer.current_epoch + 1, "n_spots": self._spots, **values})
+        values = [float(logged[f"train/{name}"]) for name in ("mean_loss", "log_batch", "matched", "chance")]
+        loss, log_batch, matched, chance = values
+        self._epochs.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "n_spots": self._spots,
+                "loss": loss,
+                "log_batch": log_batch,
+                "matched": matched,
+                "chance": chance,
+            }
+        )
         write_atomically(self.path, json.dumps({"epochs": self._epochs}))
 
 
