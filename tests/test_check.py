@@ -272,6 +272,7 @@ def test_what_is_not_broken_passes(name, methods, data, tmp_path):
 
 
 SMALL = {
+    "deepspot": ["model.dim=16"],
     "egn": ["model.dim=64", "model.depth=2"],
     "hist2st": ["model.channels=16", "model.n_views=1", "model.depth=1", "model.heads=2", "model.mixer_depth=1"],
     "histogene": ["model.dim=32", "model.depth=1", "model.heads=2", "model.hidden=16"],

@@ -112,6 +112,7 @@ def test_predictions_of_a_run_of_ours_get_its_numbers_to_the_last_digit(
     assert {key: metrics[key] for key in ours if key not in told} == {k: v for k, v in ours.items() if k not in told}
     assert (tmp_path / "again" / "per_gene.csv").read_bytes() == (strict / "per_gene.csv").read_bytes()
     assert metrics["elsewhere"]["scale"]["statement"].endswith("as the file says.")
+    assert metrics["evidence"]["structure"]["ssim"] is not None
     again = score_files(cfg, [file], config.dataset_of(cfg).read_sections(protocol), protocol)
     assert again == metrics
     with pytest.raises(InputError, match=r"another config \(predictions\.trained_on\)"):
@@ -496,6 +497,7 @@ def test_what_a_file_says_of_its_scale_is_said_of_its_predictions_alone(
         assert "stexp" not in predicted.uns
         metrics = evaluate(predicted, data, tmp_path / f"{file}-{layer}", name="x")
         assert not metrics["elsewhere"]["scale"]["errors"] and metrics["scores"]["mse"] is None
+        assert metrics["evidence"]["structure"]["ssim"] is None, "maps of another scale"
     for layer in ("counts", "observed"):
         with pytest.raises(InputError, match="is what was measured"):
             read([tmp_path / "own.h5ad"], names, layer)

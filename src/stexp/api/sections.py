@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from stexp.api.typed import typed
-from stexp.data.readers import cscc, demo, her2st, hest, samplesheet, spatialdata, visium
+from stexp.data.readers import alex10x, cscc, demo, her2st, hest, samplesheet, spatialdata, visium
 from stexp.data.section import Section
 
 P = ParamSpec("P")
@@ -67,6 +67,7 @@ def with_source(data: str, reader: Callable[P, list[Section]]) -> Callable[P, li
     return read
 
 
+read_alex10x = with_source("alex10x", alex10x.read_alex10x)
 read_cscc = with_source("cscc", cscc.read_cscc)
 read_demo = with_source("demo", demo.read_demo)
 read_her2st = with_source("her2st", her2st.read_her2st)

@@ -182,7 +182,7 @@ def _train(
         if not machine.is_first:
             return None
         with stages("predict"):
-            prediction, chosen = predict(method, data, machine, trainer)
+            prediction, chosen = predict(method, data, machine, trainer, folder.checkpoint)
         (folder.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are made anew
         with stages("results"):
             digest = write_results(folder, data, method, prediction, chosen, build(config["data"]["quality"]))

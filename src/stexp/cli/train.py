@@ -14,7 +14,7 @@ from stexp.errors import InputError
 log = logging.getLogger(__name__)
 
 DEMO = (
-    "this is the demo, on generated sections: 90 epochs, about 3 minutes on two idle CPU cores; "
+    "this is the demo, on generated sections: 90 epochs, a few minutes on an idle CPU core; "
     "trainer.max_epochs=20 is enough for a look, data= names a data set, --help says more"
 )
 

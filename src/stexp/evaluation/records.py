@@ -112,6 +112,8 @@ class Interval(TypedDict):
     low: Finite
     high: Finite
     over: str
+    n_units: NotRequired[Count]
+    covers: NotRequired[Finite]
 
 
 class BeyondChance(TypedDict):
@@ -134,6 +136,7 @@ class Stratum(TypedDict):
     share: Finite | None
     share_low: Finite | None
     share_high: Finite | None
+    share_over: NotRequired[str | None]
 
 
 class Measurable(TypedDict):

@@ -38,7 +38,10 @@ def choose(cells: Sequence[Job], by: str) -> pd.DataFrame:
     for job in cells:
         value = read_json(job.output_dir / "provenance.json").get(by)
         if not isinstance(value, int | float):
-            raise InputError(f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots")
+            raise InputError(
+                f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots, or "
+                f"model={job.model} is a closed form, which learns from them"
+            )
         scores = read_json(job.output_dir / "metrics.json", OnTest)["scores"]
         where = {"data": job.data, "protocol": job.protocol, "model": job.model, "seed": job.seed, "fold": job.fold}
         rows.append({**where, **job.cell, by: value, **{key: scores.get(key) for key in CORRELATIONS}})

@@ -141,6 +141,9 @@ class _Trial:
             if not any(loss.numel() != 1 for loss in watch.losses):
                 raise
             # of the shape of the loss, which says more
+        else:
+            self.method.tune(self.data)
+            self.method.finish(self.data)
         if self.method.closed_form:
             self.say("loss", None, "closed form: one calculation, no loss and no gradients")
         else:
