@@ -554,6 +554,7 @@ def test_sections_of_a_training_are_known_by_content_and_never_by_name(data: Spo
     assert sections_of_training(record["trainings"], others, {}) == []
     bare = training_record({"sections": roles, "data_manifest": {"A1": {}}})
     assert sections_of_training(bare["trainings"], data.sections, {}) is None, "it left nothing to know it by"
+    assert sections_of_training(training_record({})["trainings"], data.sections, {}) is None
 
 
 def test_files_that_sections_share_tell_none_of_them(data: SpotDataModule, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def align(
         "genes_not_predicted", [gene for gene, there in zip(panel, aligned.panel, strict=True) if not there]
     )
     left_over |= _counted("genes_not_in_panel", pd.Index(genes).difference(pd.Index(panel), sort=False))
-    for kind, text in SAID.items():
+    for kind, text in SENTENCES.items():
         if kind in left_over:
             level = logging.INFO if kind == "genes_not_in_panel" else logging.WARNING
             log.log(
@@ -120,7 +120,7 @@ def align(
     return aligned
 
 
-SAID = {
+SENTENCES = {
     "rows_of_unknown_sections": "{} rows are of sections that the data set does not have, and are left out: {}",
     "rows_not_held_out": "{} rows are of spots that this fold does not test, and are left out: {}",
     "rows_without_spot": "{} rows of tested sections are of no spot of the data, and are left out: {}",
@@ -128,7 +128,7 @@ SAID = {
     "genes_not_predicted": "{} genes of the panel are not predicted, and are not scored: {}",
     "genes_not_in_panel": "{} genes are not in the panel, and are not scored: {}",
 }
-"""Kinds of `Aligned.left_over`, as they are said."""
+"""What is logged of each kind of `Aligned.left_over`."""
 
 
 def _rows(

@@ -73,13 +73,16 @@ def sections_of_training(
     Returns
     -------
     list of str or None
-        None where a section of the training left neither, so that nobody can tell which ones these are.
+        None where no section of the training is on record, or one without a file or spot to know it by.
     """
     counts: dict[str, np.ndarray] = {}
     names: set[str] = set()
     for training in trainings:
         files, spots = training["data_manifest"], training["spots"]
-        if not all(files.get(name) or spots.get(name, {"counts": []})["counts"] for name in training["sections"]):
+        on_record = [
+            bool(files.get(name) or spots.get(name, {"counts": []})["counts"]) for name in training["sections"]
+        ]
+        if not on_record or not all(on_record):
             return None
         shared = Counter(digest for of_section in files.values() for digest in set(of_section.values()))
         for section in sections:
