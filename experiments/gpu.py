@@ -48,6 +48,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "stnet": ("data.batch_size=32", "data.augmentation=dihedral", "trainer.max_epochs=50"),
     "bleep": ("data.augmentation=dihedral", "trainer.max_epochs=90"),
     "triplex": ("data.augmentation=dihedral", "trainer.max_epochs=200"),
+    "deepspot": ("data.batch_size=1024", "data.augmentation=none", "trainer.max_epochs=10"),
     "histogene": ("data.augmentation=none", "trainer.max_epochs=100"),
     "egn": ("data.batch_size=32", "data.tile_px=256", "data.augmentation=none", "trainer.max_epochs=50"),
     "thitogene": ("data.augmentation=none", "trainer.max_epochs=300"),
