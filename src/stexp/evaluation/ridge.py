@@ -77,9 +77,12 @@ class RidgeProbe:
         """
         x = np.asarray(features, dtype=np.float64)
         scaler = StandardScaler().fit(x)
-        pca = PCA(min(n_components, *x.shape), svd_solver="covariance_eigh").fit(scaler.transform(x))
+        x = scaler.transform(x)
+        # of fewer spots than features, whose covariance would be the larger matrix by far
+        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"
+        pca = PCA(min(n_components, *x.shape), svd_solver=solver).fit(x)
         chosen = 100 / (pca.n_components_ * expression.shape[1]) if penalty == "hest" else penalty
-        slope = ridge_slope(pca.transform(scaler.transform(x)), expression, None if chosen == "gcv" else chosen)
+        slope = ridge_slope(pca.transform(x), expression, None if chosen == "gcv" else chosen)
         return cls(scaler.mean_, pca.components_.T @ slope / scaler.scale_[:, None], expression.mean(axis=0))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
