@@ -141,6 +141,23 @@ def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, mon
         again.surroundings(5)
 
 
+@torch.no_grad()
+def test_parts_of_a_tile_are_encoded_as_they_are_cut_by_hand(tmp_path, encoder, monkeypatch):
+    data = make_data(tmp_path, encoder)
+    rows = np.flatnonzero(data.spots["section"] != "A9")[::-3]
+    served = data.subtiles(3)[rows]
+    encoder.eval()
+    for tile, features in zip(data.tiles(rows), served, strict=True):
+        parts = [tile[y : y + 5, x : x + 5] for y in (0, 6, 11) for x in (0, 6, 11)]  # of 16 px
+        expected = encoder(torch.stack(parts).permute(0, 3, 1, 2) / 255).numpy()
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(data.subtiles(1)[rows][:, 0], data.features[rows], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ImageEncoder, "forward", forbidden)
+    np.testing.assert_array_equal(make_data(tmp_path, encoder).subtiles(3)[rows], served)
+    with pytest.raises(InputError, match="16 px has no 17 x 17 parts"):
+        data.subtiles(17)
+
+
 def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):
     from stexp.data.demo import write_demo
     from stexp.data.readers.samplesheet import read_samplesheet

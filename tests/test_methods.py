@@ -28,6 +28,10 @@ METHODS = sorted(path.stem for path in (files.CONF / "model").glob("*.yaml"))
 
 SHORT = {
     "bleep": ["trainer.max_epochs=4"],
+    "deepspot": [
+        *("data.batch_size=32", "model.dim=64", "model.dropout=0.0", "model.output_dropout=0.0", "model.lr=1e-3"),
+        "trainer.max_epochs=12",
+    ],
     "egn": [
         *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
         *("data.batch_size=8", "trainer.max_epochs=8"),

@@ -57,6 +57,9 @@ class Copy:
     share: float
     by: str
 
+    def in_words(self) -> str:
+        return f"{self.first} and {self.second} ({self.share:.0%} of the spots, by {self.by})"
+
 
 def copies_by_counts(sections: Sequence[Section]) -> list[Copy]:
     """Pairs of sections with the same counts in a fifth of their spots or more.

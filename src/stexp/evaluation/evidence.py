@@ -10,7 +10,7 @@ import pandas as pd
 
 from stexp.evaluation import intervals
 from stexp.evaluation.chance import beyond_chance
-from stexp.evaluation.coverage import facts_elsewhere
+from stexp.evaluation.coverage import foreign_facts
 from stexp.evaluation.floors import ORACLES
 from stexp.evaluation.metrics import SCORES, mean_or_none, pearson_per_gene
 from stexp.evaluation.programmes import scored_genes, set_scores
@@ -67,7 +67,7 @@ def evidence(
         "error": _error(sections),
         "structure": _mean_of([structure(*part) for part in parts]) | {"ssim": None},
     }
-    elsewhere = facts_elsewhere(adata)
+    elsewhere = foreign_facts(adata)
     if elsewhere is None or elsewhere["scale"]["errors"]:  # maps of another scale, as of counts, are no maps of this
         facts["structure"]["ssim"] = mean_or_none([_mean_or_nan(structural_similarity(y, p)) for y, p, _ in parts])
     facts["chance"], columns = _chance(parts)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.genes import normalise
-from stexp.evaluation.coverage import coverage_of, facts_elsewhere, n_scored_genes, sentences
+from stexp.evaluation.coverage import coverage_of, foreign_facts, n_scored_genes, sentences
 from stexp.evaluation.floors import NO_SCALE, ORACLES
 from stexp.evaluation.intervals import ENOUGH
 from stexp.evaluation.metrics import (
@@ -59,7 +59,7 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     """
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
-    coverage, elsewhere = coverage_of(adata), facts_elsewhere(adata)
+    coverage, elsewhere = coverage_of(adata), foreign_facts(adata)
     same_scale = protocol.scale == own.scale and (elsewhere is None or elsewhere["scale"]["errors"])
     floor_of = floors_of(floors, protocol)
     sections, columns = {}, {}

@@ -20,7 +20,7 @@ from stexp.data.quality import Thresholds, inspect
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
-from stexp.evaluation.coverage import ELSEWHERE
+from stexp.evaluation.coverage import FOREIGN
 from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
 from stexp.evaluation.programmes import co_expressed_modules, module_sets
 from stexp.files import write_atomically
@@ -105,7 +105,7 @@ def write_results(
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
-        "copies": [f"{c.first} and {c.second} ({c.share:.0%} of the spots, by {c.by})" for c in data.copies],
+        "copies": [copy.in_words() for copy in data.copies],
     }
     if folder.config.get("from") is not None:
         facts["began_at"] = folder.config["from"]["model"]
@@ -157,7 +157,7 @@ def write_scored_files(
         "chosen": json.dumps(facts.chosen),
     }
     if facts.elsewhere is not None:
-        adata.uns["stexp"][ELSEWHERE] = json.dumps(facts.elsewhere)
+        adata.uns["stexp"][FOREIGN] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
     modules = co_expressed_modules(data.target[train], data.spots["section"].to_numpy(str)[train])

@@ -24,7 +24,7 @@ from stexp.errors import InputError
 from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
 from stexp.training.callbacks import VALIDATION
-from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
+from stexp.training.checkpoints import WholeCheckpoints, keep_weights, load_checkpoint
 from stexp.training.distributed import SyncBatchNorm, check_several_devices
 from stexp.training.machine import Machine
 from stexp.training.threads import LowerThreads
@@ -145,10 +145,10 @@ def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
     if data.views and not reads_features:
         raise InputError(
             f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
-            f"that read nothing else of a tile: mclstexp, bleep, sepal, stnet with model.symmetries=false and "
-            f"model.input_scale=image_encoder; null would fit"
+            f"that read nothing else of a tile: mclstexp, bleep, sepal, deepspot, stnet with model.symmetries=false "
+            f"and model.input_scale=image_encoder; null would fit"
         )
-    if reads_features and (data.views or data.augmentation == "none"):
+    if reads_features and (data.views or data.augmentation == "none" or method.frozen_encoder is None):
         log.info("training on features in the cache: the image encoder is frozen and need not run")
     elif reads_features:
         log.info(
@@ -206,13 +206,18 @@ def _devices(machine: Machine) -> int | list[int]:
     return machine.devices if machine.kind == "cuda" else len(machine.devices)
 
 
-def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Trainer) -> tuple[Prediction, dict]:
-    """Predict the test spots on one device, after the method chose on validation spots what it left open.
+def predict(
+    method: Method, data: SpotDataModule, machine: Machine, trainer: Trainer, checkpoint: Path
+) -> tuple[Prediction, dict]:
+    """Predict the test spots on one device, after the method chose on validation spots what it left open, and learned
+    what stands on its final weights.
 
     Parameters
     ----------
     trainer
         Of the fit.
+    checkpoint
+        Of the method, which keeps what it learns here.
 
     Returns
     -------
@@ -230,6 +235,10 @@ def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Tra
     data.trainer = method.trainer = alone
     alone.strategy.connect(method)  # whose loaders ask for it before its first prediction
     chosen = method.to(machine.device).tune(data)
+    finished = method.finish(data)
+    if finished:
+        keep_weights(checkpoint, method.state_dict())
+        chosen = {**chosen, **finished}
     if chosen:
         log.info("chosen: %s", in_words(chosen))
     # of one loader, the outputs of all batches

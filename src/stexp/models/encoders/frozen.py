@@ -18,7 +18,7 @@ from stexp.data.features import Stain, View
 from stexp.data.progress import track
 from stexp.data.section import Section
 from stexp.data.slides.store import TileStore, file_of
-from stexp.data.slides.tiles import TileSpec, tiles_around
+from stexp.data.slides.tiles import TileSpec, subtiles, tiles_around
 from stexp.errors import InputError
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.weights import one_line
@@ -107,6 +107,20 @@ class FrozenEncoder:
         what = f"section {section.name}: frozen features of {k} x {k} tiles around {len(section)} spots"
         path, n = self._path(store, stain, f"-around{k}"), len(section) * k * k
         self._kept(path, n, lambda: tiles_around(section, spec, k), what, stain)
+        return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
+
+    def of_subtiles(self, section: Section, store: TileStore, k: int, stain: Stain | None = None) -> np.ndarray:
+        """Features of the k x k parts of each spot's own tile, (n_spots, k * k, F) float32, memory-mapped."""
+
+        def parts() -> Iterable[tuple[np.ndarray, np.ndarray]]:
+            spots = np.split(np.arange(len(store)), range(self.batch_size, len(store), self.batch_size))
+            for some in track(spots, len(store), f"section {section.name}: features of parts of tiles", size=len):
+                rows = some[:, None] * k * k + np.arange(k * k)
+                yield rows.ravel(), np.concatenate(list(subtiles(np.asarray(store[some]), k)))
+
+        what = f"section {section.name}: frozen features of {k} x {k} parts of {len(section)} tiles"
+        path = self._path(store, stain, f"-parts{k}")
+        self._kept(path, len(section) * k * k, parts, what, stain)
         return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
 
     def _path(self, store: TileStore, stain: Stain | None, ending: str = "") -> Path:
