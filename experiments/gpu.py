@@ -27,6 +27,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def run_name(method: str, fold: str) -> str:
     return f"her2st-paper-{fold}-{method}-{'published' if method in WITHOUT_ENCODER else 'densenet121'}"
 
 
+def _kill(group: int) -> None:
+    """End a process with its workers; nothing where it ended meanwhile."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
 @dataclass
 class Machine:
     """Where commands run, and until when.
@@ -114,7 +121,7 @@ class Machine:
         """On a signal: end what runs, and begin nothing more; what was measured is written."""
         self.deadline = 0
         for group in list(self.processes):
-            os.killpg(group, signal.SIGKILL)
+            _kill(group)
         sys.exit(128 + number)
 
     def run(self, name: str, command: list[str], limit_s: float) -> str | None:
@@ -133,7 +140,7 @@ class Machine:
                 failure = f"stopped after {limit_s:.0f} s"
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+                    _kill(process.pid)
                     process.wait()
                 self.processes.discard(process.pid)
         text = log.read_text(errors="replace")

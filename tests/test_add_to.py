@@ -70,6 +70,13 @@ def test_what_was_added_is_written_and_read_back(tmp_path):
     add_to(again, adata, name="twice")
 
 
+def test_a_spot_that_the_table_does_not_hold_is_named(store):
+    adata = predictions(store)
+    adata.obs["spot"] = [*adata.obs["spot"].astype(str)[:19], "elsewhere"]
+    with pytest.raises(InputError, match=r"1 of 20 predicted spots are in no row of the table \(like elsewhere\)"):
+        add_to(open_store(store), adata)
+
+
 def test_spots_of_a_grid_become_circles_on_the_image(store):
     sdata = open_store(store)
     adata = predictions(store)

@@ -23,6 +23,7 @@ from stexp.data.dataset import BEFORE_THE_MODULE
 from stexp.data.splits import assign_roles, folds
 from stexp.errors import InputError
 from stexp.files import CONF
+from stexp.hardware import ACCELERATORS
 from stexp.models.mclstexp import MclSTExp
 from stexp.models.method import Method
 from stexp.protocol import Protocol, named_protocols, other_protocols
@@ -132,6 +133,14 @@ def test_every_trainer_builds(tmp_path):
         node |= {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
         trainer = build(node, logger=False, default_root_dir=str(tmp_path))
         assert isinstance(trainer, pl.Trainer) and (trainer.max_epochs, trainer.num_devices) == (3, 1)
+
+
+def test_every_kind_of_device_can_be_chosen():
+    chosen = {compose("train", [f"trainer={name}"]).trainer.accelerator for name in NAMES["trainer"]}
+    assert chosen | {"cuda"} == set(ACCELERATORS), "gpu is cuda where there is one"
+    for command in ("predict", "evaluate"):
+        (line,) = [line for line in (CONF / f"{command}.yaml").read_text().splitlines() if line.startswith("device:")]
+        assert line.endswith(", ".join(ACCELERATORS)), command
 
 
 @pytest.mark.parametrize("name", NAMES["logger"])

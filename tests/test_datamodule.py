@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import scipy.sparse as sp
 import torch
+from cut import cut_tiles
 from encoders import MadeUpFeatures
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.data.identity import check_checkpoint
 from stexp.data.section import Section
-from stexp.data.slides.tiles import TileSpec, cut_tiles
+from stexp.data.slides.tiles import TileSpec
 from stexp.errors import InputError
 from stexp.models.method import Method, Prediction
 from stexp.protocol import Protocol

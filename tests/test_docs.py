@@ -147,6 +147,12 @@ def test_the_reference_has_every_public_name() -> None:
     assert {f"stexp-{name}" for name in re.findall(r"\{command-help\} (\w+)", commands)} == set(COMMANDS)
 
 
+def test_every_reader_that_a_config_names_is_public() -> None:
+    configs = "".join(path.read_text(encoding="utf-8") for path in (TOP / "conf" / "data").glob("*.yaml"))
+    readers = set(re.findall(r"stexp\.data\.readers\.\w+\.(read_\w+)", configs)) - {"read_demo"}
+    assert readers and readers <= set(stexp.__all__)
+
+
 def test_the_tables_of_results_are_those_of_the_records() -> None:
     import results  # of experiments/
 

@@ -14,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 from demo_run import overrides_of
 from sections import make_data, make_section
+from tabled import tabulate_all
 
 from stexp import config
 from stexp.cli.evaluate import score_files
@@ -35,7 +36,7 @@ from stexp.inference.predictor import load_model
 from stexp.protocol import Protocol
 from stexp.reporting.downstream import analyse
 from stexp.reporting.report import write_report
-from stexp.reporting.tables import markdown, tabulate_all
+from stexp.reporting.tables import markdown
 from stexp.runs import foreign
 from stexp.runs.scale import put_on_scale
 from stexp.runs.scored import read_scored_run

@@ -81,6 +81,15 @@ def test_what_fails_or_does_not_end_is_said_and_does_not_stop_the_rest(machine, 
     assert (written["failure"], written["gpu"], written["commit"]) == (None, ["Some card"], "abc")
 
 
+def test_what_ended_meanwhile_need_not_be_ended(machine):
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    process.wait()
+    machine.processes.add(process.pid)  # as a signal between its end and its being taken off the list finds it
+    with pytest.raises(SystemExit) as ended:
+        machine.end(15, None)
+    assert ended.value.code == 143 and machine.left_s < 0
+
+
 def test_runs_for_which_no_time_is_left_are_counted_and_no_failure(machine, monkeypatch):
     machine.deadline, machine.dry = time.monotonic() - 1, False
     monkeypatch.setattr(gpu, "train_run", lambda *_: pytest.fail("nothing is to be begun"))

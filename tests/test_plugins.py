@@ -17,6 +17,7 @@ from stexp import construct
 from stexp.config import build, to_plain
 from stexp.config.compose import compose, entry, groups_of, split
 from stexp.config.help import help_text
+from stexp.config.plugins import Sources
 from stexp.errors import InputError
 from stexp.inference.predictor import load_model
 from stexp.models.adapter import as_method
@@ -68,7 +69,9 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "mine" / "conf" / "model" / "ours.yaml").write_text(yaml.safe_dump(node))
     before = set(sys.modules)
     yield tmp_path
-    for name in {"mymethod", "mine"} | {name for name in set(sys.modules) - before if name.startswith("plug_")}:
+    for name in {"mymethod", "mine"} | {
+        name for name in set(sys.modules) - before if name.startswith(("plug_", "mine."))
+    }:
         sys.modules.pop(name, None)
 
 
@@ -160,6 +163,29 @@ def test_a_class_without_a_config_is_a_choice_with_its_arguments(here):
     assert to_plain(cfg.model) == expected
     method = as_method(build({key: value for key, value in cfg.model.items() if key != "name"}, n_genes=5))
     assert isinstance(method, Method)
+
+
+@pytest.mark.parametrize(
+    "line", ['_target_: "mine.Mine"', "_target_:   mine.Mine  # ours", "_target_: mine.again.Mine"]
+)
+def test_a_class_that_a_config_describes_is_one_choice_however_it_is_written(here, line):
+    (here / "mine" / "again.py").write_text("from mine import Mine\n")
+    (here / "mine" / "conf" / "model" / "ours.yaml").write_text(f"{line}\nname: ours\n")
+    sources = Sources.of(["mine"], [])
+    assert sources.classes == () and list(sources.choices("model")) == ["ours"]
+
+
+def test_a_config_that_names_nothing_or_is_damaged_hides_no_class(here):
+    (here / "mine" / "conf" / "model" / "ours.yaml").write_text("_target_: mine.Absent\nname: ours\n")
+    (here / "mine" / "conf" / "model" / "more.yaml").write_text("a: [\n")
+    assert Sources.of(["mine"], []).classes == (("Mine", "mine.Mine"),)
+
+
+def test_two_classes_of_one_name_are_refused(here):
+    (here / "plug_twin.py").write_text(METHOD)
+    assert "of mymethod.Mine and of plug_twin.Mine" in refused(compose, "train", ["plugins=[mymethod,plug_twin]"])
+    (here / "mine" / "conf" / "model" / "ours.yaml").rename(here / "mine" / "conf" / "model" / "Mine.yaml")
+    assert "is of mine and of mymethod.Mine" in refused(compose, "train", ["plugins=[mine,mymethod]"])
 
 
 def test_help_lists_choices_with_where_they_are_from(here):

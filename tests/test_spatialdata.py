@@ -22,6 +22,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation  # 
 from stexp.cli.prediction import find_slides  # noqa: E402
 from stexp.data.readers.spatialdata import read_spatialdata  # noqa: E402
 from stexp.data.readers.visium import read_visium  # noqa: E402
+from stexp.data.slides.ome_zarr import ZarrImage  # noqa: E402
 from stexp.data.slides.slide import Slide  # noqa: E402
 from stexp.errors import InputError  # noqa: E402
 
@@ -200,6 +201,32 @@ def test_a_folder_of_zarr_that_is_no_image_is_refused_as_a_slide(root):
 def test_an_image_of_a_store_is_a_slide_to_predict(root):
     image = root / "a.zarr" / "images" / "a_full_image"
     assert find_slides(str(image)) == {"a_full_image": image}
+
+
+@pytest.mark.parametrize(
+    ("of_all", "expected"),
+    [
+        (None, (0.5, 0.25)),
+        ([{"type": "scale", "scale": [1, 3, 2]}], (1.0, 0.75)),
+        ([{"type": "scale", "scale": [1, 3, 2]}, {"type": "translation", "translation": [0, 9, 9]}], (1.0, 0.75)),
+        ([{"type": "scale", "scale": [1, 4, 4], "output": {"name": "global"}}], (0.5, 0.25)),
+        ([{"type": "scale", "path": "scales"}], None),
+    ],
+)
+def test_micrometres_are_those_of_a_level_then_of_all_levels(tmp_path, of_all, expected):
+    """OME-NGFF 0.4: the transformations of a data set first, then those of the multiscale; axes c, y, x."""
+    import zarr
+
+    group = zarr.open_group(tmp_path / "i.zarr", mode="w", zarr_format=2)
+    group["0"], group["1"] = np.zeros((3, 8, 8), np.uint8), np.zeros((3, 4, 4), np.uint8)
+    units = [{"name": name, "unit": "micrometer"} for name in "yx"]
+    datasets = [
+        {"path": path, "coordinateTransformations": [{"type": "scale", "scale": [1, 0.25 * side, 0.5 * side]}]}
+        for path, side in (("1", 2), ("0", 1))
+    ]
+    multiscale = {"version": "0.4", "axes": [{"name": "c"}, *units], "datasets": datasets}
+    group.attrs["multiscales"] = [multiscale | ({} if of_all is None else {"coordinateTransformations": of_all})]
+    assert ZarrImage(tmp_path / "i.zarr").um_xy == expected
 
 
 def test_an_image_of_other_pixels_is_not_taken_for_one_of_tissue(tmp_path, caplog):

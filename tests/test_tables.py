@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
+from tabled import tabulate_all
 
 from stexp.cli.table import main as table_main
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.reporting.labels import label_methods
-from stexp.reporting.tables import FILES, Table, latex, markdown, tabulate_all
+from stexp.reporting.tables import FILES, Table, latex, markdown
 from stexp.runs.scored import find_runs, read_scored_run
 from stexp.training.fit import size_of_training
 

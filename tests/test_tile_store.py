@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
+from cut import cut_tiles
 from PIL import Image
 from sections import make_section, slide_pixels
 
@@ -17,7 +18,7 @@ from stexp.data.slides import formats as slide_formats
 from stexp.data.slides import store as tile_store
 from stexp.data.slides import tiles as tiles_module
 from stexp.data.slides.store import JpegTiles, StoreInTheMaking
-from stexp.data.slides.tiles import TileSpec, cut_tiles, open_tiles
+from stexp.data.slides.tiles import TileSpec, open_tiles
 from stexp.errors import InputError
 from stexp.evaluation.floors import colour_statistics
 

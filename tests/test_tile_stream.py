@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from cut import cut_tiles
 from PIL import Image
 from sections import make_section, slide_pixels
 
@@ -13,7 +14,7 @@ from stexp.data.slides import pixels as limits
 from stexp.data.slides import stream as tile_stream
 from stexp.data.slides.slide import Slide, SlideReader
 from stexp.data.slides.stream import tile_batches
-from stexp.data.slides.tiles import TileSpec, cut_tiles, open_tiles
+from stexp.data.slides.tiles import TileSpec, open_tiles
 from stexp.errors import InputError
 
 SIZE = (400, 300)

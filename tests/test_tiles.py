@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from cut import cut_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from stexp.data.slides import formats as slide_formats
 from stexp.data.slides import pixels as limits
 from stexp.data.slides import tiles as tiles_module
 from stexp.data.slides.slide import Slide, SlideReader
-from stexp.data.slides.tiles import TileBank, TileSpec, cut_tiles, open_tiles
+from stexp.data.slides.tiles import TileBank, TileSpec, open_tiles
 from stexp.errors import InputError
 
 # what a tile shows

@@ -7,7 +7,8 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from stexp import construct
+from stexp.documents import parse_yaml
 from stexp.errors import InputError
 from stexp.files import CONF
 from stexp.runs.plugins import load_plugins
@@ -83,9 +85,10 @@ class Sources:
         sources = [*brought, *(_source_at(place) for place in search_path)]
         _refuse_twins(sources)
         installed = [source for source in _installed() if source.plugin not in named]
-        yamls = [path for source in brought for path in (source.folder / "model").glob("*.yaml")]
-        described = {line.strip() for path in yamls for line in path.read_text(encoding="utf-8").splitlines()}
-        classes = [each for name in named for each in _offer_methods(name, described)]
+        described = _described([path for source in brought for path in (source.folder / "model").glob("*.yaml")])
+        taken = {choice: source.origin for source in sources for choice in source.choices("model")}
+        taken |= {path.stem: "stexp" for path in (CONF / "model").glob("*.yaml")}
+        classes = list(_offer_methods(named, described, taken))
         _offer_features([choice for source in [*sources, *installed] for choice in source.choices("image_encoder")])
         return cls(tuple(named), (*sources, *installed), tuple(classes))
 
@@ -202,15 +205,47 @@ def _twins(sources: Sequence[Source]) -> Iterator[tuple[str, str, Source]]:
                 yield str(relative.with_suffix("")), ours[relative], source
 
 
-def _offer_methods(plugin: str, described: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Make a choice of each method of a plug-in that no config describes: its class, with its arguments as keys."""
-    modules = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{plugin}.")]
-    lightning: Any = sys.modules.get("pytorch_lightning")  # a method has imported it
-    for kind in dict.fromkeys(kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)):
-        path = f"{kind.__module__}.{kind.__qualname__}"
-        if lightning is None or not issubclass(kind, lightning.LightningModule) or inspect.isabstract(kind):
+def _described(configs: Iterable[Path]) -> set[Any]:
+    """What configs of plug-ins name as their ``_target_``, each as it is defined, whichever path leads to it."""
+    out = set()
+    for path in configs:
+        try:
+            node = parse_yaml(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            continue  # Hydra says what is wrong with it where it is chosen
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if construct.plugin_of(target) is None:
             continue
-        if path.startswith(f"{plugin}.") and f"_target_: {path}" not in described:
+        with suppress(InputError):  # there is no such class: said where the config is chosen
+            out.add(construct.get_object(str(target)))
+    return out
+
+
+def _offer_methods(plugins: Iterable[str], described: set[Any], taken: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Make a choice of each method of plug-ins that no config describes: its class, with its arguments as keys.
+
+    Parameters
+    ----------
+    taken
+        Choices that there are already -> whose they are.
+    """
+    lightning: Any = sys.modules.get("pytorch_lightning")  # a method has imported it
+    offered = dict(taken)
+    for plugin in plugins:
+        modules = [module for name, module in list(sys.modules.items()) if f"{name}.".startswith(f"{plugin}.")]
+        kinds = dict.fromkeys(kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass))
+        for kind in kinds:
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            if lightning is None or not issubclass(kind, lightning.LightningModule) or inspect.isabstract(kind):
+                continue
+            if not path.startswith(f"{plugin}.") or kind in described or offered.get(kind.__name__) == path:
+                continue
+            if kind.__name__ in offered:
+                raise InputError(
+                    f"model={kind.__name__} is of {offered[kind.__name__]} and of {path}: rename one, or name it in a "
+                    f"conf/model/<choice>.yaml of the plug-in"
+                )
+            offered[kind.__name__] = path
             ConfigStore.instance().store(group="model", name=kind.__name__, node=_node_of(kind, path))
             yield kind.__name__, path
 

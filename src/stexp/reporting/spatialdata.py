@@ -91,7 +91,7 @@ def _annotated(sdata: SpatialData, adata: ad.AnnData, table: str | None) -> tupl
         )
     of_region = {region: rows_of(own, region) for region in regions}
     places, where = np.empty(len(spots), dtype=object), np.empty(len(spots), dtype=object)
-    lacking = 0
+    lacking: list[str] = []
     for section in sorted(set(sections)):
         region = section if section in of_region else regions[0]
         if section not in of_region and len(regions) > 1:
@@ -99,12 +99,12 @@ def _annotated(sdata: SpatialData, adata: ad.AnnData, table: str | None) -> tupl
         rows, instances = of_region[region]
         mine = np.flatnonzero(sections == section)
         at = pd.Index(rows.obs_names.astype(str)).get_indexer(spots[mine])
-        lacking += int((at < 0).sum())
+        lacking += spots[mine][at < 0].tolist()
         places[mine], where[mine] = instances.to_numpy(object)[at], region
     if lacking:
         raise InputError(
-            f"{lacking} of {len(spots)} predicted spots are in no row of the table (like {spots[0]}); predictions of "
-            f"its own spots would fit, or image= for spots of their own"
+            f"{len(lacking)} of {len(spots)} predicted spots are in no row of the table (like {lacking[0]}); "
+            f"predictions of its own spots would fit, or image= for spots of their own"
         )
     return where, np.array(places.tolist()), str(attributes["instance_key"])
 

@@ -85,13 +85,6 @@ class Table:
     marks: Mapping[str, str] = field(default_factory=dict)
 
 
-def tabulate_all(
-    runs: list[ScoredRun], metric: str = "pearson_acg", baseline: str | None = None, allow_missing: bool = False
-) -> list[Table]:
-    """A table for every data set and protocol among the runs; see `by_table` and `tabulate`."""
-    return [tabulate(title, members, metric, baseline, allow_missing) for title, members in by_table(runs)]
-
-
 def by_table(runs: list[ScoredRun]) -> list[tuple[str, list[ScoredRun]]]:
     """The runs of every data set and protocol, with a title, so that no mean mixes two of them."""
     groups: dict[tuple[str, str], list[ScoredRun]] = {}

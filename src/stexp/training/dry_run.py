@@ -25,7 +25,7 @@ from stexp.models.encoders.frozen import UNTUNED
 from stexp.models.method import Method, Prediction
 from stexp.training.fit import build_method
 from stexp.training.machine import Machine
-from stexp.training.observed import HideTruth, Watch, misfits
+from stexp.training.observed import HideTruth, Watch, misfits, truth_hidden
 
 SPOTS = 4  # of a batch
 EPOCHS = 60  # of one step each: a method may train its parts one after the other
@@ -238,14 +238,15 @@ class _Trial:
         )
 
     def hide_truth(self) -> None:
-        """The measured expression of the spots that are predicted is not read."""
-        hidden = self._tensor(self._predict(self.method, SPOTS, HideTruth()))
+        """The measured expression of the spots that are predicted is not read: of their batches, or of the data."""
+        with truth_hidden(self.data):
+            hidden = self._tensor(self._predict(self.method, SPOTS, HideTruth()))
         self._compare(
             "truth",
             hidden,
             "predictions read no measured expression of the spots they are for",
-            "change with the measured expression of the spots they are for: predict_step reads target, expression, "
-            "counts or the context of the batch",
+            "change with the measured expression of the spots they are for: target, expression, counts or the context "
+            "of the batch are read, or those of self.data",
         )
 
     def reload(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from stexp.data.datamodule import SpotDataModule
 from stexp.models.method import Prediction
 
 
@@ -52,6 +54,23 @@ class HideTruth(pl.Callback):
     def on_predict_batch_start(self, trainer, model, batch, batch_idx, dataloader_idx=0) -> None:
         for name in ("expression", "target", "counts", "context_expression"):
             setattr(batch, name, getattr(batch, name) + 100.0)
+
+
+@contextmanager
+def truth_hidden(data: SpotDataModule) -> Iterator[None]:
+    """Data whose held-out spots have another expression than what was measured, in all its tables."""
+    names = ("counts", "expression", "target")
+    measured = {name: getattr(data, name) for name in names}
+    held_out = data.rows("test")
+    for name, table in measured.items():
+        other = table.copy()
+        other[held_out] += 100.0
+        setattr(data, name, other)
+    try:
+        yield
+    finally:
+        for name, table in measured.items():
+            setattr(data, name, table)
 
 
 def misfits(part: Prediction, n: int, genes: int) -> list[str]:

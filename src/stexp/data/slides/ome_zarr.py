@@ -112,10 +112,18 @@ class ZarrImage:
 
 
 def _um_xy(multiscale: Mapping[str, Any], dataset: Mapping[str, Any]) -> tuple[float, float] | None:
-    units = {str(axis["name"]).lower(): axis.get("unit") for axis in multiscale["axes"]}
-    scales = [step["scale"] for step in dataset.get("coordinateTransformations", []) if step.get("type") == "scale"]
-    if len(scales) != 1 or not {units["x"], units["y"]} <= set(_MICROMETRES):
+    """Micrometres per pixel of a level: by its own transformations, then by those of all levels (OME-NGFF 0.4)."""
+    axes = [str(axis["name"]).lower() for axis in multiscale["axes"]]
+    units = dict(zip(axes, (axis.get("unit") for axis in multiscale["axes"]), strict=True))
+    own, of_all = (each.get("coordinateTransformations", []) for each in (dataset, multiscale))
+    own = [step for step in own if step.get("type") == "scale"]
+    # those with an output lead to coordinate systems of SpatialData, one each
+    of_all = [step for step in of_all if step.get("type") == "scale" and "output" not in step]
+    # a scale may also be kept in a file of its own, which is not read
+    if len(own) != 1 or not all("scale" in step for step in own + of_all):
         return None
-    by_axis = dict(zip(units, scales[0], strict=True))
-    x, y = (float(by_axis[axis]) * _MICROMETRES[str(units[axis])] for axis in "xy")
+    if not {units["x"], units["y"]} <= set(_MICROMETRES):
+        return None
+    scale = np.prod([step["scale"] for step in own + of_all], axis=0)
+    x, y = (float(scale[axes.index(axis)]) * _MICROMETRES[str(units[axis])] for axis in "xy")
     return x, y

@@ -74,29 +74,8 @@ class TileSpec:
         return side
 
 
-def cut_tiles(image: np.ndarray, xy_px: np.ndarray, side_px: int, px: int, out: np.ndarray) -> int:
-    """Cut the squares centred on `xy_px` and write them into `out`.
-
-    Parameters
-    ----------
-    image : (height, width, 3) uint8
-    xy_px : (N, 2)
-        Centres in pixels of `image`, rounded down to whole pixels, as the published code does.
-    side_px, px
-        Side cut, and side written after antialiased bilinear resampling.
-    out : (N, px, px, 3) uint8
-
-    Returns
-    -------
-    int
-        Tiles that reach beyond the image, filled there with white.
-    """
-    corner = corners(xy_px, side_px)
-    cut_tile(image, corner, side_px, px, out)
-    return _n_padded(corner, side_px, image.shape[1::-1])
-
-
 def corners(xy_px: np.ndarray, side_px: int) -> np.ndarray:
+    """Left and top (N, 2) of squares around centres that are rounded down to pixels, as the published code does."""
     return np.floor(xy_px).astype(np.int64) - side_px // 2
 
 
@@ -105,6 +84,15 @@ def _n_padded(corner: np.ndarray, side_px: int, size: tuple[int, int]) -> int:
 
 
 def cut_tile(image: np.ndarray, corner: np.ndarray, side_px: int, px: int, out: np.ndarray) -> None:
+    """Cut squares of an image (height, width, 3) uint8 and write them into `out` (N, px, px, 3).
+
+    Parameters
+    ----------
+    corner : (N, 2) int64
+        Left and top of each, in pixels of `image`; what lies beyond it is white.
+    side_px, px
+        Side cut, and side written after antialiased bilinear resampling.
+    """
     height, width = image.shape[:2]
     for i, (x, y) in enumerate(corner):
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side_px, width), min(y + side_px, height)
