@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -193,7 +194,7 @@ def _elsewhere(keys: list[str]) -> list[str]:
 
 def _write(output: Path, keys: list[str], state: dict, sections: list[Section], runs: dict) -> None:
     record = {
-        "command": " ".join(["python experiments/one_change.py", *_elsewhere(sys.argv[1:])]),
+        "command": shlex.join(["python", "experiments/one_change.py", *_elsewhere(sys.argv[1:])]),
         "keys": _elsewhere(keys),
         **state,
         "date": now(),
