@@ -77,6 +77,9 @@ class SpotDataModule(datamodule.SpotDataModule):
         Where tiles and features are kept, and how; see :class:`stexp.data.datamodule.SpotDataModule`.
     name
         Of the data, in scores and tables.
+    random_features
+        Seeds of the floor that the image encoder has at random weights, as many more passes over the tiles that are
+        kept in the cache; 0: without it. An encoder that has random weights already is its own control.
     seed
         Of order, augmentation and the weights that training starts from.
     plugins
@@ -118,6 +121,7 @@ class SpotDataModule(datamodule.SpotDataModule):
         tile_store: str = OWN,
         placement: str = OWN,
         name: str | None = None,
+        random_features: int = 3,
         seed: int = 0,
         plugins: Sequence[str] = (),
     ) -> None:
@@ -154,7 +158,8 @@ class SpotDataModule(datamodule.SpotDataModule):
             "name": OWN if name is None else name,
         }
         changes |= {f"data.{key}": value for key, value in values.items() if value is not OWN}
-        self._named, self._changes, self._plugins = named, changes | {"seed": seed}, tuple(plugins)
+        changes |= {"seed": seed, "random_features": random_features}
+        self._named, self._changes, self._plugins = named, changes, tuple(plugins)
         self._config = run_config(self._named, self._changes, self._plugins)
         self._encoder: TileEncoder | None = None
 

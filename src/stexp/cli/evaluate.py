@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.arguments import Seed, check
+from stexp.arguments import Seed, SeveralSeeds, check
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError, did_you_mean
@@ -56,6 +56,7 @@ def check_options(cfg: DictConfig) -> None:
 
     check_name(str(cfg.name), "name")
     check("seed", cfg.seed, Seed)
+    check("random_features", cfg.random_features, SeveralSeeds)
     if cfg.scale is not None:
         check_scale(str(cfg.scale))
     if cfg.genes not in GENES:
@@ -76,7 +77,7 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
     from stexp.data.dataset import DataSet
     from stexp.evaluation.foreign.files import read_predictions
     from stexp.evaluation.foreign.names import check_sections, names_of, rename_genes
-    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
+    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder, random_twins
     from stexp.reporting.report import write_report
     from stexp.runs.foreign import evaluate
     from stexp.training.machine import Machine
@@ -98,6 +99,7 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
     encoder = FrozenEncoder(
         build({**config["image_encoder"], **UNTUNED}),
         *(machine.device, machine.autocast(), config["data"]["cache_dir"], config["data"]["eval_batch_size"]),
+        twins=random_twins(config["image_encoder"], config["random_features"]),
     )
     data = dataset.serve(sections, protocol, str(config["fold"]), config["seed"], panel, encoder=encoder)
     for line in data.summary():

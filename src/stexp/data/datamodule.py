@@ -220,8 +220,6 @@ class SpotDataModule(pl.LightningDataModule):
         arrays = (self.target, self.counts, self.xy_px)
         return data_digest(self.sections, self.spots, arrays, self.tile, self.stain, self.tile_store)
 
-    # tiles and loaders
-
     def setup(self, stage: str | None = None) -> None:
         """Cut or open the tiles of all sections with an image, and compute or read their features."""
         self.open_tiles()
@@ -273,6 +271,11 @@ class SpotDataModule(pl.LightningDataModule):
         """`features` of a data module with an encoder."""
         self.setup()
         return required(self._features)
+
+    def random_features(self) -> Iterator[np.ndarray]:
+        """`features` by the same architecture at random weights, computed or read from the cache, one for each seed."""
+        for encoder in () if self.encoder is None else self.encoder.at_random_weights():
+            yield encode_tiles(encoder, self._tiled_sections(), len(self.spots))
 
     @property
     def n_features(self) -> int | None:

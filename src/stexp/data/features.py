@@ -56,6 +56,10 @@ class TileEncoder(Protocol):
         """Features of the k x k tiles around each spot, (n_spots, k * k, F) float32; zero beyond the image."""
         ...
 
+    def at_random_weights(self) -> Iterator[TileEncoder]:
+        """Encoders of the same architecture at random weights, each of another seed."""
+        ...
+
     def is_of(self, encoder: torch.nn.Module) -> bool:
         """Whether another encoder would give the same features."""
         ...

@@ -175,6 +175,7 @@ class Metrics(Scored):
     sections: Annotated[dict[str, ScoredSection], Field(min_length=1)]
     scored_as: dict[str, ScoredAs]
     oracle_floors: list[str]
+    floor_spread: NotRequired[dict[str, Scores]]
     chosen: Chosen
     elsewhere: NotRequired[ScoredElsewhere]
     evidence: NotRequired[Evidence]
