@@ -52,7 +52,10 @@ class Protocol:
     truth
         Scaling of the observed and the retrieved expression: per ``"spot"``, or per ``"gene"``, where every
         gene sums to `target_sum` over the spots of its section, as in the published code, so that
-        sequencing depth stays in the target. What the spot encoder reads is always scaled per spot.
+        sequencing depth stays in the target. ``"residuals"``: how far the counts of a spot are from what its depth
+        and the gene's share in the section let expect, see :func:`~stexp.data.genes.pearson_residuals`; of the three
+        the least bound to depth, without a word on how high a gene is. What the spot encoder reads, and what ranks
+        the highest genes of residuals, is always scaled per spot.
     spot_context
         What a spot attends to in the spot encoder: its ``"neighbours"`` in the section, or the ``"batch"``
         it came in (32 consecutive spots at inference, across section borders, as published).
@@ -75,11 +78,18 @@ class Protocol:
     library: Literal["transcriptome", "panel"] = "transcriptome"
     target_sum: Positive = 1e4
     log: Literal["natural", "log10"] = "natural"
-    truth: Literal["spot", "gene"] = "spot"
+    truth: Literal["spot", "gene", "residuals"] = "spot"
     spot_context: Literal["neighbours", "batch"] = "neighbours"
     heg: Literal["train", "test"] = "train"
     k: Count | Literal["auto"] = "auto"
     published: bool = False
+
+    def __post_init__(self) -> None:
+        if self.truth == "residuals" and self.hold_out == "block":
+            raise InputError(
+                "protocol.truth=residuals: they are deviations from a whole section, of which hold_out=block trains on "
+                "a part; truth=spot would fit, or hold_out=patient or section"
+            )
 
     @property
     def scoring(self) -> tuple:

@@ -10,7 +10,7 @@ from stexp.api.score import ranked
 from stexp.api.typed import typed
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
-from stexp.runs.results import TRAINING, colours, floors_under, random_components
+from stexp.runs.results import TRAINING, colours, floors_under, levels, random_components
 
 
 @typed
@@ -42,7 +42,7 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
         predicted=layers["mean"],
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=data.target[train].mean(axis=0),
+        mean_train=levels(data)[train].mean(axis=0),
     )
     kept = ad.AnnData(obs=observed.obs, var=observed.var, uns={"ceiling": {protocol.name: ceiling}})
     for name, values in layers.items():

@@ -37,16 +37,19 @@ def normalise(
     total_counts : (N,)
         Counts per spot over the whole transcriptome.
     scaling
-        ``"spot"`` or ``"gene"``; default ``protocol.truth``.
+        ``"spot"``, ``"gene"`` or ``"residuals"``; default ``protocol.truth``.
 
     Returns
     -------
     (N, G) float32
         log(1 + target_sum x counts / total), the total being that of the spot (transcriptome or panel)
-        or of the gene over the section's spots; 0 where the total is 0.
+        or of the gene over the section's spots; 0 where the total is 0. Or :func:`pearson_residuals`.
     """
     scaling = scaling or protocol.truth
     counts = np.asarray(counts, dtype=np.float64)
+    if scaling == "residuals":
+        library = np.nansum(counts, axis=1) if protocol.library == "panel" else np.asarray(total_counts)
+        return pearson_residuals(counts, library).astype(np.float32)
     if scaling == "gene":
         total = counts.sum(axis=0, keepdims=True)
     elif protocol.library == "panel":
@@ -58,6 +61,40 @@ def normalise(
     if protocol.log == "log10":
         out /= np.log(10)
     return out.astype(np.float32)
+
+
+def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float = 100.0) -> np.ndarray:
+    """How far counts are from what depth alone would give, in standard deviations (Lause et al. 2021).
+
+    Where every spot of a section had the same share of each gene, gene g of spot i would have the mean
+    mu = total of i x share of g over all spots, and the variance mu + mu^2 / theta of a negative binomial.
+
+    Parameters
+    ----------
+    counts : (N, G)
+        Raw counts, all spots of one section; NaN columns stay NaN.
+    total_counts : (N,)
+        Counts per spot over all genes that shares are of.
+    theta
+        Overdispersion, as proposed there.
+
+    Returns
+    -------
+    (N, G) float64
+        (x - mu) / sqrt(mu + mu^2 / theta), between -sqrt(N) and sqrt(N); 0 where mu is 0.
+
+    Notes
+    -----
+    Shares are those of the section itself, also of a test section, and not of the training side: under a share that
+    is not its own, every residual of a gene would grow with the root of the spot's depth, which is what residuals are
+    to be rid of, and stain, chemistry and patient would decide how much. The price: how high a gene is in a section is
+    no part of this truth. Equal to ``scanpy.experimental.pp.normalize_pearson_residuals`` of the whole matrix.
+    """
+    counts, total = np.asarray(counts, dtype=np.float64), np.asarray(total_counts, dtype=np.float64)
+    expected = np.outer(total, counts.sum(axis=0) / max(total.sum(), 1))
+    deviation = np.sqrt(expected + expected**2 / theta)
+    residuals = (counts - expected) / np.where(deviation == 0, 1, deviation)
+    return residuals.clip(-np.sqrt(len(counts)), np.sqrt(len(counts)))
 
 
 def read_panel(path: str | Path) -> list[str]:
@@ -228,7 +265,7 @@ def expression_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts of a panel, what a spot encoder reads of them, and the truth, each (N, G) float32, spots in order.
 
-    The two scales differ only under ``protocol.truth="gene"``; genes not measured in a section are NaN.
+    The two scales are one under ``protocol.truth="spot"``; genes not measured in a section are NaN.
     """
     counts = [section.counts(panel) for section in sections]
     pairs = list(zip(counts, sections, strict=True))

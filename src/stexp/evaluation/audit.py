@@ -203,6 +203,8 @@ def _of_protocol(protocol: Protocol) -> list[dict]:
             "truth_scaled_by_test_section",
             protocol.truth == "gene",
             "each gene of the truth is scaled by its total over the test section: sequencing depth stays in it",
-            "each spot of the truth is scaled by its own counts alone",
+            "the truth is how far a gene is from its share in the section: how high it is there is no part of it"
+            if protocol.truth == "residuals"
+            else "each spot of the truth is scaled by its own counts alone",
         ),
     ]

@@ -331,8 +331,7 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
             if not spots.any():
                 continue
             test, tested = _table(section, genes, protocol, spots), section.take(spots)
-            ranking = test.expression if protocol.heg == "test" else together.expression
-            heg = top_genes(ranking.mean(axis=0))
+            heg = top_genes(_levels([(section, spots)] if protocol.heg == "test" else kept, genes, protocol))
             for name, predicted in predict_floors(together, test).items():
                 scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
             ceiling = ceiling_per_gene(tested.counts(genes), tested.total_counts, protocol)
@@ -340,6 +339,13 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
                 {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])}
             )
     return {name: mean_over_sections(parts) for name, parts in scores.items()}
+
+
+def _levels(kept: Sequence[tuple[Section, np.ndarray]], genes: list[str], protocol: Protocol) -> np.ndarray:
+    """Mean expression of genes over some spots of sections, (G,), that ranks them; residuals have no level."""
+    scaling = "spot" if protocol.truth == "residuals" else None
+    parts = [normalise(part.counts(genes), part.total_counts, protocol, scaling)[spots] for part, spots in kept]
+    return np.concatenate(parts).mean(axis=0)
 
 
 def _table(section: Section, genes: list[str], protocol: Protocol, spots: np.ndarray) -> SpotTable:

@@ -68,8 +68,7 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
         rows = of_section & coverage.spots
         if not rows.any():
             continue
-        mean = np.nan_to_num(observed[of_section]).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0]
-        heg = top_genes(mean)  # of the panel, predicted or not
+        heg = top_genes(_levels(protocol, adata[of_section], observed[of_section], floor_of["mean"][0]))
         y = np.where(coverage.genes, observed[rows], np.nan)
         depth = adata.obs["total_counts"].to_numpy()[rows]
         scores = score_section(y, predicted[rows], heg, same_scale, depth)
@@ -101,6 +100,15 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
         "sections": sections,
     }
     return means, _mean_genes(list(adata.var_names), list(columns.values()))
+
+
+def _levels(protocol: Protocol, adata: ad.AnnData, observed: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """How high genes are, (G,), predicted or not: what ranks the highest of a section."""
+    if protocol.truth == "residuals":  # which have no level
+        if protocol.heg == "train":
+            return adata.var["mean_train"].to_numpy()
+        observed = normalise(adata.layers["counts"], adata.obs["total_counts"].to_numpy(), protocol, "spot")
+    return np.nan_to_num(observed).mean(axis=0) if protocol.heg == "test" else mean
 
 
 def _without_counts(scores: dict) -> dict:

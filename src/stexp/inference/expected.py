@@ -140,7 +140,7 @@ def _of_panel(run: FinishedRun) -> dict[str, pd.DataFrame]:
 
 def _outside(run: FinishedRun, genes: list[str]) -> list[str]:
     """Genes outside the panel that can be retrieved and scored."""
-    if run.embeddings is not None and run.protocol.truth == "spot" and run.protocol.library == "panel":
+    if run.embeddings is not None and run.protocol.truth != "gene" and run.protocol.library == "panel":
         log.warning("libraries are those of the panel: the accuracy of genes outside it is not measured")
     return run.outside_panel(genes)
 

@@ -34,6 +34,7 @@ SCORES = [
     ("pearson_heg50", "Pearson HEG50", False),
     ("pearson_given_depth", "Pearson given depth", False),
     ("spearman_acg", "Spearman", False),
+    ("follows_depth", "Follows depth", True),
     ("mse", "MSE", True),
     ("mae", "MAE", True),
     ("rmse", "RMSE", True),

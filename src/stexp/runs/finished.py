@@ -161,7 +161,7 @@ class FinishedRun:
 
     def outside_panel(self, genes: list[str]) -> list[str]:
         """Those of some genes that the panel lacks, and that can be retrieved and scored."""
-        if self.embeddings is None or (self.protocol.truth == "spot" and self.protocol.library == "panel"):
+        if self.embeddings is None or (self.protocol.truth != "gene" and self.protocol.library == "panel"):
             return []
         common = set.intersection(*(set(section.genes) for section in self.data.sections)) - set(self.panel)
         return [gene for gene in genes if gene in common]

@@ -146,7 +146,8 @@ def write_scored_files(
         predicted=prediction.predicted.numpy(),
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=data.target[train].mean(axis=0),
+        mean_train=levels(data)[train].mean(axis=0),
+        levels=levels(data)[test],
         uncertainty=_array(prediction.uncertainty),
         obs=prediction.obs,
         embedding=_array(prediction.image_embedding),
@@ -181,6 +182,11 @@ def write_scored_files(
             floors.layers[f"{protocol.name}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")
     return predictions.digest(adata)
+
+
+def levels(data: SpotDataModule) -> np.ndarray:
+    """How high genes are, (n_spots, G): the truth, or, of residuals, which have no level, expression per spot."""
+    return data.expression if data.protocol.truth == "residuals" else data.target
 
 
 def _array(values: torch.Tensor | None) -> np.ndarray | None:
