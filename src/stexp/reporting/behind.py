@@ -28,11 +28,11 @@ COLUMNS = {
 }
 PERCENT = ("share_of_ceiling", "skill_within_gene", "skill_gene_mean", "beyond_chance")
 EXPLAINED = (
-    "Interval: over patients, sections or blocks of spots, as many as there are. Skill: the share of the training mean's "
-    "squared error that is gone, within genes (from spot to spot) and in how high they are. Gene sets: Pearson of their "
-    "scores. Beyond chance: above their own moved maps, false discovery rate 5 %. Moran concordance: 1 where each gene "
-    "is as smooth as in truth. Follows depth: correlation of a spot's mean prediction with the log of its total counts; "
-    "near 0 is best."
+    "Interval: over patients, sections or blocks of spots, as many as there are. Skill: the share of the training "
+    "mean's squared error that is gone, within genes (from spot to spot) and in how high they are. Gene sets: Pearson "
+    "of their scores. Beyond chance: above their own moved maps, false discovery rate 5 %. Moran concordance: 1 where "
+    "each gene is as smooth as in truth. Follows depth: correlation of a spot's mean prediction with the log of its "
+    "total counts; near 0 is best."
 )
 
 
