@@ -33,7 +33,8 @@ class Protocol:
         What a fold holds out: all sections of a ``"patient"``; one ``"section"``, with the other sections of
         its patient left in training and reference; or one of the `blocks` that every section is cut into,
         for data of one section or patient. Blocks share tissue, stain and depth with what trains, so their
-        scores say how well a section is filled in, not how well another one is predicted.
+        scores say how well a section is filled in, not how well another one is predicted. ``"cohort"``: all of
+        another data set, which ``test_data=`` names.
     validation
         Keep part of the training side apart (a patient where three or more train, else a section, else a
         quarter of the spots), choose the checkpoint and k on it. False: last epoch, k as given.
@@ -68,7 +69,7 @@ class Protocol:
     """
 
     name: _Name
-    hold_out: Literal["patient", "section", "block"] = "patient"
+    hold_out: Literal["patient", "section", "block", "cohort"] = "patient"
     blocks: _Blocks = 4
     validation: bool = True
     panel: Literal["train", "all"] = "train"

@@ -136,7 +136,7 @@ def _train(
     callbacks: Sequence[pl.Callback],
     base: Base | None,
 ) -> TrainedRun | None:
-    dataset, protocol, seed = DataSet(config["data"]), build(config["protocol"]), config["seed"]
+    dataset, protocol, seed = DataSet.of(config), build(config["protocol"]), config["seed"]
     stages = Stages(folder.path if machine.is_first else None)
     logger: Any = build(config["logger"]) if machine.is_first else False  # before the work: it may not be installed
     _announce(config, machine)

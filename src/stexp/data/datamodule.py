@@ -29,6 +29,7 @@ from stexp.data.batches import (
     neighbours_within,
     part_of,
 )
+from stexp.data.cohorts import batch_effects
 from stexp.data.duplicates import copies_by_counts, copies_in_fold
 from stexp.data.features import (
     Surroundings,
@@ -191,7 +192,7 @@ class SpotDataModule(pl.LightningDataModule):
                 f"{n_without} section(s) have counts but no image; they can be retrieved from (model.reference=all)"
             )
         lines.append(f"panel: {len(self.panel)} genes; array: {self.array_size} x {self.array_size}")
-        return lines
+        return [*lines, *batch_effects(self.sections, self.panel)]
 
     def state_dict(self) -> dict:
         """Facts about the data, for checkpoints of a model that is trained on it; plain values."""

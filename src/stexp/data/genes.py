@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stexp.data.cohorts import harmonised
 from stexp.data.readers.excel_dates import date_of
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.text import read_text
@@ -176,13 +177,23 @@ def panel_of_fold(
         A published list; None: chosen as the protocol says.
     saw_test
         Whether a published list was made with all sections in view.
+
+    Notes
+    -----
+    Of another cohort that is tested, genes which it does not measure are left out, whoever chose the panel; its counts
+    are not looked at.
     """
     names_of = {role: list(part["section"].unique()) for role, part in spots.groupby("role", sort=False)}
+    tested = [section for section in sections if section.cohort and section.name in names_of.get("test", [])]
     if panel is None:
         saw_test = protocol.panel == "all"
         choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
         referenced = [section for section in sections if section.name in names_of.get("reference", [])]
         panel = choose_panel(choosing, protocol, measured_in=referenced)
+        if tested and harmonised(panel, tested) != panel:
+            panel = choose_panel(choosing, protocol, measured_in=[*referenced, *tested])  # others take their place
+    elif tested:
+        panel = harmonised(panel, tested)
     if len(set(panel)) < len(panel):
         twice = pd.Index(panel)[pd.Index(panel).duplicated()][0]
         raise InputError(f"panel: {twice} is named twice; once would fit")

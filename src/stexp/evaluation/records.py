@@ -214,6 +214,7 @@ class AuditFacts(AuditSections):
     published_settings: bool
     spot_context: str | None
     copies: NotRequired[list[str]]
+    cohorts: NotRequired[list[str]]
 
 
 class AuditItems(TypedDict):

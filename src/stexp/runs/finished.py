@@ -72,7 +72,7 @@ class FinishedRun:
     def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
         self.folder, self.config = folder.require_model(), folder.config
         construct.require_plugins(self.config.get("plugins"), folder.path)
-        self.dataset = DataSet(self.config["data"])
+        self.dataset = DataSet.of(self.config)
         path = folder.path
         self.predictions: ad.AnnData = predictions.read(path / "predictions.h5ad", *predictions.OF_RUN)
         self.provenance = read_provenance(path)

@@ -15,7 +15,9 @@ import pandas as pd
 import torch
 import yaml
 
+from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.dataset import DataSet
 from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.slides import pictures
@@ -59,7 +61,7 @@ class RunFacts:
 def describe_run(config: Mapping[str, Any], data: SpotDataModule, chosen: dict) -> RunFacts:
     """The facts of a run with a config, every value in place, and what its method chose on validation spots."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    return RunFacts(config["model"]["name"], str(data.fold), config["data"]["name"], text, chosen)
+    return RunFacts(config["model"]["name"], str(data.fold), DataSet.of(config).title, text, chosen)
 
 
 def write_results(
@@ -116,6 +118,8 @@ def write_results(
         "spot_context": method.spot_context,
         "copies": [f"{c.first} and {c.second} ({c.share:.0%} of the spots, by {c.by})" for c in data.copies],
     }
+    if cohorts := batch_effects(data.sections, data.panel):
+        facts["cohorts"] = cohorts
     if folder.config.get("from") is not None:
         facts["began_at"] = folder.config["from"]["model"]
     write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
