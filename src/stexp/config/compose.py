@@ -185,11 +185,9 @@ def _apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _add_cohort(config: DictConfig, of_test: Sequence[str], sources: Sources) -> None:
     """Put another data set, which is tested as a whole, into a config."""
-    if config.protocol.hold_out == "block":
-        raise InputError(
-            f"protocol={config.protocol.name} holds out blocks of sections, test_data= another data set as a whole; "
-            f"protocol=strict would fit"
-        )
+    from stexp.data.cohorts import refuse_blocks  # pandas and anndata, which --help does without
+
+    refuse_blocks(config.protocol.name, config.protocol.hold_out)
     try:
         other = _checked("train", parse(text.removeprefix("test_") for text in of_test), sources, False)
         node = to_plain(other.data)

@@ -46,6 +46,15 @@ def join_cohorts(training: list[Section], test: list[Section], name: str, test_n
     return [*training, *(replace(section, cohort=test_name) for section in test)]
 
 
+def refuse_blocks(protocol: str, hold_out: str) -> None:
+    """InputError where a protocol holds out blocks of sections, which another data set has none of."""
+    if hold_out == "block":
+        raise InputError(
+            f"protocol={protocol} holds out blocks of sections, test_data= another data set as a whole; "
+            f"protocol=strict would fit"
+        )
+
+
 def _names(sections: Sequence[Section]) -> list[str]:
     return [name for section in sections for name in (section.name, section.patient)]
 

@@ -93,10 +93,12 @@ class DataSet:
                 raise UnknownName(message, unknown, choices, typed="data.sections=[{}]")
             sections = [section for section in sections if section.name in wanted]
         sections = self.prepare(sections)
-        if self.test is None:
-            return sections
-        tested = DataSet(self.test).read_sections(protocol)
-        joined = join_cohorts(sections, tested, self.name, str(self.test["name"]))
+        return sections if self.test is None else self.tested_on(sections, DataSet(self.test).read_sections(protocol))
+
+    def tested_on(self, sections: list[Section], others: list[Section]) -> list[Section]:
+        """Its own sections with those of `test`; see :func:`~stexp.data.cohorts.join_cohorts`."""
+        assert self.test is not None
+        joined = join_cohorts(sections, others, self.name, str(self.test["name"]))
         check_scales(joined, self.config["tile_um"])
         return joined
 

@@ -121,4 +121,4 @@ def behind_grid(rows: pd.DataFrame) -> list[list[str]]:
 def _cell(value: float | str | None, key: str) -> str:
     if isinstance(value, str):
         return value
-    return grids.number(value, "{:.0f} %", 100) if key in PERCENT else grids.number(value)
+    return grids.percent(value) if key in PERCENT else grids.number(value)

@@ -57,7 +57,7 @@ def _text(title: str, inside: list[ScoredRun], outside: list[ScoredRun]) -> str:
         shares = [row[side, "share"] if kind in ("method", "floor") else None for side in ("inside", "outside")]
         cells = [grids.number(value) for value in values]
         cells.append(grids.number(values[1] - values[0], "{:+.3f}"))
-        grid.append([KINDS[kind] + name, *cells, *(grids.number(share, "{:.0f} %", 100) for share in shares)])
+        grid.append([KINDS[kind] + name, *cells, *(grids.percent(share) for share in shares)])
     folds, tested = len({run.fold for run in inside}), sum(len(run.sections) for run in _one_seed(outside))
     return "\n\n".join(
         [
