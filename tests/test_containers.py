@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,13 +11,18 @@ import containers
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from containers import ANTIBODY, GENE, HASH, Matrix
+from fakes import hest
+from fakes.spatialdata import annotate, visium_table, write_visium
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stexp.data.gene_names import harmonise
 from stexp.data.readers.formats import read_counts
 from stexp.data.readers.h5ad import counts_of
+from stexp.data.readers.hest import read_hest
+from stexp.data.readers.spatialdata import read_spatialdata
 from stexp.errors import InputError
 
 SYMBOLS = ["TP53", "CD74", "ACTB", "PTPRC", "KRT5", "MALAT1", "EPCAM"]
@@ -136,3 +142,36 @@ def test_kinds_of_genes_are_no_types_of_features(tmp_path):
     )
     containers.write_h5ad(tmp_path / "c.h5ad", matrix)
     assert list(read_counts(tmp_path / "c.h5ad").var_names) == ["TP53", "XIST"]
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(matrix=matrices(), seed=st.integers(0, 9))
+def test_sections_of_hest_and_spatialdata_hold_the_matrix_of_their_file(matrix, seed):
+    pytest.importorskip("spatialdata")
+    genes = [i for i, kind in enumerate(matrix.types) if kind == GENE]
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "hest").mkdir()
+        spots = hest.write_section(root / "hest", "A", seed)
+        values = np.random.default_rng(seed).poisson(2.0, (spots.n_obs, len(matrix.types))) + 1
+        counts = sp.csr_matrix(values.astype(np.float32))
+        names, var = list(spots.obs_names), containers.var_of(matrix)
+        ad.AnnData(counts, obs=spots.obs, var=var, obsm=spots.obsm, uns=spots.uns).write_h5ad(root / "hest/st/A.h5ad")
+        metadata = {"id": ["A"], "species": ["Homo sapiens"], "patient": ["P"], "st_technology": ["Visium"]}
+        about = {"dataset_title": "t", "organ": "Skin", "image_filename": "A.tif", "pixel_size_um_estimated": 0.5}
+        pd.DataFrame(metadata).assign(**about, hest_version_added="v1_0_0").to_csv(root / "hest/HEST_v1_1_0.csv")
+        table = visium_table(seed)
+        assert list(table.obs_names) == names
+        changed = ad.AnnData(counts, obs=table.obs, var=var, obsm=table.obsm)
+        write_visium(root / "A.zarr", seed, tables={"table": annotate(changed, "A", "spot_id")})
+        containers.write_h5ad(root / "c.h5ad", replace(matrix, values=values, spots=names))
+        expected = read(root / "c.h5ad", names, None)
+        for reader, place in ((read_hest, root / "hest"), (read_spatialdata, root / "A.zarr")):
+            try:
+                (section,) = reader(place)
+            except InputError as error:
+                assert expected is None and "\n" not in str(error)
+                continue
+            assert list(section.genes) == list(expected.var_names), reader
+            np.testing.assert_array_equal(section.spots.X.toarray(), values[:, genes])
+            np.testing.assert_array_equal(section.spots.X.toarray(), expected.X.toarray())

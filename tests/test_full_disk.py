@@ -32,6 +32,11 @@ CASES = [
     ("ome_tiff", 10_000, "A1.ome.tiff"),
     ("h5ad", 50_000, "spots.h5ad"),
     ("table", 100, "table.md"),
+    ("evaluate", 1_000, "config.yaml"),
+    ("evaluate", 20_000, "cache/features/A1-"),
+    ("floors", 100, "floors."),
+    ("features", 50_000, "cache/features/A1-"),
+    ("spatialdata", 10_000, "spatialdata.zarr"),
 ]
 
 
@@ -50,16 +55,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def arguments_of(what: str, home: Path, place: Path) -> list[str]:
     """The command, with its inputs under `home` and what it writes in `place`."""
     run = place / "run"
-    if what in ("results", "score", "report", "geojson", "csv", "ome_tiff", "h5ad", "table"):
+    if what in ("results", "score", "report", "geojson", "csv", "ome_tiff", "h5ad", "spatialdata", "table"):
         shutil.copytree(home / "run", run)
     if what == "results":
         for name in RESULTS:
             (run / name).unlink(missing_ok=True)
     if what in ("train", "results"):
         return command("train", *demo(home / "demo"), *SHORT, "model=mclstexp", f"output_dir={run}")
+    cache = [f"data.cache_dir={place / 'cache'}"]
+    if what == "features":
+        shutil.copytree(home / "cache" / "tiles", place / "cache" / "tiles")
+        frozen = ["image_encoder.frozen=true", "data.augmentation=none", "model=stnet"]
+        return command("train", *demo(home / "demo"), *SHORT, *cache, *frozen, f"output_dir={run}")
+    if what == "evaluate":
+        theirs = [f"predictions={home / 'run' / 'predictions.h5ad'}", "fold=A", "name=theirs"]
+        return command("evaluate", *theirs, *demo(home / "demo"), f"output_dir={place / 'theirs'}")
+    if what == "floors":
+        return command("floors", *demo(home / "demo"), "image_encoder=tiny", f"output_dir={place / 'floors'}")
     if what in ("prepare", "cut"):
-        cache = [f"data.cache_dir={place / 'cache'}"] if what == "cut" else []
-        return command("prepare", *demo(home / "demo"), *cache, f"output_dir={place / 'prepared'}")
+        own = cache if what == "cut" else []
+        return command("prepare", *demo(home / "demo"), *own, f"output_dir={place / 'prepared'}")
     if what == "export":
         return command("export", f"run={home / 'run'}", f"output={place / 'model.stexp'}")
     if what == "predict":

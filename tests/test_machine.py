@@ -11,6 +11,7 @@ import torch
 
 from stexp import hardware
 from stexp.training import machine as module
+from stexp.training import threads
 from stexp.training.machine import Machine, free_threads
 
 TRAINER = {"accelerator": "cpu", "devices": 1}
@@ -68,11 +69,44 @@ def test_a_busy_process_is_seen():
 
 
 def test_without_proc_the_load_average_counts_without_this_process(monkeypatch):
-    def missing():
-        raise FileNotFoundError("/proc/stat")
-
-    monkeypatch.setattr(hardware, "_core_ticks", missing)
+    monkeypatch.setattr(hardware, "core_ticks", lambda: None)
     monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 0.0, 0.0), raising=False)
     assert hardware.busy_cores(0) == 2.5
     monkeypatch.delattr(os, "getloadavg")
     assert hardware.busy_cores(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "free", "left"),
+    [
+        (2.0, 0.1, 2),  # half of four cores: lowered to what they got
+        (3.5, 0.0, 4),  # nearly all of them
+        (2.0, 1.5, 4),  # waiting for tiles, not for cores
+        (0.2, 0.0, 1),
+        (2.0, None, 4),  # on a system that does not say
+    ],
+)
+def test_threads_are_lowered_where_they_stall_on_a_busy_machine(own, free, left, monkeypatch):
+    now = {"wall": 0.0, "own": 0.0}
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(threads.time, "process_time", lambda: now["own"])
+    monkeypatch.setattr(hardware, "free_cores", lambda before: free)
+    torch.set_num_threads(4)
+    callback = threads.LowerThreads(seconds=10)
+    callback.on_train_epoch_start(None, None)
+    for _ in range(9):
+        now["wall"] += 1
+        now["own"] += own
+        callback.on_train_batch_end(None, None, None, None, 0)
+        assert torch.get_num_threads() == 4, "before there is something to judge by"
+    now["wall"] += 1
+    now["own"] += own
+    callback.on_train_batch_end(None, None, None, None, 0)
+    assert torch.get_num_threads() == left
+
+
+def test_idle_cores_are_counted_between_two_moments(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(hardware, "core_ticks", lambda: (150, 1400))
+    assert hardware.free_cores((100, 1000)) == pytest.approx(0.5)
+    assert hardware.free_cores(None) is None

@@ -74,27 +74,35 @@ def busy_cores(seconds: float = 0.2) -> float:
     The load average is a mean over a minute, and would count what this command did before; it is taken where the
     system does not say more, without this process. 0 where it says nothing.
     """
-    try:
-        before = _core_ticks()
+    before = core_ticks()
+    if before is not None:
         time.sleep(seconds)
-        busy, total = (now - then for now, then in zip(_core_ticks(), before, strict=True))
-        return (os.cpu_count() or 1) * busy / max(total, 1)
-    except (OSError, ValueError):
-        pass
+        free = free_cores(before)
+        return 0.0 if free is None else (os.cpu_count() or 1) - free
     try:
         return max(0.0, os.getloadavg()[0] - 1)
     except (OSError, AttributeError):  # the latter: Windows
         return 0.0
 
 
-def _core_ticks() -> tuple[int, int]:
-    """Ticks of all cores since the start of the machine: busy, and all."""
-    with open("/proc/stat") as file:
-        name, *ticks = file.readline().split()[:9]  # user nice system idle iowait irq softirq steal
-    if name != "cpu" or len(ticks) < 5:
-        raise ValueError("not as Linux writes it")
-    numbers = [int(each) for each in ticks]
-    return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
+def free_cores(before: tuple[int, int] | None) -> float | None:
+    """How many cores of this machine were idle since :func:`core_ticks` were `before`; None where nobody says."""
+    now = core_ticks()
+    if before is None or now is None:
+        return None
+    idle, total = now[0] - before[0], now[1] - before[1]
+    return (os.cpu_count() or 1) * (idle / total if total else 1.0)
+
+
+def core_ticks() -> tuple[int, int] | None:
+    """Ticks of all cores since the start of the machine: idle, and all; None on other systems than Linux."""
+    try:
+        with open("/proc/stat") as file:
+            name, *ticks = file.readline().split()[:9]  # user nice system idle iowait irq softirq steal
+        numbers = [int(each) for each in ticks]
+    except (OSError, ValueError):
+        return None
+    return None if name != "cpu" or len(numbers) < 5 else (numbers[3] + numbers[4], sum(numbers))
 
 
 def choose_precision(precision: str, device: str) -> str:

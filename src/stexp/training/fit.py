@@ -27,6 +27,7 @@ from stexp.training.callbacks import VALIDATION
 from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
 from stexp.training.distributed import SyncBatchNorm, check_several_devices
 from stexp.training.machine import Machine
+from stexp.training.threads import LowerThreads
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def fit(
         )
         callbacks.insert(0, best)
     plugin = WholeCheckpoints(dict(about or {}), checkpoints.best)
+    if machine.chooses_threads and machine.kind == "cpu":
+        callbacks.append(LowerThreads())
     trainer = _trainer(method, folder, machine, callbacks, logger, plugin)
     with _interruptible():
         trainer.fit(method, datamodule=data, ckpt_path=checkpoints.last if going_on else None, weights_only=True)

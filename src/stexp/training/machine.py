@@ -110,16 +110,19 @@ class Machine:
         """The precision as a context, for what is computed outside of the trainer."""
         return torch.autocast(self.kind, torch.bfloat16, enabled=self.chosen_precision == "bf16-mixed")
 
+    @property
+    def chooses_threads(self) -> bool:
+        """Whether the number of CPU threads is left to what is free."""
+        return not self.threads and "OMP_NUM_THREADS" not in os.environ
+
     def set_threads(self) -> str:
         """Take the CPU threads that this process may have; returns how many, and why they are few.
 
-        Threads that share a core wait for each other at every step: two beside two busy processes train at a third
-        of the speed of one. They stay as they are for the whole run, since sums depend on their number in the last
-        digits.
+        Threads that share a core wait for each other, see :class:`~stexp.training.threads.LowerThreads`.
         """
         processes = len(self.devices) if self.kind == "cpu" else 1
         most = all_threads()
-        busy = 0.0 if self.threads or "OMP_NUM_THREADS" in os.environ or most == 1 else hardware.busy_cores()
+        busy = hardware.busy_cores() if self.chooses_threads and most > 1 else 0.0
         threads = self.threads or max(1, free_threads(most, os.cpu_count() or most, busy) // processes)
         torch.set_num_threads(threads)
         counted = f"{threads} CPU thread{'s' * (threads != 1)}"
