@@ -222,7 +222,9 @@ def _validation(training: list[Section]) -> dict[str, np.ndarray]:
 
 
 def _unit(section: Section, protocol: Protocol) -> str:
-    return {"patient": section.patient, "section": section.name, "cohort": section.cohort}[protocol.hold_out]
+    if protocol.hold_out == "cohort":
+        return section.cohort
+    return section.patient if protocol.hold_out == "patient" else section.name
 
 
 def check_fold(sections: list[Section], protocol: Protocol, fold: str) -> list[str]:
