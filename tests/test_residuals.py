@@ -12,6 +12,7 @@ import scanpy as sc
 from demo_run import run
 
 from stexp.errors import InputError
+from stexp.evaluation.score import summary
 from stexp.inference.references import bank_of
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
@@ -40,6 +41,7 @@ def test_truth_floors_and_ceiling_are_those_of_residuals(folder: Path) -> None:
     again = score_run(folder)
     assert again["scores"] == pytest.approx(metrics["scores"]) and again["floors"].keys() == metrics["floors"].keys()
     report = (folder / "report.html").read_text()
+    assert "truth <b>residuals</b>" in report and "truth residuals" in summary(metrics)
     assert "Pearson residual" in report and "Follows depth" in report
     items = {item["name"]: item for item in json.loads((folder / "audit.json").read_text())["items"]}
     assert not items["truth_scaled_by_test_section"]["leak"]

@@ -167,6 +167,7 @@ class Metrics(Scored):
     """``metrics.json``."""
 
     protocol: str
+    truth: NotRequired[str]
     fold: str
     model: str
     data: str

@@ -150,6 +150,11 @@ def _mean_genes(panel: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
+def truth_of(metrics: dict) -> str:
+    """What a run is scored on, where that is not what its protocol is known for; else empty."""
+    return f", truth {metrics['truth']}" if "truth" in metrics else ""
+
+
 def summary(metrics: dict, verbose: bool = False) -> str:
     """Scores beside floors and ceiling, what they mean, and the verdict, for the terminal.
 
@@ -161,7 +166,8 @@ def summary(metrics: dict, verbose: bool = False) -> str:
         Also the scores under the other protocols.
     """
     lines = [
-        f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
+        f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}{truth_of(metrics)}, "
+        f"fold {metrics['fold']}: "
         f"{count(metrics['n_spots'], 'spot')}, {count(n_scored_genes(metrics), 'gene')}, "
         f"{count(len(metrics['sections']), 'section')}",
         f"  {'':<34}     ACG   HEG50   depth     MSE     MAE",

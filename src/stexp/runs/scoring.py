@@ -55,6 +55,7 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
     genes = genes.join(columns)
     metrics = {
         "protocol": own.name,
+        **({"truth": own.truth} if own.truth == "residuals" else {}),  # which no named protocol has
         "fold": str(facts["fold"]),
         "model": str(facts["model"]),
         "data": str(facts["data"]),
