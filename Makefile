@@ -23,11 +23,11 @@ help:  ## this list
 setup: $(READY)  ## create .venv and install stexp with the versions of CONSTRAINTS=constraints.txt; TORCH=cpu: without CUDA
 
 $(READY): pyproject.toml $(CONSTRAINTS)
-	@echo 'installing into .venv: 6.7 GB on Linux, 4 GB of it for GPUs (without: make setup TORCH=cpu, see README.md)'
+	@echo 'installing into .venv: 6.7 GB on Linux, 4 GB of it for GPUs (without: make setup TORCH=cpu, see docs/start.md)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 ifeq ($(TORCH),cpu)
-	@$(INSTALL) --dry-run 2>&1 | grep -q '+ nvidia-' && { echo 'TORCH=cpu: no index that uv knows here has torch for CPUs; set UV_INDEX to one that has (see README.md)' >&2; exit 1; } || true
+	@$(INSTALL) --dry-run 2>&1 | grep -q '+ nvidia-' && { echo 'TORCH=cpu: no index that uv knows here has torch for CPUs; set UV_INDEX to one that has (see docs/start.md)' >&2; exit 1; } || true
 endif
 	$(INSTALL) --quiet --compile-bytecode
 	@touch $@

@@ -3,9 +3,12 @@
 python experiments/ablation.py --folds B C --seeds 0 1 2 data=her2st image_encoder=mobilenetv2 \
     image_encoder.checkpoint=mobilenetv2_100_imagenet.safetensors
 
-Keys are those of stexp-train. Features are computed once and kept in the cache; the rest is seconds. Each line is the
-difference to the whole method, mean over the test sections of all folds with a 95 % interval, and the seconds of its
-fits beyond those of its features. Of several data sets, run it once for each: a part stays that helps on more than one.
+Keys are those of stexp-train, `model.*` among them: they change the whole method. Features are computed once and kept
+in the cache; the rest is seconds. Parts are judged on the training side: its patients (of fewer than three its
+sections, of one its blocks) are left out in turn, the method is fitted to the others, all that it chooses included,
+and predicts them. Scores of the test sections stand beside these and decide nothing. Each is the difference to the
+whole method, mean over sections of all folds with a 95 % interval; a section that trains in several folds counts once.
+Of several data sets, run it once for each: a part stays that helps on more than one.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from stexp import hardware
@@ -29,15 +32,17 @@ from stexp.config import build, dataset_of, to_plain
 from stexp.config.compose import compose
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.section import Section
+from stexp.errors import InputError
 from stexp.evaluation.compare import compare
 from stexp.evaluation.metrics import score_section, top_genes
-from stexp.models import consensus
 from stexp.models.closed_form import LEARNT_FROM
-from stexp.models.consensus import Consensus, Table
+from stexp.models.consensus import Consensus
 from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
+from stexp.models.table import Table
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.training.machine import Machine
 
+SIDES = ("training side, left out", "test side, decides nothing")
 SCORES = ("pearson_acg", "pearson_given_depth", "mse")
 WHOLE = "whole"
 FULL_RANK: dict[str, Any] = {"ranks": [1024]}
@@ -53,17 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ridges alone, one scale": {"neighbours": [], "scale": 1, "turns": 1, **FULL_RANK, **UNSMOOTHED},
     "neighbours alone, one scale": {"penalties": [], "scale": 1, "turns": 1, **FULL_RANK, **UNSMOOTHED},
 }
-"""Arguments of the method that differ; ``scale``: the only one whose features are read; ``trust``: in equal weights."""
-
-
-@contextmanager
-def trusting(trust: float) -> Iterator[None]:
-    """`stexp.models.consensus.TRUST` at another value."""
-    before, consensus.TRUST = consensus.TRUST, trust
-    try:
-        yield
-    finally:
-        consensus.TRUST = before
+"""Arguments of the method that differ; ``scale``: the only one whose features are read."""
 
 
 def columns(scales: list[float], n_features: int, kept: list[float]) -> np.ndarray:
@@ -71,26 +66,53 @@ def columns(scales: list[float], n_features: int, kept: list[float]) -> np.ndarr
     return np.flatnonzero(np.isin(np.repeat(scales, n_features // len(scales)), kept))
 
 
-def score(data: SpotDataModule, scales: list[float], changes: dict[str, Any]) -> tuple[dict, float]:
-    """Scores of each test section, by `SCORES`, and the seconds of fit and prediction."""
-    changes = dict(changes)
-    kept = columns(scales, data.tile_features.shape[1], changes.pop("only", scales))
-    trust = changes.pop("trust", consensus.TRUST)
-    start = time.perf_counter()
-    table = Table.of(data, data.rows(*LEARNT_FROM))
-    method = Consensus(len(data.panel), len(kept), **changes)
-    with trusting(trust):
-        method.fit_table(replace(table, features=table.features[:, kept]))
+def predict(method: Consensus, table: Table) -> np.ndarray:
+    """Expression of the spots of a table, each section together."""
+    out = np.empty_like(table.expression)
+    for name in np.unique(table.section):
+        rows = np.flatnonzero(table.section == name)
+        embedding = method.embed_features(torch.from_numpy(table.features[rows]))
+        out[rows] = method.predict_together(embedding, torch.from_numpy(table.xy_um[rows])).predicted.numpy()
+    return out
+
+
+def left_out(table: Table, arguments: dict[str, Any]) -> np.ndarray:
+    """Expression of the spots of a table, each group predicted by a method that was fitted to the others."""
+    out = np.empty_like(table.expression)
+    for group in np.unique(table.group):
+        own, rest = np.flatnonzero(table.group == group), table.take(np.flatnonzero(table.group != group))
+        if len(np.unique(rest.group)) < 2:
+            raise InputError("two groups on the training side: three patients, sections or blocks at least would fit")
+        method = Consensus(table.expression.shape[1], table.features.shape[1], **arguments)
+        method.fit_table(rest)
+        out[own] = predict(method, table.take(own))
+    return out
+
+
+def score(data: SpotDataModule, kept: np.ndarray, arguments: dict[str, Any]) -> dict[str, dict[str, dict]]:
+    """Scores by `SCORES` of each section of each of `SIDES`, from the columns `kept` of the features."""
+    learnt, test = data.rows(*LEARNT_FROM), data.rows("test")
+    table = Table.of(data, learnt)
+    table = replace(table, features=table.features[:, kept])
+    method = Consensus(len(data.panel), len(kept), **arguments)
+    method.fit_table(table)
+    spots = data.spots.iloc[test]
+    names = spots["section"].to_numpy(str)
+    of_test = Table(data.tile_features[test][:, kept], data.target[test], data.xy_um[test], names, names)
     heg = top_genes(table.expression.mean(axis=0))
-    names, found = data.spots["section"].to_numpy(str), {}
-    for name in data.names("test"):
-        rows = np.intersect1d(np.flatnonzero(names == name), data.rows("test"))
-        features = torch.from_numpy(data.tile_features[rows][:, kept])
-        predicted = method.predict_together(method.embed_features(features), torch.from_numpy(data.xy_um[rows]))
-        depth = data.spots["total_counts"].to_numpy()[rows]
-        scores = score_section(data.target[rows], predicted.predicted.numpy(), heg, total_counts=depth)
-        found[name] = {key: scores[key] for key in SCORES} | {"patient": data.spots["patient"].iloc[rows[0]]}
-    return found, time.perf_counter() - start
+    scores: dict[str, dict[str, dict]] = {}
+    for side, rows, own, predicted in (
+        (SIDES[0], learnt, table, left_out(table, arguments)),
+        (SIDES[1], test, of_test, predict(method, of_test)),
+    ):
+        scores[side] = {}
+        for name in np.unique(own.section):
+            mine = own.section == name
+            spots = data.spots.iloc[rows[mine]]
+            depth = spots["total_counts"].to_numpy()
+            all_scores = score_section(own.expression[mine], predicted[mine], heg, total_counts=depth)
+            scores[side][name] = {key: all_scores[key] for key in SCORES} | {"patient": str(spots["patient"].iloc[0])}
+    return scores
 
 
 def serve(keys: list[str], folds: list[str], sections: list[Section]) -> Iterator[tuple[str, SpotDataModule]]:
@@ -107,57 +129,71 @@ def serve(keys: list[str], folds: list[str], sections: list[Section]) -> Iterato
 
 
 def measure(keys: list[str], folds: list[str], seeds: list[int], sections: list[Section]) -> dict[str, dict]:
-    """Variant -> fold and section -> scores, with the seconds under ``seconds``."""
-    scales = list(to_plain(compose("train", ["model=consensus", *keys]).model)["scales"])
-    variants = dict(VARIANTS)
+    """Variant -> side -> fold and section -> scores, with the seconds under ``seconds``."""
+    whole = to_plain(compose("train", ["model=consensus", *keys]).model)
+    arguments = {key: value for key, value in whole.items() if key not in ("_target_", "name")}
+    scales, turns = list(arguments["scales"]), arguments["turns"]
+    variants = {name: part for name, part in VARIANTS.items() if not part or arguments | part != arguments}
     if len(scales) > 1:
         variants |= {f"without scale {scale:g}": {"only": [s for s in scales if s != scale]} for scale in scales}
         variants |= {f"scale {scale:g} alone": {"only": [scale]} for scale in scales}
     random = ["image_encoder.pretrained=false", "image_encoder.checkpoint=null"]
-    encoders: dict[int | str, list[str]] = {2: [], 1: ["model.turns=1"]} | {
-        f"seed {seed}": [*random, f"seed={seed}"] for seed in seeds
-    }
-    found: dict[str, dict] = {}
+    encoders: dict[int | str, list[str]] = {turns: [], 1: ["model.turns=1"]} if turns != 1 else {1: []}
+    encoders |= {f"seed {seed}": [*random, f"seed={seed}"] for seed in seeds}
+    measured: dict[str, dict] = {}
     for encoder, more in encoders.items():
         for fold, data in serve([*keys, *more], folds, sections):
-            for name, changes in variants.items():
+            for name, part in variants.items():
                 label = f"random weights, {encoder}" if isinstance(encoder, str) else name
-                if (name != WHOLE) if isinstance(encoder, str) else (changes.get("turns", 2) != encoder):
+                if (name != WHOLE) if isinstance(encoder, str) else (part.get("turns", turns) != encoder):
                     continue
-                changes = dict(changes)
-                if "scale" in changes:
-                    changes["only"] = [changes.pop("scale")]
-                scores, seconds = score(data, scales, changes)
-                part = found.setdefault(label, {"seconds": 0.0})
-                part["seconds"] = round(part["seconds"] + seconds, 2)
-                part |= {f"{fold}:{section}": values for section, values in scores.items()}
-                print(f"{fold}  {label:<32}", *(f"{v['pearson_acg']:.4f}" for v in scores.values()), flush=True)
-    return found
+                changes = dict(part)
+                only = [changes.pop("scale")] if "scale" in changes else changes.pop("only", scales)
+                kept = columns(scales, data.tile_features.shape[1], only)
+                start = time.perf_counter()
+                scores = score(data, kept, arguments | changes)
+                record = measured.setdefault(label, {"seconds": 0.0, **{side: {} for side in SIDES}})
+                record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 2)
+                for side in SIDES:
+                    record[side] |= {f"{fold}:{section}": values for section, values in scores[side].items()}
+                means = (np.mean([each["pearson_acg"] for each in scores[side].values()]) for side in SIDES)
+                print(f"{fold}  {label:<32}", *(f"{mean:.4f}" for mean in means), flush=True)
+    return measured
 
 
-def compared(found: dict[str, dict]) -> dict[str, dict]:
-    """Each variant's mean scores, and its paired differences to the whole method."""
-    whole = found[WHOLE]
-    keys = [key for key in whole if key != "seconds"]
-    patients = [whole[key]["patient"] for key in keys]
-    out = {}
-    for name, part in found.items():
+def compared(measured: dict[str, dict]) -> dict[str, dict]:
+    """Each variant's mean scores on both sides, and its paired differences to the whole method."""
+    out: dict[str, dict] = {}
+    for name, part in measured.items():
         out[name] = {"seconds": part["seconds"]}
-        for score in SCORES:
-            differences = [part[key][score] - whole[key][score] for key in keys]
-            out[name][score] = {"mean": float(np.mean([part[key][score] for key in keys]))}
-            if name != WHOLE:
-                out[name][score] |= asdict(compare(differences, patients))
+        for side in SIDES:
+            own, whole = (_of_sections(each[side]) for each in (part, measured[WHOLE]))
+            out[name][side] = {}
+            for score in SCORES:
+                out[name][side][score] = {"mean": float(own[score].mean())}
+                if name != WHOLE:
+                    differences = own[score] - whole[score]
+                    out[name][side][score] |= asdict(compare(differences, own.index.get_level_values("patient")))
     return out
 
 
+def _of_sections(scores: dict[str, dict]) -> pd.DataFrame:
+    """Mean over folds of each section, whose fits share most of what they learn from: (patient, section) -> scores."""
+    table = pd.DataFrame(scores.values(), index=[key.partition(":")[2] for key in scores]).rename_axis("section")
+    return table.reset_index().groupby(["patient", "section"])[list(SCORES)].mean()
+
+
 def lines(table: dict[str, dict]) -> list[str]:
-    """The table in Markdown."""
-    rows = ["| | " + " | ".join(f"{name}, difference" for name in SCORES) + " | s |", "|---|" + "---|" * 4]
+    """The table in Markdown; its heading says which side judges."""
+    shown = [(SIDES[0], score) for score in SCORES] + [(SIDES[1], "pearson_acg")]
+    rows = [
+        "| | " + " | ".join(f"{score} ({side})" for side, score in shown) + " | s |",
+        "|---" * (len(shown) + 2) + "|",
+    ]
     for name, part in table.items():
         cells = []
-        for score in SCORES:
-            value = part[score]
+        for side, score in shown:
+            value = part[side][score]
             cell = f"{value['mean']:.4f}"
             if "difference" in value:
                 cell += f", {value['difference']:+.4f}"
@@ -177,8 +213,8 @@ def main() -> None:
     cfg = compose("train", ["model=consensus", *keys])
     output = args.output or Path(__file__).parent / "results" / f"ablation-{cfg.data.name}-{cfg.protocol.name}.json"
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
-    found = measure(keys, args.folds, args.seeds, sections)
-    table = compared(found)
+    measured = measure(keys, args.folds, args.seeds, sections)
+    table = compared(measured)
     record = {
         # folders of the machine that ran it say nothing to others
         "command": re.sub(
@@ -190,7 +226,7 @@ def main() -> None:
         "versions": versions(),
         "data_manifest": manifest(sections),
         "table": table,
-        "sections": found,
+        "sections": measured,
     }
     output.write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join([*lines(table), f"wrote {output}"]))

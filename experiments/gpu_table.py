@@ -13,8 +13,8 @@ NOT_MEASURED, NO_TIME = "not measured", "no time left"
 
 HEAD = """## On a GPU
 
-What only a GPU can tell, by one command of under 8 minutes on one card (H100 or H200); figures are ratios to what \
-stands in the line unless they say otherwise. A line without a measurement says so.
+What only a GPU can tell, by one command that gives itself 7.5 minutes, written for one card (H100 or H200); figures \
+are ratios to what stands in the line unless they say otherwise. A line without a measurement says so.
 
 ```
 experiments/gpu.sh pack gpu-pack --data data --weights densenet121_imagenet.safetensors

@@ -67,6 +67,11 @@ METHODS = {
         "MSE of the difference from the training mean, tiles first, then the graph",
         "no batch correction, median filter or choice of genes by Moran's I",
     ),
+    "deepspot": (
+        "Nonchev et al. 2025, [doi 10.1101/2025.02.09.25321567](https://doi.org/10.1101/2025.02.09.25321567)",
+        "MSE of standardised expression",
+        "6 neighbours on a hexagonal array, absent ones do not count; spots are drawn evenly, not by clusters",
+    ),
     "hest_ridge": (
         "Jaume et al. 2024, [arXiv 2406.16192](https://arxiv.org/abs/2406.16192)",
         "ridge, closed form",

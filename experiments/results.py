@@ -17,6 +17,8 @@ import of_paper
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
+OF_SECTIONS = {"pearson_acg": "all genes", "pearson_heg50": "50 highest", "pearson_given_depth": "given depth"}
+"""Scores that floors keep of every section."""
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
 
 
@@ -52,11 +54,22 @@ def record(run: Path) -> dict:
             "chosen",
         )
     }
-    kept["sections"] = {name: part["scores"] for name, part in metrics["sections"].items()}
+    kept |= of_sections(metrics["sections"])
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
     return kept
+
+
+def of_sections(sections: dict[str, dict]) -> dict:
+    """Scores of every section, and of its floors those that `OF_SECTIONS` names."""
+    return {
+        "sections": {name: part["scores"] for name, part in sections.items()},
+        "section_floors": {
+            name: {floor: {key: scores[key] for key in OF_SECTIONS} for floor, scores in part["floors"].items()}
+            for name, part in sections.items()
+        },
+    }
 
 
 def _add_measured(path: Path) -> list[Path]:
@@ -80,25 +93,46 @@ def _keep(name: str, kept: dict, what: object) -> Path:
 
 
 def tables() -> str:
-    """Markdown: for every data set and protocol, methods and floors in rows, folds in columns."""
+    """Markdown: for every data set, protocol and panel, methods and floors in rows, folds in columns; then sections."""
     kept = [json.loads(path.read_text()) | {"name": path.stem} for path in sorted((HERE / "results").glob("*.json"))]
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for run in kept:
-        if "scores" in run:  # the others are benchmarks
-            groups.setdefault((run["data"], run["protocol"]), []).append(run)
-    return "\n\n".join(_table(*names, runs) for names, runs in groups.items())
+    runs = [run for run in kept if "scores" in run]  # the others are benchmarks
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        panel = re.search(r"data\.panel_file=(\S+)", run["provenance"]["command"])
+        title = f"{run['data']}, `protocol={run['protocol']}`" + (f", genes of {panel[1]}" if panel else "")
+        groups.setdefault(title, []).append(run)
+    return "\n\n".join([*(_table(title, members) for title, members in groups.items()), by_section(runs)])
 
 
-def _table(data: str, protocol: str, runs: list[dict]) -> str:
+def by_section(runs: list[dict]) -> str:
+    """Of records that keep the floors of every section: the method beside the best floor there, oracles aside."""
+    rows = []
+    for run in runs:
+        for section, floors in run.get("section_floors", {}).items():
+            cells = []
+            for key in OF_SECTIONS:
+                own = run["sections"][section][key]
+                name, best = max(
+                    ((name, scores[key]) for name, scores in floors.items() if not name.endswith("_oracle")),
+                    key=lambda floor: floor[1],
+                )
+                text = f"{own:.3f}" if own <= best else f"**{own:.3f}**"
+                cells.append(f"{text}, {best:.3f} ({name.replace('_', ' ')})")
+            rows.append(
+                f"| [{run['name']}](../experiments/results/{run['name']}.json) | {section} | {' | '.join(cells)} |"
+            )
+    head = [f"| record | section | {' | '.join(OF_SECTIONS.values())} |", "|---|---|---|---|---|"]
+    return "\n".join(["Section by section, the method and the best floor there:", "", *head, *rows])
+
+
+def _table(title: str, runs: list[dict]) -> str:
     folds = sorted({run["fold"] for run in runs})
     method: dict[str, dict[str, dict]] = {}
     floors: dict[str, dict[str, dict]] = {}
     best: dict[str, float] = {}
     for run in runs:
-        encoder = re.search(r"image_encoder=(\w+)", run["provenance"]["command"])
         for name, scores in {**run["floors"], "ceiling": run["ceiling"]}.items():
-            label = name.replace("_", " ") + (f" ({encoder[1]})" if name.endswith("_features") and encoder else "")
-            floors.setdefault(label, {})[run["fold"]] = scores
+            floors.setdefault(_floor(name, run), {})[run["fold"]] = scores
         # of this run's floors, those that do not read the counts of the test spots
         best[run["name"]] = max(s["pearson_acg"] for name, s in run["floors"].items() if not name.endswith("_oracle"))
         how = run["name"].split("-", 3)[3].removeprefix(run["model"]).strip("-")
@@ -117,12 +151,23 @@ def _table(data: str, protocol: str, runs: list[dict]) -> str:
             continue  # of an encoder that few runs have
         mean = _mean(list(of.values()), len(folds))
         kind = 3 if label == "ceiling" else 2 if label.endswith("oracle") else 1
-        title = {1: f"*floor: {label}*", 2: f"*oracle: {label.removesuffix(' oracle')}*", 3: "*ceiling*"}[kind]
+        row = {1: f"*floor: {label}*", 2: f"*oracle: {label.removesuffix(' oracle')}*", 3: "*ceiling*"}[kind]
         cells = [_pair(of[fold]) for fold in folds]
-        rows.append((kind, mean, f"| {title} | {' | '.join(cells)} | {_pair(mean)} | |"))
+        rows.append((kind, mean, f"| {row} | {' | '.join(cells)} | {_pair(mean)} | |"))
     rows.sort(key=lambda row: (row[0], -(row[1].get("pearson_acg") or -1)))
-    head = f"| {data}, `protocol={protocol}`: fold | {' | '.join(folds)} | mean | records |"
+    head = f"| {title}: fold | {' | '.join(folds)} | mean | records |"
     return "\n".join([head, f"|---|{'---|' * (len(folds) + 2)}", *(text for *_, text in rows)])
+
+
+def _floor(name: str, run: dict) -> str:
+    """A floor by what it reads: features of an image encoder, and of consensus wider tiles at several scales."""
+    reads = []
+    if name.endswith("_features"):
+        named = re.findall(r"image_encoder(?:\.name)?=(\w+)", run["provenance"]["command"])
+        reads += [encoder for encoder in named if encoder != "timm"]
+    if name in ("colour_ridge", "knn_features", "ridge_features") and run["model"] == "consensus":
+        reads.append("tiles of consensus")
+    return name.replace("_", " ") + (f" ({', '.join(reads)})" if reads else "")
 
 
 def _mean(scores: list[dict], n: int) -> dict:

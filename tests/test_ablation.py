@@ -1,12 +1,22 @@
-"""The ablation reads the columns of the scales it keeps, and pairs sections with the whole method."""
+"""The ablation reads the columns of the scales it keeps, judges on the training side, and pairs sections."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import ablation
 import numpy as np
 import pytest
+from encoders import MadeUpFeatures
+from sections import make_data
 
-from stexp.models import consensus
+from stexp.config.compose import compose
+from stexp.errors import InputError
+from stexp.models.table import Table
+from stexp.protocol import Protocol
+
+TRAINING, TEST = ablation.SIDES
+SMALL = {"n_components": 6, "penalties": [1.0], "neighbours": [3], "ranks": [1, 2], "radii_um": [0]}
 
 
 def test_columns_of_a_scale_are_those_of_its_view():
@@ -18,16 +28,65 @@ def test_differences_are_to_the_whole_method_in_the_same_section():
     def scores(value: float, patient: str) -> dict:
         return {**dict.fromkeys(ablation.SCORES, value), "patient": patient}
 
-    whole = {"seconds": 1.0, "B:B1": scores(0.3, "B"), "C:C1": scores(0.1, "C"), "C:C2": scores(0.2, "C")}
-    part = {"seconds": 2.0, "C:C2": scores(0.1, "C"), "B:B1": scores(0.3, "B"), "C:C1": scores(0.1, "C")}
+    def record(seconds: float, of_training: dict, of_test: dict) -> dict:
+        return {"seconds": seconds, TRAINING: of_training, TEST: of_test}
+
+    training = {"B:C1": scores(0.1, "C"), "C:B1": scores(0.4, "B"), "D:C1": scores(0.3, "C")}
+    test = {"B:B1": scores(0.3, "B"), "C:C1": scores(0.1, "C"), "C:C2": scores(0.2, "C")}
+    whole = record(1.0, training, test)
+    lower = {
+        key: scores(value["mse"] - (0.3 if key == "C:B1" else 0), value["patient"]) for key, value in training.items()
+    }
+    part = record(2.0, lower, {"C:C2": scores(0.1, "C"), "B:B1": scores(0.3, "B"), "C:C1": scores(0.1, "C")})
     table = ablation.compared({ablation.WHOLE: whole, "part": part})
-    assert table["part"]["mse"]["difference"] == pytest.approx(-0.1 / 3) and table["part"]["seconds"] == 2.0
-    assert table["part"]["mse"]["high"] <= 1e-9 and "difference" not in table[ablation.WHOLE]["mse"]
-    assert len({line.count("|") for line in ablation.lines(table)}) == 1
+    assert table["part"][TEST]["mse"]["difference"] == pytest.approx(-0.1 / 3) and table["part"]["seconds"] == 2.0
+    assert table["part"][TRAINING]["mse"]["difference"] == pytest.approx(-0.15), "of two sections, not of three fits"
+    assert table["part"][TRAINING]["mse"]["n_sections"] == 2
+    assert table["part"][TEST]["mse"]["high"] <= 1e-9 and "difference" not in table[ablation.WHOLE][TEST]["mse"]
+    heading, *rows = ablation.lines(table)
+    assert TRAINING in heading and f"pearson_acg ({TEST})" in heading and "decides nothing" in heading
+    assert len({line.count("|") for line in rows}) == 1
 
 
-def test_trust_is_put_back():
-    before = consensus.TRUST
-    with ablation.trusting(9.0):
-        assert consensus.TRUST == 9.0
-    assert before == consensus.TRUST
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    encoder = MadeUpFeatures(np.random.default_rng(0).normal(size=(150, 8)).astype(np.float32))
+    return make_data(tmp_path_factory.mktemp("data"), Protocol("strict", validation=False), encoder=encoder)
+
+
+def test_the_training_side_is_predicted_by_what_never_saw_it(data, monkeypatch):
+    """Whatever is measured in the test sections, and in a section that is left out, the predictions of it stay."""
+    table = Table.of(data, data.rows("train"))
+    before = ablation.left_out(table, SMALL)
+    own = table.group == table.group[0]
+    table.expression[own] = np.random.default_rng(1).permutation(table.expression[own]) + 3
+    after = ablation.left_out(table, SMALL)
+    np.testing.assert_array_equal(after[own], before[own])
+    assert np.abs(after[~own] - before[~own]).max() > 0.1
+    first = ablation.score(data, np.arange(8), SMALL)
+    target = data.target.copy()
+    target[data.rows("test")] = 0.0
+    monkeypatch.setattr(data, "target", target)
+    again = ablation.score(data, np.arange(8), SMALL)
+    assert again[TRAINING] == first[TRAINING] and again[TEST] != first[TEST]
+    with pytest.raises(InputError, match="two groups"):
+        ablation.left_out(table.take(np.flatnonzero(np.isin(table.group, np.unique(table.group)[:2]))), SMALL)
+
+
+def test_keys_of_the_model_change_the_whole_method_and_all_variants(monkeypatch):
+    seen = []
+    data = SimpleNamespace(tile_features=np.zeros((4, 6)))
+    monkeypatch.setattr(ablation, "serve", lambda keys, folds, sections: [("B", data)])
+
+    def score(data, kept, arguments):
+        seen.append(arguments)
+        return {side: {"B1": {**dict.fromkeys(ablation.SCORES, 0.0), "patient": "B"}} for side in ablation.SIDES}
+
+    monkeypatch.setattr(ablation, "score", score)
+    keys = ["model.ranks=[3]", "model.neighbours=[7]", "model.trust=2", "model.turns=1", "model.scales=[1]"]
+    measured = ablation.measure(keys, ["B"], [], [])
+    whole = dict(compose("train", ["model=consensus", *keys]).model)
+    assert seen[0]["ranks"] == [3] and seen[0]["trust"] == whole["trust"] == 2
+    assert {tuple(each["neighbours"]) for each in seen} == {(7,), ()}
+    assert "without turned views" not in measured and "without learned weights" in measured
+    assert sum(each["trust"] == 1e9 for each in seen) == 1

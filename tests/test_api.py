@@ -23,6 +23,7 @@ from stexp.api.sections import source_of
 from stexp.api.settings import plain, run_config
 from stexp.api.work_folder import WorkFolder
 from stexp.data.dataset import DataSet
+from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.files import CONF
 from stexp.runs.folder import RunFolder, differing_keys
@@ -109,9 +110,13 @@ def test_a_fit_leaves_the_process_as_it_was(data: stexp.SpotDataModule) -> None:
     expected = torch.rand(3)
     torch.manual_seed(5)
     trainer, panel = data.trainer, list(data.panel)
-    stexp.fit("mean", data, max_epochs=1, **QUICK)
+    fitted = stexp.fit("mean", data, max_epochs=1, name="baseline", **QUICK)
     assert torch.equal(torch.rand(3), expected)
     assert data.trainer is trainer and data.panel == panel
+
+    assert fitted.score.name == "baseline"
+    recorded = json.loads((fitted.folder / "provenance.json").read_text())["command"]
+    assert recorded.startswith("stexp.fit('mean', SpotDataModule(...), max_epochs=1, ") and "baseline" in recorded
 
 
 # what a model predicts
@@ -121,12 +126,14 @@ def test_held_out_spots_come_with_their_truth(model: stexp.Model, data: stexp.Sp
     adata = model.predict(data)
     kept = ad.read_h5ad(model.folder / "predictions.h5ad")
     np.testing.assert_array_equal(adata.X, kept.X)
-    assert json.loads(adata.uns["stexp"]["trained_on"])["sections"] == data.names("train", "validation")
+    np.testing.assert_array_equal(model.predict(data, progress=False).X, kept.X)
+    training = json.loads(adata.uns["stexp"]["training"])["trainings"]
+    assert [each["sections"] for each in training] == [data.names("train", "validation")]
     np.testing.assert_array_equal(adata.layers["observed"], data.target[data.rows("test")])
 
 
 def test_a_section_is_predicted_at_its_spots(
-    model: stexp.Model, data: stexp.SpotDataModule, sections: list[stexp.Section], tmp_path: Path
+    model: stexp.Model, data: stexp.SpotDataModule, sections: list[stexp.Section], saved: Path, tmp_path: Path
 ) -> None:
     kept = model.predict(data)
     adata = model.predict(sections[0], progress=False)
@@ -135,7 +142,6 @@ def test_a_section_is_predicted_at_its_spots(
     np.testing.assert_allclose(adata[:, kept.var_names].X, kept.X, atol=1e-4)
     np.testing.assert_array_equal(adata[:, kept.var_names].layers["observed"], kept.layers["observed"])
 
-    saved = model.save(tmp_path / "mine.stexp")
     loaded = stexp.load_model(saved)
     copied = stexp.load_model(loaded.save(tmp_path / "copy.stexp"))
     np.testing.assert_array_equal(copied.predict(data, progress=False).X, adata[:, model.panel].X)
@@ -146,12 +152,77 @@ def test_a_section_is_predicted_at_its_spots(
         _ = loaded.score
 
 
+@pytest.fixture(scope="module")
+def saved(model: stexp.Model, tmp_path_factory) -> Path:
+    return model.save(tmp_path_factory.mktemp("saved") / "mine.stexp")
+
+
+def test_a_model_takes_the_place_of_another_when_it_is_whole(saved: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "mine.stexp"
+    shutil.copytree(saved, path)
+    loaded = stexp.load_model(path)
+    loaded.save(path, overwrite=True)
+    assert stexp.load_model(path).facts == loaded.facts, "onto itself"
+    (tmp_path / "link").symlink_to(path)
+    for inside in (path / "inner", tmp_path / "link" / "inner"):
+        with pytest.raises(InputError, match="lie in each other"):
+            loaded.save(inside)
+    for option in ({"bank": "float16"}, {"prototypes": 5}, {"folds": ["run"]}, {"alpha": None}):
+        with pytest.raises(InputError, match=f"{next(iter(option))}: this model was loaded"):
+            loaded.save(tmp_path / "other.stexp", **option)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        stexp.load_model(saved).save(path, overwrite=True)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert {each.name for each in tmp_path.iterdir()} <= {"mine.stexp", "link", ".mine.stexp.lock"}
+
+
+def test_options_of_slides_are_refused_for_sections(model: stexp.Model, sections: list[stexp.Section], data) -> None:
+    for option in ({"coordinates": np.zeros((1, 2))}, {"grid": "square"}, {"spacing_um": 50.0}, {"um_per_px": 1.0}):
+        for spots in (sections[0], data):
+            with pytest.raises(InputError, match=f"{next(iter(option))} is of slides"):
+                model.predict(spots, **option)
+
+
+def test_truth_of_a_block_is_scaled_by_its_whole_section(saved: Path, data, sections: list[stexp.Section]) -> None:
+    loaded = stexp.load_model(saved)
+    loaded.facts["protocol"].update(truth="gene")
+    blocks = stexp.SpotDataModule(sections[:1], "blocks", panel=data.panel)
+    adata = loaded.predict(blocks, progress=False)
+    whole = normalise(sections[0].counts(adata.var_names), sections[0].total_counts, stexp.Protocol("x", truth="gene"))
+    rows = sections[0].spots.obs_names.get_indexer(adata.obs["spot"])
+    assert 0 < len(rows) < len(sections[0])
+    np.testing.assert_array_equal(adata.layers["observed"], whole[rows])
+
+
+def test_training_is_known_under_other_names_and_not_by_names(saved: Path, sections: list[stexp.Section], data) -> None:
+    a, b, c = sections
+    renamed = [a, replace(b, name="Q1", patient="A"), replace(c, name="B1", patient="B")]
+    protocol, encoder = stexp.Protocol("x", validation=False), {"image_encoder": "tiny", "tile_um": 120}
+    others = stexp.SpotDataModule(renamed, protocol, fold="A", panel=data.panel, **encoder)
+    score = stexp.evaluate(stexp.load_model(saved).predict(others, progress=False), others)
+    assert score.metrics["elsewhere"]["trained_on"] == ["Q1", "B1"]
+    assert {"same_section_in_training", "same_patient_in_training"} <= set(score.audit.index[score.audit["leak"]])
+    assert json.loads((score.folder / "provenance.json").read_text())["command"].startswith("stexp.evaluate(AnnData(")
+
+
 def test_several_sections_are_joined(model: stexp.Model, sections: list[stexp.Section], data) -> None:
     pair = [replace(section, patient="X") for section in sections[:2]] + sections[2:]
+    pair[1] = replace(pair[1], um_per_px=pair[1].um_per_px * 1.02)
     both = stexp.SpotDataModule(pair, fold="X", protocol=stexp.Protocol("half", validation=False), panel=data.panel)
     adata = model.predict(both, progress=False)
     assert adata.n_obs == sum(map(len, sections[:2])) and set(adata.uns["spatial"]) == {"A1", "B1"}
     assert list(adata.obs_names) == list(both.spots.index[both.rows("test")])
+    assert "um_per_px" not in adata.uns["stexp"] and "slide" not in adata.uns["stexp"], "they differ"
+    assert adata.uns["stexp"]["model"] == "mclstexp"
+    for section in pair[:2]:
+        factors = adata.uns["spatial"][section.name]["scalefactors"]
+        assert factors["microns_per_pixel"] == section.um_per_px
 
 
 def test_a_module_and_sections_of_ones_own(own: stexp.Model, tmp_path: Path, monkeypatch) -> None:
@@ -162,13 +233,14 @@ def test_a_module_and_sections_of_ones_own(own: stexp.Model, tmp_path: Path, mon
     assert config["model"] == {"_target_": "test_api.Linear", "name": "Linear", "scale": 2.0}
     kept = own.predict(data)
     assert kept.shape == (50, 20)
-    anew = own.predict(data, progress=False)
+    anew = own.predict(data, device="cpu", progress=False)
     np.testing.assert_allclose(anew.X, kept.X, atol=1e-5)
     with pytest.raises(InputError, match="given from Python"):
         DataSet(config["data"]).read_sections(data.protocol)
 
     saved = own.save(tmp_path / "own.stexp")
-    np.testing.assert_array_equal(stexp.load_model(saved, plugins=["test_api"]).predict(data, progress=False).X, anew.X)
+    loaded = stexp.load_model(saved, plugins=["test_api"])
+    np.testing.assert_array_equal(loaded.predict(data, device="cpu", progress=False).X, anew.X)
     monkeypatch.setattr(construct, "_allowed", {})  # as in another process
     with pytest.raises(InputError, match="made with the plug-in test_api"):
         stexp.load_model(saved)
@@ -326,7 +398,15 @@ def test_values_of_python_become_plain_and_text_stays_text() -> None:
     assert config["callbacks"]["last"]["dirpath"] == "${fold}/checkpoints", "what refers to a key follows it"
 
 
+class OwnProtocol(stexp.Protocol):
+    pass
+
+
 BAD = {
+    "class of protocol": (
+        lambda s: stexp.SpotDataModule(s, OwnProtocol("own")),
+        "OwnProtocol .* itself",
+    ),
     "protocol": (lambda s: stexp.SpotDataModule(s, "stric"), "did you mean strict"),
     "fold": (lambda s: stexp.SpotDataModule(s, fold="a"), "did you mean A"),
     "fold of another kind": (lambda s: stexp.SpotDataModule(s, fold=1), "fold: 1, int, does not fit; str"),  # type: ignore[arg-type]

@@ -211,13 +211,25 @@ def test_keys_that_a_function_does_not_take_or_lacks():
 
 def test_every_default_of_a_checked_class_fits_its_own_range():
     from stexp.data.datamodule import SpotDataModule
-    from stexp.models import bleep, egn, hest_ridge, hist2st, histogene, mclstexp, sepal, stnet, thitogene, triplex
+    from stexp.models import (
+        bleep,
+        deepspot,
+        egn,
+        hest_ridge,
+        hist2st,
+        histogene,
+        mclstexp,
+        sepal,
+        stnet,
+        thitogene,
+        triplex,
+    )
     from stexp.models.encoders.image import ImageEncoder
     from stexp.protocol import Protocol
     from stexp.training.loggers import WandbRun
 
     methods = (bleep.BLEEP, egn.EGN, hest_ridge.HestRidge, hist2st.Hist2ST, histogene.HisToGene, mclstexp.MclSTExp)
-    methods += (sepal.SEPAL, stnet.STNet, thitogene.THItoGene, triplex.Triplex)
+    methods += (deepspot.DeepSpot, sepal.SEPAL, stnet.STNet, thitogene.THItoGene, triplex.Triplex)
     for checked_class in (*methods, SpotDataModule, ImageEncoder, Protocol, WandbRun):
         init = inspect.unwrap(checked_class.__init__)
         hints = inspect.get_annotations(init, eval_str=True)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stexp.evaluation.audit import audit
+from stexp.evaluation.audit import audit, audit_foreign
 from stexp.protocol import Protocol, protocol_named
 
 STRICT = Protocol("strict")
@@ -143,3 +143,24 @@ def test_the_papers_protocol_shows_what_the_paper_did():
         "spot_embedding_depends_on_batch",
         "settings_chosen_on_test",
     ]
+
+
+ELSEWHERE = {
+    "patient_of": FACTS["patient_of"],
+    "test": ["A1"],
+    "panel_saw_test": [],
+    "genes_by": "protocol",
+    "genes_chosen_on": None,
+    "copies": [{"sections": ["A1", "C1"], "words": "A1 and C1 (90% of the spots, by counts)"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "leak", "unknown"), [(["C1"], True, False), (["B1"], False, False), (None, False, True)]
+)
+def test_a_copy_of_the_test_is_a_leak_of_whoever_trained_on_it(trained_on, leak, unknown):
+    judged = audit_foreign(STRICT, ELSEWHERE | {"trained_on": trained_on})
+    (item,) = [item for item in judged["items"] if item["name"] == "copies_in_training"]
+    assert (item["leak"], item.get("unknown", False)) == (leak, unknown)
+    assert ("A1 and C1" in item["detail"]) == (leak or unknown)
+    assert judged["leaks"] == leak and judged["unknown"] == (2 if unknown else 0)

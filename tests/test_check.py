@@ -12,6 +12,7 @@ from stexp import construct
 from stexp.cli.check import little_data
 from stexp.config import to_plain
 from stexp.config.compose import compose
+from stexp.data.splits import check_fold
 from stexp.training.dry_run import Point, dry_run
 
 METHODS = '''
@@ -271,6 +272,7 @@ def test_what_is_not_broken_passes(name, methods, data, tmp_path):
 
 
 SMALL = {
+    "deepspot": ["model.dim=16"],
     "egn": ["model.dim=64", "model.depth=2"],
     "hist2st": ["model.channels=16", "model.n_views=1", "model.depth=1", "model.heads=2", "model.mixer_depth=1"],
     "histogene": ["model.dim=32", "model.depth=1", "model.heads=2", "model.hidden=16"],
@@ -293,3 +295,10 @@ def test_every_method_of_ours_passes(name, data, tmp_path):
     node = to_plain(compose("check", [f"model={name}", *SMALL.get(name, [])]))["model"]
     node = {key: value for key, value in node.items() if key != "name"}
     assert [str(point) for point in dry_run(node, data, tmp_path) if point.fits is False] == []
+
+
+@pytest.mark.parametrize("protocol", ["strict", "paper", "blocks"])
+def test_a_fold_of_every_protocol_is_held_out(protocol: str, tmp_path: Path) -> None:
+    data = little_data(to_plain(compose("check", [f"protocol={protocol}"])), tmp_path)
+    check_fold(data.sections, data.protocol, data.fold)
+    assert len(data.rows("train")) and len(data.rows("test"))

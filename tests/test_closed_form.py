@@ -23,6 +23,9 @@ from stexp.models.hest_ridge import HestRidge
 from stexp.models.mean import Mean
 from stexp.protocol import Protocol
 from stexp.runs.results import floors_under
+from stexp.training.callbacks import VALIDATION, ScoreValidation
+from stexp.training.fit import fit
+from stexp.training.machine import Machine
 
 F = 40
 
@@ -122,6 +125,21 @@ def test_one_step_fits_and_a_checkpoint_brings_it_back(tmp_path, data, make):
     np.testing.assert_array_equal(predict(again, data), expected)
     with torch.autocast("cpu", torch.bfloat16):
         np.testing.assert_array_equal(predict(again, data), expected)
+
+
+def test_spots_that_are_learnt_from_have_no_validation_score(tmp_path):
+    """It would be in sample: the training mean of each section's own spots, say."""
+    data = make_data(tmp_path, Protocol("strict"), encoder=MadeUpFeatures(np.ones((150, 4), np.float32)))
+    assert len(data.rows("validation"))
+    machine = Machine({"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "devices": 1}, "32-true")
+    keep = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", filename="last", monitor=None)
+    model = Mean(len(data.panel))
+    trainer = fit(model, data, tmp_path, machine, callbacks=[keep, ScoreValidation()])
+    assert VALIDATION not in trainer.callback_metrics
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt"}
+    np.testing.assert_allclose(
+        predict(model, data)[0], data.target[data.rows("train", "validation")].mean(0), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

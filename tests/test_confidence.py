@@ -56,9 +56,9 @@ def test_the_right_slide_is_not_objected_to(model, section):
     assert objections == ({"training_slide"} if trained else set())
     verdict = found.uns["stexp"]["verdict"]
     if trained:
-        assert verdict.startswith(f"Read with caution: this slide is among the references (section {section}")
+        assert verdict.startswith("Read with caution") and f"among the references (section {section}" in verdict
     else:
-        assert verdict.startswith("Nothing speaks against this slide: a tile shows 120 um")
+        assert verdict.startswith("Nothing speaks against") and "120 um" in verdict
     assert found.obs["out_of_distribution"].mean() < 0.05
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import MadeUpFeatures, settings
+from scipy.spatial import cKDTree
 from sections import make_data
 
 from stexp.config import build, to_plain
@@ -17,8 +18,10 @@ from stexp.data.slides.tiles import TileSpec
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models import consensus
-from stexp.models.consensus import Consensus, Table, fit_weights, leave_out
+from stexp.models import table as table_module
+from stexp.models.consensus import Consensus, fit_weights, leave_out
 from stexp.models.low_rank import smooth
+from stexp.models.table import Table
 from stexp.protocol import Protocol
 
 F, G = 24, 20
@@ -119,20 +122,47 @@ def test_groups_are_patients_else_sections_else_blocks(tmp_path):
         Table.of(data, only[:5])
 
 
-def test_weights_are_drawn_to_equal_ones_and_follow_the_better_member(table, monkeypatch):
+def test_weights_are_drawn_to_equal_ones_and_follow_the_better_member(table):
     parts = list(leave_out(table, Consensus(G, F, **SMALL)))
-    monkeypatch.setattr(consensus, "TRUST", 1e6)
-    np.testing.assert_allclose(fit_weights(parts), 0.25, atol=1e-3)
+    np.testing.assert_allclose(fit_weights(parts, 1e6), 0.25, atol=1e-3)
     best = [replace(part, members=np.stack([part.scores, *part.members[1:]])) for part in parts]
-    monkeypatch.setattr(consensus, "TRUST", 1e-6)
-    assert fit_weights(best)[0] > 0.99
+    assert fit_weights(best, 1e-6)[0] > 0.99
+    np.testing.assert_allclose(fitted(table, trust=1e6).weights, 0.25, atol=1e-3)
+    assert np.ptp(fitted(table, trust=1e-6).weights.numpy()) > 0.1
+    with pytest.raises(InputError, match=r"model\.trust=0"):
+        Consensus(G, F, **SMALL, trust=0)
 
 
-def test_noise_is_predicted_by_little_more_than_the_mean(table):
-    """The scale learned on spots left out takes away what does not hold there."""
-    noise = np.random.default_rng(3).normal(size=table.expression.shape).astype(np.float32)
-    found = predict(fitted(replace(table, expression=noise), radii_um=[0]), table)
-    assert found.std(axis=0).mean() < 0.25
+@pytest.mark.parametrize("seed", range(4))
+def test_features_that_tell_nothing_end_at_the_training_mean(table, seed):
+    """The scale learned on spots left out takes away what does not hold there; other patients are no worse for it."""
+    rng = np.random.default_rng(seed)
+    expression = (rng.normal(size=(400, G)) + 5).astype(np.float32)
+    names = np.repeat(["A1", "B1", "C1", "D1"], 100)
+    noise, xy = rng.normal(size=(400, F)).astype(np.float32), rng.uniform(0, 900, (400, 2)).astype(np.float32)
+    everything = Table(noise, expression, xy, names, names)
+    train, test = (everything.take(np.flatnonzero(rows)) for rows in (names != "D1", names == "D1"))
+    method, mean = fitted(train), train.expression.mean(axis=0)
+    made = predict(method, test)
+    assert np.square(made - test.expression).mean() < 1.01 * np.square(mean - test.expression).mean()
+    assert np.sqrt(np.square(made - mean).mean()) < 0.05 * test.expression.std()
+
+
+def test_where_neighbours_have_no_weight_no_reference_is_named(tmp_path, table):
+    method = fitted(table)
+    weights = torch.tensor([0.5, 0.5, 0, 0])
+    method.weights.copy_(weights)
+    z = method.embed_features(torch.from_numpy(table.features))
+    assert method.predict_together(z, torch.from_numpy(table.xy_um)).obs is None
+    encoder = MadeUpFeatures(np.random.default_rng(0).normal(size=(150, F)).astype(np.float32))
+    data = make_data(tmp_path, Protocol("strict", validation=False), encoder=encoder)
+    of_data = Consensus(len(data.panel), F, **SMALL)
+    of_data.fit_to(data)
+    of_data.weights.copy_(weights)
+    of_data.predict_spots(data, "test")
+    made = of_data.predict_step(data.batch(SpotIndex(torch.from_numpy(data.rows("test")), image=False)))
+    assert made.obs is None and made.neighbours is None and made.neighbour_weights is None
+    assert torch.isfinite(made.predicted).all()
 
 
 def test_without_a_scale_nothing_is_smoothed(table):
@@ -161,8 +191,26 @@ def test_either_kind_of_member_does_alone(table, changes):
 
 def test_many_spots_are_thinned_for_the_choice_and_all_are_searched(table, monkeypatch):
     monkeypatch.setattr(consensus, "AT_MOST", 50)
-    assert len(table.thinned(50)) == 50 and set(table.thinned(50).section) == set(table.section)
+    assert len(table.thinned(50)) <= 50 and set(table.thinned(50).section) == set(table.section)
     assert fitted(table).reference.shape == (120, 10)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_thinning_takes_compact_blocks_of_each_section(monkeypatch, known):
+    """Spots keep their neighbours, whose distance a radius of smoothing is judged at."""
+    monkeypatch.setattr(table_module, "SPOTS_OF_A_BLOCK", 100)
+    xy = np.stack(np.meshgrid(np.arange(50), np.arange(40)), axis=-1).reshape(-1, 2).astype(np.float32)
+    section = np.repeat(["A", "B"], [1400, 600])
+    nothing = np.zeros((2000, 1), np.float32)
+    whole = Table(nothing, nothing, xy if known else np.full_like(xy, np.nan), section, section)
+    part = whole.thinned(500)
+    assert 400 <= len(part) <= 510
+    np.testing.assert_allclose((part.section == "A").mean(), 0.7, atol=0.05)
+    if known:
+        nearest = cKDTree(part.xy_um).query(part.xy_um, k=5)[0]
+        assert (nearest[:, 1:] == 1).mean() > 0.8, "of the four that touch a spot, nearly all are there"
+        centre = whole.xy_um[section == "A"].mean(axis=0)
+        np.testing.assert_allclose(part.xy_um[part.section == "A"].mean(axis=0), centre, atol=8)
 
 
 def test_spots_are_predicted_with_their_section_in_any_batch(tmp_path):

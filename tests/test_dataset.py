@@ -27,4 +27,5 @@ def test_that_spots_are_rows_is_said_once_of_all_tables(demo, tmp_path, caplog):
     lines = [record.getMessage() for record in caplog.records if "rows" in record.getMessage()]
     n = sum(map(len, sections))
     assert len(sections) == 3
-    assert lines == [f"demo: spots are rows in 3 count tables, {n} of {n} with a position"]
+    (line,) = lines
+    assert "3 count tables" in line and f"{n} of {n}" in line

@@ -153,6 +153,19 @@ def test_the_tables_of_results_are_those_of_the_records() -> None:
     assert results.tables() in results.PAGE.read_text(encoding="utf-8")
 
 
+def test_a_claim_about_sections_rests_on_the_floors_of_each() -> None:
+    import results  # of experiments/
+
+    def scores(acg: float, given_depth: float) -> dict:
+        return {"pearson_acg": acg, "pearson_heg50": 0.0, "pearson_given_depth": given_depth, "mse": 1.0}
+
+    floors = {"mean": scores(0.0, 0.0), "knn_features": scores(0.1, 0.2), "depth_oracle": scores(0.9, 0.0)}
+    sections = {"S1": {"scores": scores(0.2, 0.1), "floors": floors}}
+    kept = results.of_sections(sections)
+    row = results.by_section([{"name": "run", **kept}]).splitlines()[-1]
+    assert "| S1 | **0.200**, 0.100 (knn features) | 0.000, 0.000 (mean) | 0.100, 0.200 (knn features) |" in row
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_is_kept_as_it_ran(path: Path) -> None:
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]

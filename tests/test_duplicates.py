@@ -10,9 +10,17 @@ import scipy.sparse as sp
 from PIL import Image
 from sections import make_section
 
+from stexp.data import duplicates
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.duplicates import copies_by_counts as by_counts
-from stexp.data.duplicates import copies_by_tiles, copies_in_fold, count_prints, tile_prints
+from stexp.data.duplicates import (
+    copies_by_tiles,
+    copies_in_fold,
+    count_prints,
+    record_spots,
+    spots_on_record,
+    tile_prints,
+)
 from stexp.errors import InputError
 from stexp.protocol import Protocol
 from stexp.training.duplicates import compare_tiles
@@ -50,11 +58,33 @@ def test_a_copy_is_seen_however_it_was_changed(change):
     assert copies[0].share > 0.9
 
 
-def test_shallow_sections_of_different_tissue_are_no_copies():
-    rng = np.random.default_rng(3)
-    shallow = [Named(name, rng.poisson(0.05, (500, 300))) for name in "AB"]
-    assert by_counts(shallow) == []
-    assert not count_prints(shallow[0].spots.X).any()
+def shallow(seed: int, n_spots: int = 3000, depth: int = 500, n_genes: int = 1000) -> np.ndarray:
+    """Spots of one tissue, at a depth at which the largest counts of many agree by chance."""
+    share = np.random.default_rng(0).gamma(0.5, 1, n_genes)
+    return np.random.default_rng(seed).poisson(depth * share / share.sum(), (n_spots, n_genes))
+
+
+@pytest.mark.parametrize("depth", [200, 500, 1000])
+def test_independent_shallow_sections_are_no_copies(depth):
+    first, second = (count_prints(sp.csr_matrix(shallow(seed, depth=depth).astype(np.float32))) for seed in (1, 2))
+    assert len(np.intersect1d(first[first > 0], second[second > 0])) <= 2
+    assert by_counts([Named("A", shallow(1, depth=depth)), Named("B", shallow(2, depth=depth))]) == []
+    record = record_spots(first, None)
+    assert spots_on_record(record, second) is None
+
+
+def test_spots_that_look_like_another_of_their_section_tell_nothing():
+    counts = counts_of(0)
+    prints = count_prints(sp.csr_matrix(np.concatenate([counts, counts[:5]]).astype(np.float32)))
+    assert not prints[:5].any() and not prints[60:].any() and (prints[5:60] > 0).mean() > 0.7
+
+
+def test_a_copy_of_a_deep_part_of_a_shallow_section_is_seen():
+    first = np.concatenate([shallow(1, n_genes=300), counts_of(0)])
+    record = record_spots(count_prints(sp.csr_matrix(counts_of(0)[:30].astype(np.float32))), None)
+    copies = by_counts([Named("A", first), Named("B", counts_of(0)[10:40])])
+    assert [(pair.first, pair.second) for pair in copies] == [("A", "B")]
+    assert spots_on_record(record, count_prints(sp.csr_matrix(first.astype(np.float32)))) == "counts"
 
 
 def picture(seed: int) -> np.ndarray:
@@ -79,6 +109,16 @@ def test_tiles_encoded_anew_are_recognised_and_others_are_not():
         "blank too": tile_prints([np.full((64, 64, 3), 240, np.uint8)] * 30),
     }
     assert [(copy.first, copy.second, copy.by) for copy in copies_by_tiles(prints)] == [("A", "C", "tiles")]
+
+
+def test_tiles_are_compared_a_part_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    bits = rng.random((40, 112)) < 0.5
+    changed = bits ^ (rng.random((40, 112)) < 0.02)
+    slow = sum(int((row != changed).sum(axis=1).min() <= duplicates.BITS) for row in bits)
+    for pairs in (1, 100, duplicates.AT_ONCE):
+        monkeypatch.setattr(duplicates, "AT_ONCE", pairs)
+        assert duplicates._alike(bits, changed) == slow > 30
 
 
 def fold(**roles: str) -> pd.DataFrame:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import anndata as ad
@@ -11,19 +13,22 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from demo_run import overrides_of
-from sections import make_data
+from sections import make_data, make_section
 
 from stexp import config
 from stexp.cli.evaluate import score_files
 from stexp.config.compose import compose
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.digests import file_digest
+from stexp.data.duplicates import Copy, count_prints, record_spots
 from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.evaluation.foreign.align import align
-from stexp.evaluation.foreign.files import find_files, read_predictions
+from stexp.evaluation.foreign.files import find_files, predictions_of, read_predictions
 from stexp.evaluation.foreign.layout import DataNames
 from stexp.evaluation.foreign.names import names_of, rename_genes
 from stexp.evaluation.foreign.scales import SCALES
+from stexp.evaluation.foreign.training import sections_of_training, training_record
 from stexp.evaluation.metrics import mean_over_sections, score_section, top_genes
 from stexp.inference.export import export
 from stexp.inference.predictor import load_model
@@ -31,10 +36,11 @@ from stexp.protocol import Protocol
 from stexp.reporting.downstream import analyse
 from stexp.reporting.report import write_report
 from stexp.reporting.tables import markdown, tabulate_all
-from stexp.runs.foreign import evaluate
+from stexp.runs import foreign
 from stexp.runs.scale import put_on_scale
 from stexp.runs.scored import read_scored_run
 from stexp.runs.scoring import score_run
+from stexp.training.machine import Machine
 
 GENES = [f"g{i:02d}" for i in range(30)]
 
@@ -69,6 +75,17 @@ def names(data: SpotDataModule) -> DataNames:
     return names_of(data.sections)
 
 
+def evaluate(predicted: ad.AnnData, data: SpotDataModule, folder: Path, **options) -> dict:
+    """Score on sections made by hand, whose config is what the data say of themselves."""
+    protocol = {"_target_": "stexp.protocol.Protocol", **asdict(data.protocol)}
+    of_data = {"name": "data", "digest": data.digest}
+    of_run = {"seed": 0, "fold": data.fold, "output_dir": str(folder), "protocol": protocol, "data": of_data}
+    machine = Machine({"accelerator": "cpu", "devices": 1}, "32-true")
+    thresholds = config.build(compose("evaluate", []).data.quality)
+    options = {"sections": data.sections, "thresholds": thresholds, "machine": machine, **options}
+    return foreign.evaluate(predicted, data, of_run, **options)
+
+
 def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -95,6 +112,7 @@ def test_predictions_of_a_run_of_ours_get_its_numbers_to_the_last_digit(
     assert {key: metrics[key] for key in ours if key not in told} == {k: v for k, v in ours.items() if k not in told}
     assert (tmp_path / "again" / "per_gene.csv").read_bytes() == (strict / "per_gene.csv").read_bytes()
     assert metrics["elsewhere"]["scale"]["statement"].endswith("as the file says.")
+    assert metrics["evidence"]["structure"]["ssim"] is not None
     again = score_files(cfg, [file], config.dataset_of(cfg).read_sections(protocol), protocol)
     assert again == metrics
     with pytest.raises(InputError, match=r"another config \(predictions\.trained_on\)"):
@@ -275,6 +293,9 @@ BAD = {
     "twice": (lambda a: ad.concat([a, a[:3]], index_unique="-"), "3 rows are of a spot that has one already"),
     "no section": (lambda a: ad.AnnData(a.X, var=a.var), "nothing says the section of its rows"),
     "infinite": (lambda a: changed(a, 4, 2, np.inf), "1 value of 1 genes at 1 spots .first: gene g02.* is infinite"),
+    "infinite outside of the panel": (lambda a: ad.AnnData(
+        np.column_stack([a.X, np.full(50, np.inf)]), obs=a.obs, var=pd.DataFrame(index=[*GENES, "q"])),
+        "50 values of 1 genes .* gene q.* infinite"),
     "holes": (lambda a: changed(a, slice(4, 6), 2), "2 values of 1 genes at 2 spots .* NaN while others"),
     "nothing": (lambda a: changed(a), "every value .* is NaN"),
     "other genes": (lambda a: ad.AnnData(a.X, obs=a.obs, var=pd.DataFrame(index=[f"q{i}" for i in range(30)])),
@@ -304,6 +325,7 @@ def test_a_file_that_does_not_fit_is_one_line(name, data, theirs, names, tmp_pat
         ("x.csv", b"section,spot,g00\n", "has 0 rows"),
         ("x.csv", b"section,spot,g00,g00\nC1,0x0,1,2\n", "1 columns occur twice .g00"),
         ("x.csv", b"section,spot,g00\n,0x0,1\n", "1 rows have no section"),
+        ("x.csv", b"section,g00,g01\nC1,1,2\nC1,2,1\n", "none says the spot"),
         ("x.csv", b"section,gene,value\nC1,g00,1\n", "none says the spot"),
         ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("x.h5ad", b"\x89HDF", "x.h5ad"),
@@ -475,9 +497,13 @@ def test_what_a_file_says_of_its_scale_is_said_of_its_predictions_alone(
         assert "stexp" not in predicted.uns
         metrics = evaluate(predicted, data, tmp_path / f"{file}-{layer}", name="x")
         assert not metrics["elsewhere"]["scale"]["errors"] and metrics["scores"]["mse"] is None
+        assert metrics["evidence"]["structure"]["ssim"] is None, "maps of another scale"
     for layer in ("counts", "observed"):
         with pytest.raises(InputError, match="is what was measured"):
             read([tmp_path / "own.h5ad"], names, layer)
+        own.X = own.layers[layer]
+        with pytest.raises(InputError, match=r"X .* is what was measured"):
+            evaluate(own, data, tmp_path / "measured", name="x")
 
 
 def test_a_statement_may_be_one_name_and_never_an_empty_one(data: SpotDataModule, theirs: ad.AnnData, tmp_path) -> None:
@@ -494,3 +520,49 @@ def test_a_spot_column_may_hold_section_and_spot(theirs: ad.AnnData, names: Data
     predicted = read([tmp_path / "theirs.csv"], names)
     assert list(predicted.obs["section"]) == list(theirs.obs["section"])
     assert list(predicted.obs["spot"]) == list(theirs.obs["spot"])
+
+
+def test_ids_of_genes_are_found_in_memory_as_in_files(theirs: ad.AnnData, names: DataNames) -> None:
+    adata = theirs.copy()
+    adata.var["Ensembl_ID"] = [f"ENSG{i:011d}" for i in range(30)]
+    predicted = predictions_of(adata, names, "theirs")
+    assert list(predicted.var["gene_ids"]) == list(adata.var["Ensembl_ID"])
+    assert predictions_of(predicted, names, "theirs").var.equals(predicted.var), "once more changes nothing"
+
+
+def test_the_same_command_again_keeps_gene_sets_of_the_users(data, theirs, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(whole, folder)
+    scored = score_run(folder, {"mine": GENES[:5]})
+    again = evaluate(theirs, data, folder, name="theirs")
+    assert again == scored and [each["set"] for each in again["evidence"]["gene_sets"]] == ["mine"]
+
+
+def test_copies_of_the_test_are_audited(data, theirs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "copies", [Copy("A1", "C1", 0.9, "counts")])
+    metrics = evaluate(theirs, data, tmp_path / "x", name="x", trained_on=["A1"])
+    assert metrics["leaks"] == ["copies_in_training"]
+
+
+def test_sections_of_a_training_are_known_by_content_and_never_by_name(data: SpotDataModule, tmp_path: Path) -> None:
+    spots = {section.name: record_spots(count_prints(section.spots.X), None) for section in data.sections[:2]}
+    roles = {"train": ["A1"], "validation": ["A2"]}
+    record = training_record({"sections": roles, "spots": spots, "from": None})
+    renamed = [replace(section, name=f"x{section.name}") for section in data.sections]
+    assert sections_of_training(record["trainings"], renamed, {}) == ["xA1", "xA2"]
+    others = [make_section(tmp_path, name, seed=77 + i) for i, name in enumerate(("A1", "A2"))]
+    assert sections_of_training(record["trainings"], others, {}) == []
+    bare = training_record({"sections": roles, "data_manifest": {"A1": {}}})
+    assert sections_of_training(bare["trainings"], data.sections, {}) is None, "it left nothing to know it by"
+    assert sections_of_training(training_record({})["trainings"], data.sections, {}) is None
+
+
+def test_files_that_sections_share_tell_none_of_them(data: SpotDataModule, tmp_path: Path) -> None:
+    (tmp_path / "sheet.csv").write_text("name")
+    (tmp_path / "own.csv").write_text("1,2")
+    shared, own = (file_digest(tmp_path / name) for name in ("sheet.csv", "own.csv"))
+    manifest = {"A1": {"sheet.csv": shared, "own.csv": own}, "A2": {"sheet.csv": shared}}
+    record = training_record({"sections": {"train": ["A1", "A2"]}, "data_manifest": manifest})
+    files = {"B1": (tmp_path / "sheet.csv",), "B2": (tmp_path / "sheet.csv", tmp_path / "own.csv")}
+    sections = [replace(section, files=files.get(section.name, ())) for section in data.sections]
+    assert sections_of_training(record["trainings"], sections, {}) == ["B2"]

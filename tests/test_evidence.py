@@ -8,8 +8,9 @@ from scipy.spatial import cKDTree
 
 from stexp.evaluation.chance import beyond_chance
 from stexp.evaluation.compare import bootstrap_interval
-from stexp.evaluation.intervals import over_blocks, over_sections
-from stexp.evaluation.metrics import error_parts, pearson_per_gene, score_section
+from stexp.evaluation.evidence import _gene_sets
+from stexp.evaluation.intervals import covers, over_blocks, over_sections
+from stexp.evaluation.metrics import CORRELATIONS, FOLLOWS_DEPTH, error_parts, pearson_per_gene, score_section
 from stexp.evaluation.programmes import co_expressed_modules, set_scores
 from stexp.evaluation.spatial import structural_similarity, structure
 from stexp.evaluation.strata import strata
@@ -50,6 +51,10 @@ def test_a_prediction_of_depth_alone_follows_depth():
     mean = noise.mean(axis=1)
     expected = np.corrcoef(mean, np.log1p(counts))[0, 1]
     assert score_section(y, noise, np.arange(2), total_counts=counts)["follows_depth"] == pytest.approx(expected)
+    constant = np.broadcast_to(y.mean(axis=0), y.shape)
+    assert score_section(y, constant, np.arange(2), total_counts=counts)["follows_depth"] == 0
+    assert score_section(y, noise, np.arange(2), total_counts=np.full(80, 7))["follows_depth"] is None
+    assert score_section(y, noise, np.arange(2))["follows_depth"] is None and FOLLOWS_DEPTH not in CORRELATIONS
 
 
 def test_smooth_maps_that_have_nothing_to_do_with_each_other_are_not_beyond_chance():
@@ -121,10 +126,24 @@ def test_intervals_over_sections_are_of_patients_where_three_or_more_are():
     patients = {f"S{n}": f"P{n // 2}" for n in range(6)}
     interval = over_sections(values, patients)
     low, high = bootstrap_interval(np.array(list(values.values())), np.array(list(patients.values())))
-    assert interval == {"low": low, "high": high, "over": "patients"}
+    assert interval == {"low": low, "high": high, "over": "patients", "n_units": 3, "covers": 0.75}
     one = over_sections({"S0": 0.1, "S1": 0.3, "S2": 0.2, "S3": None}, dict.fromkeys(["S0", "S1", "S2"], "P"))
-    assert one is not None and one["over"] == "sections"
+    assert one is not None and (one["over"], one["n_units"], one["covers"]) == ("sections", 3, 0.75)
+    two = over_sections({f"S{n}": 0.1 * n for n in range(4)}, {f"S{n}": "PQ"[n // 2] for n in range(4)})
+    assert two is not None and (two["over"], two["n_units"]) == ("sections", 4) and two["covers"] < 0.75
     assert over_sections({"S0": 0.1, "S1": 0.2, "S2": None}, {}) is None
+
+
+@pytest.mark.parametrize(("n", "kept"), [(3, False), (6, False), (3, True)], ids=str)
+def test_how_often_an_interval_of_few_units_covers_the_truth(n, kept):
+    """Against simulated normal values; the two patients that are kept have three sections each."""
+    rng, held = np.random.default_rng(0), 0
+    patients = np.repeat(["P", "Q"], n) if kept else np.arange(n).astype(str)
+    for _ in range(600):
+        low, high = bootstrap_interval(rng.normal(size=len(patients)), patients, n_draws=400)
+        held += low <= 0 <= high
+    expected = covers(len(patients), len(patients) - (2 if kept else 1))
+    assert abs(held / 600 - expected) < 0.05 and expected < 0.9
 
 
 def test_strata_hold_every_scored_gene_once_and_shares_leave_out_noise():
@@ -132,14 +151,19 @@ def test_strata_hold_every_scored_gene_once_and_shares_leave_out_noise():
     ceiling = np.concatenate([np.full(10, 0.02), np.full(10, 0.2), np.full(10, 0.4), np.full(10, 0.8)])
     pearson = ceiling / 2
     pearson[0] = np.nan
-    rows = strata(pd.DataFrame({"pearson": pearson, "ceiling": ceiling}), rng.random(40))
+    sections = {name: factor * pearson for name, factor in {"A": 0.9, "B": 1.0, "C": 1.1}.items()}
+    genes, patients = pd.DataFrame({"pearson": pearson, "ceiling": ceiling}), {"A": "P", "B": "P", "C": "P"}
+    rows = strata(genes, rng.random(40), sections, patients)
     for by in ("expression", "ceiling"):
         assert sum(row["n_genes"] for row in rows if row["by"] == by) == 39
     by_ceiling = [row for row in rows if row["by"] == "ceiling"]
     assert [row["n_genes"] for row in by_ceiling] == [9, 10, 10, 10]
-    assert by_ceiling[0]["share"] is None
+    assert by_ceiling[0]["share"] is None and by_ceiling[0]["share_over"] is None
     for row in by_ceiling[1:]:
-        assert row["share"] == pytest.approx(0.5) and row["share_low"] == pytest.approx(0.5)
+        assert row["share"] == pytest.approx(0.5) and row["share_over"] == "sections"
+        assert (row["share_low"], row["share_high"]) == pytest.approx((0.45, 0.55)), "sections are drawn, 0.9 to 1.1"
+    for row in strata(genes, rng.random(40), {"A": sections["A"], "B": sections["B"]}, patients):
+        assert row["share_low"] is None and row["share_over"] is None, "however many genes there are"
 
 
 def test_modules_are_the_groups_that_expression_was_made_of():
@@ -161,12 +185,30 @@ def test_a_set_scores_the_mean_of_its_standardised_genes():
     expression = rng.normal(size=(40, 6)) * [1, 100, 1, 1, 1, 1]
     expression[:, 3] = 2.0
     expression[:, 4] = np.nan
-    scores = set_scores(expression, {"two": [0, 1], "flat": [3], "half": [2, 3]})
+    genes = np.array([True, True, True, True, False, False])
+    sets = {"two": [0, 1, 5], "flat": [3], "half": [2, 3], "unmeasured": [4]}
+    scores = set_scores(expression, sets, genes)
     z = [(expression[:, g] - expression[:, g].mean()) / expression[:, g].std() for g in range(3)]
     np.testing.assert_allclose(scores[:, 0], (z[0] + z[1]) / 2)
     assert (scores[:, 1] == 0).all()
     np.testing.assert_allclose(scores[:, 2], z[2] / 2)
-    assert np.isfinite(set_scores(expression, {"unmeasured": [4]})).all()
+    assert np.isnan(scores[:, 3]).all()
+
+
+def test_both_sides_of_a_set_have_the_same_genes():
+    """Genes that one side lacks, full of another pattern on the other one, change no score of a set."""
+    rng = np.random.default_rng(12)
+    truth = rng.normal(size=(60, 4))
+    guess = truth + 0.5 * rng.normal(size=truth.shape)
+    genes = [f"g{n}" for n in range(4)]
+    clean = _gene_sets({"set": genes[:2]}, genes, [(truth, guess, XY[:60])], {})
+    truth[:, 2], guess[:, 3] = np.nan, np.nan
+    for flat in (np.nan, 1.0):
+        truth[:, 2] = flat
+        (row,) = _gene_sets({"set": genes}, genes, [(truth, guess, XY[:60])], {"mean": [guess]})
+        assert row["pearson"] == pytest.approx(clean[0]["pearson"]) == row["floors"]["mean"]
+    (row,) = _gene_sets({"set": genes[2:]}, genes, [(truth, guess, XY[:60])], {})
+    assert row["pearson"] is None
 
 
 def test_blur_has_no_concordance_of_spatial_order():
@@ -195,3 +237,8 @@ def test_structural_similarity_is_its_formula():
         want *= (2 * cov[0, 1] + 9e-4) / (cov[0, 0] + cov[1, 1] + 9e-4)
         assert got[g] == pytest.approx(want)
     assert np.isnan(got[2]) and structural_similarity(y, y)[0] == pytest.approx(1)
+    upside_down = structural_similarity(y, -y)
+    assert (upside_down[:2] < 0.01).all(), "a negative of the map is no likeness"
+    shifted = np.where(y > 0.5, y, -1.0)
+    np.testing.assert_array_equal(structural_similarity(y, shifted), structural_similarity(y, shifted.clip(min=0)))
+    assert np.isnan(structural_similarity(y - 0.5, p)).all(), "residuals have no maps from 0 to 1"

@@ -13,6 +13,7 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.slides.formats import WHITE
 from stexp.data.slides.tiles import TileSpec, around, open_tiles, tiles_around
 from stexp.errors import InputError
+from stexp.models.encoders import frozen as frozen_module
 from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.models.encoders.image import ImageEncoder
 from stexp.protocol import Protocol
@@ -98,6 +99,20 @@ def test_tiles_around_have_the_scale_of_the_spots_own(tmp_path):
     assert (corner[:, 5] - corner[:, 4] == (24, 0)).all() and (corner[:, 7] - corner[:, 4] == (0, 24)).all()
 
 
+def test_of_wider_tiles_fewer_are_encoded_at_once(tmp_path, encoder, monkeypatch):
+    forward, counts = ImageEncoder.forward, []
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, image: counts.append(len(image)) or forward(self, image))
+    section = make_section(tmp_path, n=10)
+    features = []
+    for usual in (16, 8):
+        monkeypatch.setattr(frozen_module, "USUAL_PX", usual)
+        frozen = FrozenEncoder(encoder, CPU, None, tmp_path / str(usual), 8)
+        with frozen:
+            features.append(frozen.of_tiles(section, open_tiles(section, TileSpec(px=16), tmp_path)))
+    assert counts == [8, 2, *[2] * 5]
+    np.testing.assert_allclose(features[1], features[0], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, monkeypatch):
     data = make_data(tmp_path, encoder)
@@ -124,6 +139,23 @@ def test_surroundings_are_encoded_once_and_served_by_spot(tmp_path, encoder, mon
     np.testing.assert_array_equal(again.features, own)
     with pytest.raises(LookupError, match="computed again"):
         again.surroundings(5)
+
+
+@torch.no_grad()
+def test_parts_of_a_tile_are_encoded_as_they_are_cut_by_hand(tmp_path, encoder, monkeypatch):
+    data = make_data(tmp_path, encoder)
+    rows = np.flatnonzero(data.spots["section"] != "A9")[::-3]
+    served = data.subtiles(3)[rows]
+    encoder.eval()
+    for tile, features in zip(data.tiles(rows), served, strict=True):
+        parts = [tile[y : y + 5, x : x + 5] for y in (0, 6, 11) for x in (0, 6, 11)]  # of 16 px
+        expected = encoder(torch.stack(parts).permute(0, 3, 1, 2) / 255).numpy()
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(data.subtiles(1)[rows][:, 0], data.features[rows], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ImageEncoder, "forward", forbidden)
+    np.testing.assert_array_equal(make_data(tmp_path, encoder).subtiles(3)[rows], served)
+    with pytest.raises(InputError, match="16 px has no 17 x 17 parts"):
+        data.subtiles(17)
 
 
 def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):

@@ -50,9 +50,8 @@ def test_ids_become_symbols_and_the_rest_keeps_its_name(table, caplog):
     report = {"given": 4, "ids": 3, "matched": 2, "unmatched": 1, "summed": 0, "left_out": 0}
     assert found.uns["gene_names"] == report
     (line,) = caplog.messages
-    assert (
-        line == "section S1: 4 gene names, 3 with an id, 2 in genes.csv and 1 not; 0 summed into one of the same name"
-    )
+    for words in ("section S1", "4 gene names", "3 with an id", "2 in genes.csv", "1 not", "0 summed"):
+        assert words in line
 
 
 def test_nothing_is_said_where_nothing_was_done_and_the_input_is_left_alone(caplog, table):

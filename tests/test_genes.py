@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section
 
-from stexp.data.genes import choose_panel, normalise, read_panel
+from stexp.data.genes import choose_panel, expression, normalise, read_panel
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.protocol import Protocol
@@ -288,3 +288,17 @@ def test_panel_files(tmp_path):
         read_panel(file)
     with pytest.raises(InputError, match=r"gone\.txt does not exist"):
         read_panel(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize("scale", [{"library": "panel"}, {"truth": "gene"}, {}])
+def test_genes_outside_of_the_panel_are_scaled_as_those_in_it(scale, tmp_path):
+    section, protocol = make_section(tmp_path), Protocol("x", **scale)
+    panel, genes = ["g03", "g01", "g07"], ["g01", "g20", "nowhere"]
+    values = expression(section, genes, protocol, panel)
+    counts = section.counts(genes).astype(np.float64)
+    if protocol.truth == "gene":
+        total = counts.sum(axis=0, keepdims=True)
+    else:
+        total = (section.counts(panel).sum(axis=1) if scale else section.total_counts)[:, None]
+    np.testing.assert_allclose(values, np.log1p(counts * 1e4 / np.where(total == 0, 1, total)), rtol=1e-5)
+    assert np.isnan(values[:, 2]).all()

@@ -62,9 +62,8 @@ def test_counts_of_several_samples_are_taken_where_only_one_lies_on_the_tissue(c
     assert list(one.obs_names) == named(BARCODES[10:]) and list(two.obs_names) == named(BARCODES[:25], "-2")
     np.testing.assert_array_equal(two.X.ravel(), np.arange(31, 56))
     np.testing.assert_array_equal(two.obsm["spatial"][:, 0], 10.0 * np.arange(25))
-    assert (
-        "section S2: the counts are of several samples (...-1: 30, ...-2: 25); those of ...-2 are taken" in caplog.text
-    )
+    for words in ("section S2", "...-1: 30, ...-2: 25", "those of ...-2"):
+        assert words in caplog.text
 
 
 @pytest.mark.parametrize(("suffix", "prefix"), [("-2", ""), ("-1", "S2_"), ("-1-S2", "")])

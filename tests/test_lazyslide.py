@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tifffile
@@ -65,6 +67,13 @@ def test_a_model_that_normalises_stain_is_refused(tmp_path):
     export(run, tmp_path / "m")
     with pytest.raises(InputError, match=r"LazySlide hands over tiles; model.predict\(slide\)"):
         TilePredictor(stexp.load_model(tmp_path / "m"))
+
+
+def test_a_method_that_predicts_tiles_together_is_refused():
+    facts = {"stain": None, "method": "consensus"}
+    model = SimpleNamespace(facts=facts, bank=None, panel=["g"], method=SimpleNamespace(together=True))
+    with pytest.raises(InputError, match=r"consensus .* together.* would fit"):
+        TilePredictor(model)
 
 
 def test_lazyslide_itself_predicts_with_it(model, tmp_path):

@@ -64,6 +64,7 @@ def test_members_are_ridges_and_means_over_the_nearest(rng, monkeypatch):
     expected = np.full(40, 0.2 / 40)
     expected[:4] += 0.6 / 4
     np.testing.assert_allclose(share, expected / expected.sum(), rtol=1e-5)
+    assert members.share_of_neighbours(torch.tensor([0.5, 0.5, 0, 0])) is None
 
 
 def test_smoothing_is_a_gaussian_mean_by_distance(rng, monkeypatch):

@@ -174,3 +174,33 @@ def test_text_of_the_model_is_no_markup():
     assert "<img" not in card and "\n# \\[" not in card and "[me](" not in card
     rows = [line.replace("\\|", "") for line in body.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {3} and "Fold \\`A\\`\\|B" in card
+
+
+def test_a_private_repository_stays_private_and_is_called_so(api, caplog):
+    api.private["lab/model"] = True
+    with caplog.at_level("INFO"):
+        hub.push_to_hub(exported(), "lab/model", private=False)
+    assert "lab/model is private" in caplog.text and "public" not in caplog.text
+
+
+def test_a_bug_is_no_polite_line_and_the_disk_is(api, monkeypatch):
+    def fails(error: Exception):
+        def download(*args, **options):
+            raise error
+
+        return download
+
+    monkeypatch.setattr(hub, "hf_hub_download", fails(KeyError("of ours")))
+    with pytest.raises(KeyError, match="of ours"):
+        stexp.load_model("lab/model")
+    monkeypatch.setattr(hub, "hf_hub_download", fails(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="No space left"):
+        stexp.load_model("lab/model")
+
+
+def test_floors_of_the_card_are_ranked_and_those_without_a_score_are_last():
+    model = model_folder.read(exported())
+    floors = {"mean": None, "colour_ridge": -0.3, "knn_features": -0.1}
+    model.facts["scores"][0]["floors"] = {name: {"pearson_acg": value} for name, value in floors.items()}
+    lines = [line.split("|")[1].strip() for line in describe(model, "lab/model").splitlines() if "| floor" in line]
+    assert lines == ["floor: knn features", "floor: colour ridge", "floor: mean"]

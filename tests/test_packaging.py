@@ -34,8 +34,6 @@ def test_what_is_made_is_a_target_with_its_variables(path: Path):
     calls = [call for line in commands_in(path) for call in re.findall(r"\bmake ([a-z].*)", line)]
     assert calls
     targets = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
-    if path.name == "docs.yml" and "docs" not in targets:
-        pytest.skip("there is no docs site yet")
     for call in calls:
         assert {word for word in call.split() if re.fullmatch("[a-z-]+", word)} <= {*targets}, call
         assert all(f"$({name})" in MAKEFILE for name in re.findall(r"\b([A-Z_]+)=", call)), call
@@ -86,7 +84,8 @@ def test_the_lowest_versions_are_those_that_are_allowed():
 def test_the_changelog_has_the_release_that_is_cited():
     cited = yaml.safe_load((TOP / "CITATION.cff").read_text())
     releases = re.findall(r"^## (\d\S*) - (\S+)$", (TOP / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert releases[0] == (cited["version"], str(cited["date-released"]))
+    newest = releases[0] if releases else (None, "None")  # nothing is cited before the first release
+    assert newest == (cited.get("version"), str(cited.get("date-released")))
     assert releases == sorted(releases, key=lambda release: [int(part) for part in release[0].split(".")], reverse=True)
 
 

@@ -21,6 +21,7 @@ from stexp.errors import InputError
 from stexp.inference.predictor import load_model
 from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
+from stexp.protocol import Protocol
 from stexp.runs.plugins import load_plugins, record, require_as_recorded
 from stexp.sweeps.jobs import jobs
 
@@ -167,6 +168,19 @@ def test_help_lists_choices_with_where_they_are_from(here):
     text = help_text(cfg, "train", groups_of("train", arguments), split(arguments)[0])
     lines = {line.split()[0]: line.split()[1] for line in text.splitlines() if line.startswith("model=")}
     assert lines == {"model=ours": "mine", "model=Mine": "mymethod.Mine"}
+
+
+def test_a_protocol_is_brought_as_values_and_a_class_of_one_is_refused_before_anything_is_read(here):
+    (here / "mine" / "conf" / "protocol").mkdir()
+    path = here / "mine" / "conf" / "protocol" / "halves.yaml"
+    node = {"_target_": "stexp.protocol.Protocol", "name": "halves", "hold_out": "section", "n_hvg": 7}
+    path.write_text(yaml.safe_dump(node))
+    cfg = compose("train", ["plugins=[mine]", "protocol=halves"])
+    assert build(cfg.protocol) == Protocol("halves", hold_out="section", n_hvg=7) and cfg.plugins == ["mine"]
+    path.write_text(yaml.safe_dump({**node, "_target_": "mine.Box"}))
+    for command in ("train", "evaluate", "floors"):
+        assert "mine.Box" in refused(compose, command, ["plugins=[mine]", "protocol=halves"])
+    assert "values of stexp.protocol.Protocol" in refused(compose, "train", ["plugins=[mine]", "protocol=halves"])
 
 
 @pytest.mark.parametrize("relative", ["model/mean", "data/default", "protocol/strict"])

@@ -18,9 +18,12 @@ from demo_run import run as train_run
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file system that holds a demo, a run of it and its exported model, and is read-only."""
     place = tmp_path_factory.mktemp("disk")
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount, with which to make a read-only file system")
     mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
+    made = subprocess.run(mount, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a read-only file system takes root and leave to mount: {made.stderr.strip()}")
     try:
         train_run(place, place / "run", "image_encoder=tiny", "model=mclstexp")
         from stexp.inference.export import export

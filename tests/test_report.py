@@ -177,7 +177,8 @@ def test_how_k_was_chosen_is_shown_where_it_was(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", spots=20, genes=5)
     assert "chosen on validation spots" not in rewrite(folder, chosen={"k": 7}).read_text()
     text = rewrite(folder, chosen={"k": 50, "k_validation_pearson": {"5": 0.1011, "50": 0.1212}}).read_text()
-    assert "k = 50 neighbours, as chosen on validation spots. Pearson there: 0.101 at k = 5, 0.121 at 50." in text
+    for words in ("k = 50", "chosen on validation spots", "0.101 at k = 5", "0.121 at 50"):
+        assert words in text
 
 
 def test_a_run_retrieved_from_again_says_what_changed(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ def slow_neighbours(reference: np.ndarray, q: np.ndarray, k: int, distance: str,
         "l1": np.abs(reference[rows] - q).sum(1),
         "l2": np.sqrt(((reference[rows] - q) ** 2).sum(1)),
     }[distance]
-    w = {"inverse_square": 1 / d**2, "softmax": np.exp(-d), "mean": np.ones(k)}[weighting]
+    w = {
+        "inverse_square": 1 / d**2,
+        "softmax": np.exp(-d),
+        "mean": np.ones(k),
+        "similarity": np.exp(cosine[rows] / 0.1),
+    }[weighting]
     return rows, d, w / w.sum()
 
 

@@ -12,8 +12,9 @@ from sections import make_trainer
 
 from stexp.data.batches import SpotIndex
 from stexp.errors import InputError
+from stexp.models.blocks import local_graphs
 from stexp.models.encoders.image import ImageEncoder
-from stexp.models.sepal import SEPAL, LocalGraphNet, local_graphs, offset_encoding
+from stexp.models.sepal import SEPAL, LocalGraphNet, offset_encoding
 
 SPATIAL_TRANSCRIPTOMICS = {"before": [], "hidden": [], "head": False, "operator": "graph", "position": "sum"}
 """The published values for that array; the defaults are those for Visium."""

@@ -211,7 +211,8 @@ def test_a_section_takes_the_scale_of_its_slide_unless_one_is_given(tmp_path, ca
     assert not caplog.records
     assert dataclasses.replace(section, slide=slide, um_per_px=0.25).um_per_px == 0.25
     (record,) = caplog.records
-    assert "A1: um_per_px 0.25 was given, the file s.tif says 0.5; the given one counts" in record.getMessage()
+    for words in ("A1", "0.25 was given", "s.tif says 0.5"):
+        assert words in record.getMessage()
 
 
 # what is refused
@@ -323,9 +324,7 @@ def test_pages_that_are_no_levels_are_said(tmp_path, caplog):
     assert slide.size == (250, 200)
     np.testing.assert_array_equal(slide.read(), PIXELS)
     assert len(caplog.records) == 1
-    assert "holds 1 more image(s), which are no reduced copies of the first; the first is used (250 x 200 px)" in (
-        caplog.text
-    )
+    assert "1 more image" in caplog.text and "(250 x 200 px)" in caplog.text
     with slide.open() as reader:
         assert len(reader.sizes) == 1
 

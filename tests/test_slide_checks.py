@@ -123,10 +123,9 @@ def test_the_verdict_is_that_of_the_worst_check_and_gives_its_reasons(training):
     fine = judge(training[0], training, **said)
     assert conclude(fine).startswith("Nothing speaks against this slide: ")
     some, many = strange(0.2, 0.01), strange(0.8, 0.01)
-    assert (
-        conclude([*fine, some])
-        == "Read with caution: 20% of its tiles are unlike those of training (of held-out tiles 1% were)."
-    )
+    caution = conclude([*fine, some])
+    assert caution.startswith("Read with caution: 20% of its tiles") and "held-out tiles 1%" in caution
+    assert conclude(fine).removeprefix("Nothing speaks against this slide: ") not in caution
     assert conclude([some, many]).startswith(
         "Do not trust this prediction: 80% of its tiles"
     ) and "20%" not in conclude([some, many])

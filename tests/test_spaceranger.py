@@ -93,9 +93,7 @@ def test_two_genomes_of_version_2_are_refused(tmp_path):
     fake.write_h5(tmp_path / "m.h5", counts, version=1)
     with h5py.File(tmp_path / "m.h5", "a") as file:
         file.copy("GRCh38", "mm10")
-    with pytest.raises(
-        InputError, match=r"^counts .* hold 2 genomes \(GRCh38, mm10\); a matrix of one of them would fit$"
-    ):
+    with pytest.raises(InputError, match=r"2 genomes \(GRCh38, mm10\); .* would fit"):
         read_10x_counts(tmp_path / "m.h5")
 
 

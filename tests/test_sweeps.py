@@ -543,6 +543,39 @@ def test_slurm_gets_every_job_with_its_resources(tmp_path, monkeypatch):
     assert given[1]["slurm_additional_parameters"] == {"qos": "long"} and "slurm_account" not in given[1]
 
 
+@pytest.mark.slow
+def test_ray_finishes_jobs_beside_failing_killed_and_waiting_ones(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    launcher = to_plain(compose("train", ["hydra/launcher=ray"], with_hydra=True).hydra.launcher)
+    in_place = f"import os\nassert os.path.basename(os.getcwd()) == os.environ['STEXP_SWEEP']\n{FINISH}"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    folder = tmp_path / "table1"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    members = [
+        fake(folder / "a", in_place),
+        fake(folder / "fails", "raise SystemExit(2)"),
+        fake(folder / "killed", "import os; os.kill(os.getpid(), 9)"),
+        fake(folder / "worker_killed", "import os; os.kill(os.getppid(), 9)"),
+        fake(folder / "b", in_place),
+    ]
+    try:
+        start, slots = starter(launcher, members, "table1")
+        failed = run(members, start, slots)
+        assert set(failed) == {folder / "fails", folder / "killed", folder / "worker_killed"}
+        assert failed[folder / "fails"].is_mendable and not failed[folder / "killed"].is_mendable
+        assert members[0].done and members[-1].done
+        task = start(fake(folder / "long", "import time; time.sleep(600)"), slots[0])
+        task.interrupt()
+        task.end(30)
+        assert task.poll() == 1
+        for key, says in (("num_gpus", "0 GPUs"), ("num_cpus", "CPUs")):
+            with pytest.raises(InputError, match=says):
+                starter({**launcher, key: 512}, members, None)
+    finally:
+        ray.shutdown()
+
+
 @pytest.mark.parametrize(("ends", "status"), [((2, 2), 2), ((2, 1), 1), ((0, 2), 2), ((0, 0), 0), ((-9, 2), 1)])
 def test_a_sweep_ends_with_2_where_the_user_can_mend_all(tmp_path, monkeypatch, ends, status) -> None:
     causes = (Failure("OSError", "no space", end) for end in ends if end)

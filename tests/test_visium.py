@@ -229,7 +229,8 @@ def test_spots_without_counts_are_counted(tmp_path, caplog):
     fake.write_h5(tmp_path / "filtered_feature_bc_matrix.h5", counts.iloc[3:])
     caplog.set_level(logging.INFO)
     assert len(read_visium(tmp_path)[0]) == 31
-    assert "31 spots joined; left over: 0 counts without a position, 3 positions without counts" in caplog.text
+    for words in ("31 spots", "0 counts without", "3 positions without"):
+        assert words in caplog.text
 
 
 def write_bins(folder, factors, size="008", bin_px=30.0):

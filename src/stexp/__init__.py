@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from stexp.api.floors import floors
     from stexp.api.model import Model, load_model
     from stexp.api.score import Score
-    from stexp.api.sections import read_cscc, read_her2st, read_hest, read_samplesheet, read_spatialdata, read_visium
+    from stexp.api.sections import (
+        read_alex10x,
+        read_cscc,
+        read_her2st,
+        read_hest,
+        read_samplesheet,
+        read_spatialdata,
+        read_visium,
+    )
     from stexp.data.section import Section
     from stexp.inference.lazyslide import TilePredictor
     from stexp.protocol import Protocol
@@ -47,6 +55,7 @@ __all__ = [
     "floors",
     "load_model",
     "plot",
+    "read_alex10x",
     "read_cscc",
     "read_her2st",
     "read_hest",
@@ -69,7 +78,15 @@ _MODULE_OF = {
     "floors": "stexp.api.floors",
     "load_model": "stexp.api.model",
     **dict.fromkeys(
-        ("read_cscc", "read_her2st", "read_hest", "read_samplesheet", "read_spatialdata", "read_visium"),
+        (
+            "read_alex10x",
+            "read_cscc",
+            "read_her2st",
+            "read_hest",
+            "read_samplesheet",
+            "read_spatialdata",
+            "read_visium",
+        ),
         "stexp.api.sections",
     ),
 }

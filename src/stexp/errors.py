@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -34,6 +35,21 @@ def did_you_mean(name: str, choices: Iterable[str], prefix: str = "") -> str:
     """``; did you mean X?`` for the nearest of the choices; nothing where none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def listed(names: Iterable[Any], most: int = 5, of: int | None = None) -> str:
+    """The first of some names, and how many more there are: ``a, b and 3 more``.
+
+    Parameters
+    ----------
+    most
+        Names that are written out.
+    of
+        How many there are, where `names` are only the first.
+    """
+    texts = [str(name)[:200] for name in names]  # those of damaged files may be anything
+    n = len(texts) if of is None else of
+    return ", ".join(texts[:most]) + (f" and {n - most} more" if n > most else "")
 
 
 def is_of_memory(error: Exception) -> bool:

@@ -139,6 +139,11 @@ class SpotDataModule(datamodule.SpotDataModule):
         named |= {"image_encoder": image_encoder} if image_encoder is not None else {}
         changes = _of_source(source, sections)
         if isinstance(protocol, Protocol):
+            if type(protocol) is not Protocol:
+                raise InputError(
+                    f"protocol: {type(protocol).__name__} is a class derived of stexp.Protocol, whose values are all "
+                    f"that splits and scores ask; an object of stexp.Protocol itself would fit"
+                )
             changes |= {f"protocol.{key}": value for key, value in asdict(protocol).items()}
         else:
             named["protocol"] = protocol

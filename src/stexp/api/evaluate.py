@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -14,19 +15,21 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from stexp.api.data import SpotDataModule
 from stexp.api.features import machine_of
 from stexp.api.score import Score
+from stexp.api.statement import statement
 from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
 from stexp.construct import build
-from stexp.errors import InputError, did_you_mean
-from stexp.evaluation.foreign.files import find_files, read_predictions
+from stexp.data import datamodule
+from stexp.errors import InputError
+from stexp.evaluation.foreign.files import find_files, predictions_of, read_predictions
 from stexp.evaluation.foreign.names import names_of
-from stexp.evaluation.predictions import read_fact
 from stexp.files import alone_in
 from stexp.reporting.report import write_report
 from stexp.runs import foreign
+from stexp.runs.folder import PREDICTIONS
 
-KEPT = ("seed", "fold", "output_dir", "protocol", "data", "image_encoder")
-"""Of the config of a run: what scoring depends on."""
+KEPT = ("seed", "fold", "output_dir", "protocol", "data", "image_encoder", "precision", PREDICTIONS)
+"""Keys of a config: what scoring depends on, and where predictions and scores are."""
 
 
 @typed
@@ -61,7 +64,7 @@ def evaluate(
         Of an AnnData; None: ``X``.
     trained_on
         Sections that the method was trained, validated or tuned on, ``[]``: none of these data; an item of the audit.
-        None: not stated, unless the predictions are our own model's.
+        None: not stated; of a model of ours the sections that are known again by their content.
     scale
         ``target`` (that of the protocol), ``counts``, ``cpm``, ``log2_1p_cpm``, ``zscore``, ...; None: looked at, and
         errors count only on the scale of the truth.
@@ -85,58 +88,84 @@ def evaluate(
     >>> theirs = stexp.evaluate("theirs.h5ad", data, name="theirs", trained_on=["C2", "C3"])
     >>> stexp.compare([score, theirs])
     """
+    command = statement(evaluate, locals())
+    files = [str(predicted)] if isinstance(predicted, str | Path) else []
     adata = _as_anndata(predicted, data, layer)
-    facts = adata.uns.get("stexp", {})
-    if trained_on is None and "trained_on" in facts:
-        trained_on = read_fact(adata, "trained_on")["sections"]
     work = WorkFolder(output_dir)
     config = data.run_config({}, {"output_dir": str(work.path)})
-    machine = machine_of(config)
-    with isolate_rng():
-        pl.seed_everything(data.seed, verbose=False)
-        foreign.evaluate(
-            adata,
-            data,
-            work.path,
-            name=name or str(facts.get("model", "predictions")),
-            trained_on=trained_on,
-            scale=scale,
-            genes_chosen_on=genes_chosen_on,
-            gene_table=gene_table,
-            sections=data.every_section,
-            thresholds=build(config["data"]["quality"]),
-            config={key: config[key] for key in KEPT} | {"precision": config["hardware"]["precision"]},
-            precision=machine.chosen_precision,
-            device=machine.device.type,
-            overwrite=overwrite,
-        )
-    with alone_in(work.path, wait=True):
-        write_report(work.path)
+    config |= {"precision": config["hardware"]["precision"], PREDICTIONS: {"files": files, "layer": layer}}
+    score_predictions(
+        adata,
+        data,
+        config,
+        sections=data.every_section,
+        machine=machine_of(config),
+        name=name or str(adata.uns.get("stexp", {}).get("model", "predictions")),
+        trained_on=trained_on,
+        scale=scale,
+        genes_chosen_on=genes_chosen_on,
+        gene_table=gene_table,
+        command=command,
+        overwrite=overwrite,
+    )
     return Score(work)
+
+
+def score_predictions(
+    predicted: ad.AnnData,
+    data: datamodule.SpotDataModule,
+    config: Mapping[str, Any],
+    *,
+    gene_table: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score predictions into the run folder of a config, and write its report; ``stexp-evaluate`` calls it, too.
+
+    Parameters
+    ----------
+    config
+        Every value in place, as plain data; of it `KEPT` is kept.
+    gene_table
+        None: that of the data set, if it has one.
+    options
+        See :func:`stexp.runs.foreign.evaluate`.
+
+    Returns
+    -------
+    dict
+        ``metrics.json``.
+    """
+    folder, of_data = Path(config["output_dir"]), config["data"]
+    with isolate_rng():
+        pl.seed_everything(config["seed"], verbose=False)
+        metrics = foreign.evaluate(
+            predicted,
+            data,
+            {key: config[key] for key in KEPT},
+            thresholds=build(of_data["quality"]),
+            gene_table=gene_table or of_data.get("gene_table"),
+            **options,
+        )
+    with alone_in(folder, wait=True):
+        write_report(folder)
+    return metrics
 
 
 def _as_anndata(
     predicted: ad.AnnData | pd.DataFrame | np.ndarray | str | Path, data: SpotDataModule, layer: str | None
 ) -> ad.AnnData:
     """Predictions whose ``X`` is what is scored."""
+    names = names_of(data.every_section)
     if isinstance(predicted, str | Path):
-        return read_predictions(find_files([str(predicted)]), names_of(data.every_section), layer)
+        return read_predictions(find_files([str(predicted)]), names, layer)
     if isinstance(predicted, ad.AnnData):
-        if layer is None:
-            return predicted
-        if layer not in predicted.layers:
-            there = ", ".join(predicted.layers) or "none"
-            raise InputError(f"layer={layer}: there are {there}{did_you_mean(layer, predicted.layers)}")
-        return ad.AnnData(predicted.layers[layer], obs=predicted.obs, var=predicted.var, uns=predicted.uns)
+        return predictions_of(predicted, names, "the AnnData of predictions", layer)
     if layer is not None:
         raise InputError(f"layer={layer}: only an AnnData or an h5ad file has layers")
     if isinstance(predicted, pd.DataFrame):
         obs = pd.DataFrame(index=predicted.index.astype(str))
         genes = pd.DataFrame(index=predicted.columns.astype(str))
         return ad.AnnData(_numbers(predicted.to_numpy()), obs=obs, var=genes)
-    if not isinstance(predicted, np.ndarray):
-        kind = type(predicted).__name__
-        raise InputError(f"predicted is a {kind}; an AnnData, a DataFrame, a numpy array or a file would fit")
     test = data.spots.iloc[data.rows("test")]
     shape = (len(test), len(data.panel))
     if predicted.shape != shape:

@@ -19,11 +19,13 @@ from stexp.api.data import SpotDataModule
 from stexp.api.features import machine_of
 from stexp.api.model import Model, Run
 from stexp.api.settings import check_numbers, plain
+from stexp.api.statement import statement
 from stexp.api.train import train_run
 from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
 from stexp.config import HARMLESS
 from stexp.config.plugins import FROM_DATA
+from stexp.data.section import check_name
 from stexp.errors import InputError
 from stexp.models.adapter import as_method
 from stexp.models.method import Method
@@ -91,7 +93,7 @@ def fit(
     logger
         A choice of ``conf/logger``: ``"csv"``, ``"tensorboard"`` or ``"wandb"``.
     name
-        Of a method of one's own in scores and tables; None: that of its class.
+        In scores and tables; None: that of the choice, or of the class.
     output_dir
         Where the run folder stays, as the command leaves it; the same call goes on with an interrupted run there.
         None: it goes with the model and its score.
@@ -118,6 +120,7 @@ def fit(
     >>> model = stexp.fit("stnet", data, max_epochs=20, model_args={"lr": 1e-3})
     >>> model.score.table
     """
+    command = statement(fit, locals())
     if "image_encoder" in (model_args or {}):
         raise InputError("model_args: the image encoder is chosen by stexp.SpotDataModule(image_encoder=...)")
     work = WorkFolder(output_dir)
@@ -131,10 +134,13 @@ def fit(
         "hardware.precision": precision,
         "hardware.threads": threads,
     }
+    if name is not None:
+        check_name(name, "name")
     changes = {key: value for key, value in changes.items() if value is not None}
     changes |= {f"trainer.{key}": value for key, value in (trainer_args or {}).items()}
     if isinstance(method, str):
         changes |= {f"model.{key}": value for key, value in (model_args or {}).items()}
+        changes |= {} if name is None else {"model.name": name}
         config = data.run_config({"model": method, "logger": logger}, changes, plugins)
         own = None
     else:
@@ -149,7 +155,9 @@ def fit(
     if machine_of(config).world_size > 1:
         raise InputError(f"devices={devices}: one device would fit; stexp-train trainer=ddp trains on several")
     with _undisturbed(), _lines() if verbose else nullcontext():
-        run = train_run(config, data.every_section, overwrite=overwrite, method=own, callbacks=callbacks)
+        run = train_run(
+            config, data.every_section, command=command, overwrite=overwrite, method=own, callbacks=callbacks
+        )
     assert run is not None  # of one device there is no process of another rank
     return Model(run=Run(work, data, config))
 
@@ -162,8 +170,8 @@ def _own_method(method: pl.LightningModule, model_args: Mapping[str, Any] | None
 
 def _described(method: Method, name: str | None) -> dict[str, Any]:
     """A method of one's own as a config names it: its class and, as far as it recorded them, its arguments."""
-    kind, recorded = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
-    arguments = {key: value for key, value in recorded.items() if key not in FROM_DATA and _is_plain(value)}
+    kind, hyperparameters = type(method), {str(key): plain(value) for key, value in method.hparams.items()}
+    arguments = {key: value for key, value in hyperparameters.items() if key not in FROM_DATA and _is_plain(value)}
     return {**arguments, "_target_": f"{kind.__module__}.{kind.__qualname__}", "name": name or kind.__name__}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,20 +17,25 @@ from stexp.api.data import SpotDataModule
 from stexp.api.score import Score
 from stexp.api.typed import typed
 from stexp.api.work_folder import WorkFolder
-from stexp.data.genes import normalise
+from stexp.data.genes import expression
 from stexp.data.section import Section
 from stexp.data.shown import facts_table, one_line
 from stexp.data.slides.pictures import Sheet
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.inference import hub, predictor
+from stexp.evaluation.foreign import training
+from stexp.evaluation.records import read_provenance
+from stexp.inference import hub, model_folder, predictor
 from stexp.inference.bank import Bank
 from stexp.inference.export import export
 from stexp.inference.out_of_distribution import KnownTiles
 from stexp.inference.trained import TrainedMethod
 from stexp.protocol import Protocol
 from stexp.runs.plugins import load_plugins
+
+OF_SLIDES = ("um_per_px", "grid", "spacing_um", "coordinates")
+"""Options of a prediction that a section with spots has no use for."""
 
 
 class SlideOptions(TypedDict, total=False):
@@ -168,8 +172,10 @@ class Model:
             An image, on whose tissue a grid of spots is laid; a section, at its spots; or data, at their held-out
             spots.
         options
-            Of slides: ``um_per_px``, ``grid``, ``spacing_um``, ``coordinates``, ``genes``, ``exclude_slide``; of all
-            ``device``, ``batch_size``, ``progress``; see :meth:`stexp.inference.predictor.Model.predict`.
+            Of slides alone: ``um_per_px``, ``grid``, ``spacing_um``, ``coordinates``; of all: ``genes``,
+            ``exclude_slide``, ``device``, ``batch_size``, ``work_dir``, ``progress``; see
+            :meth:`stexp.inference.predictor.Model.predict`. The spots that held out the run of this model come as that
+            run predicted them, unless an option asks for something else.
 
         Returns
         -------
@@ -177,19 +183,31 @@ class Model:
             ``X`` and ``layers["predicted"]`` on the scale of the training; of sections and data also
             ``layers["observed"]``, on the same scale, NaN for genes that were not measured.
 
+        Raises
+        ------
+        InputError
+            A section or data with an option that is of slides, without an image, or what
+            :meth:`stexp.inference.predictor.Model.predict` refuses.
+
         Examples
         --------
         >>> adata = model.predict("slide.svs", genes=["ERBB2", "KRT8"])
         >>> held_out = model.predict(data)
         """
+        if not isinstance(slide, Section | SpotDataModule):
+            return self.exported.predict(slide, **options)
+        of_slides = [key for key in OF_SLIDES if key in options]
+        if of_slides:
+            raise InputError(
+                f"{of_slides[0]} is of slides without spots: a section is predicted at its own, at its own scale; its "
+                f"image, model.predict(section.slide, {of_slides[0]}=...), would fit"
+            )
         if isinstance(slide, Section):
             return self._predict_spots(slide, np.ones(len(slide), bool), options)
-        if not isinstance(slide, SpotDataModule):
-            return self.exported.predict(slide, **options)
         data = slide
-        if not options and self._run is not None and data.digest == self._run.data.digest:
+        if not set(options) - {"progress"} and self._run is not None and data.digest == self._run.data.digest:
             adata = self._held_out.copy()
-            adata.uns["stexp"]["trained_on"] = _stated(self._run.data.names("train", "validation"))
+            adata.uns["stexp"][training.KEY] = self._training
             return adata
         parts = []
         for section in data.sections:
@@ -204,19 +222,26 @@ class Model:
             raise InputError(f"section {section.name} has no image; one that has would fit")
         own: SlideOptions = {"um_per_px": section.um_per_px, "coordinates": section.xy_px[spots], **options}
         adata = self.exported.predict(section.slide, **own)
-        names, taken = section.spots.obs_names[spots].astype(str), section.take(spots)
+        names = section.spots.obs_names[spots].astype(str)
         adata.obs_names = f"{section.name}:" + names
         adata.obs["section"], adata.obs["patient"], adata.obs["spot"] = section.name, section.patient, names
         adata.obs[["array_x", "array_y"]] = section.array_xy[spots]
-        adata.obs["total_counts"] = taken.total_counts
+        adata.obs["total_counts"] = section.total_counts[spots]
         adata.uns["spatial"] = {section.name: next(iter(adata.uns["spatial"].values()))}
-        # the panel is what some protocols count the library over
-        protocol, genes = Protocol(**self.facts["protocol"]), [*dict.fromkeys([*self.panel, *adata.var_names])]
-        truth = pd.DataFrame(normalise(taken.counts(genes), taken.total_counts, protocol), columns=genes)
-        adata.layers["observed"] = truth[list(adata.var_names)].to_numpy()
-        sections = self.facts["trained"]["sections"]
-        adata.uns["stexp"]["trained_on"] = _stated([*sections["train"], *sections["validation"]])
+        protocol = Protocol(**self.facts["protocol"])
+        observed = expression(section, list(adata.var_names), protocol, self.panel)
+        adata.layers["observed"] = observed[spots]
+        adata.uns["stexp"][training.KEY] = self._training
         return adata
+
+    @cached_property
+    def _training(self) -> str:
+        """What the model was trained on, as its predictions say it; JSON."""
+        if self._run is None:
+            return json.dumps(training.training_record(self.facts["trained"]))
+        data, provenance = self._run.data, read_provenance(self.folder)
+        roles = {role: data.names(role) for role in training.ROLES}
+        return json.dumps(training.training_record({**provenance, "sections": roles}, data.digest))
 
     def save(
         self,
@@ -237,12 +262,13 @@ class Model:
         bank, prototypes, folds, alpha
             Of a model that was trained here; see :func:`stexp.inference.export.export`.
         overwrite
-            Take the place of an exported model that is there.
+            Take the place of an exported model that is there, once the new one is whole.
 
         Raises
         ------
         InputError
-            Something is there already, or the method needs more than the tiles of a slide.
+            Something is there already, the method needs more than the tiles of a slide, or an option asks of a loaded
+            model what is decided where it is exported.
         """
         path = Path(path).expanduser()
         if path.exists() and not (overwrite and (path / "model.json").is_file()):
@@ -251,10 +277,15 @@ class Model:
             others = [str(fold) for fold in folds]
             export(self.folder, path, bank, prototypes, others, alpha, self._run.data.every_section)
             return path
+        asked = {"bank": bank != "float32", "prototypes": prototypes is not None, "folds": folds, "alpha": alpha != 0.1}
+        key = next((key for key, is_asked in asked.items() if is_asked), None)
+        if key is not None:
+            raise InputError(
+                f"{key}: this model was loaded, and is saved as it is; the model of stexp.fit, or stexp-export of its "
+                f"run, takes {key}="
+            )
         assert self._path is not None  # of a loaded model
-        if path.exists():
-            shutil.rmtree(path)
-        shutil.copytree(self._path, path)
+        model_folder.copy(self._path, path)
         return path
 
     def push_to_hub(
@@ -327,20 +358,19 @@ def load_model(path: str | Path, plugins: Sequence[str] = ()) -> Model:
     return Model(predictor.exported_folder(path))
 
 
-def _stated(sections: Sequence[str]) -> str:
-    """Sections of training as predictions state them, for :func:`stexp.evaluate`."""
-    return json.dumps({"sections": list(dict.fromkeys(sections))})
-
-
 def _joined(parts: list[ad.AnnData]) -> ad.AnnData:
-    """Predictions of several sections as one; who their neighbours are stays with those of one section."""
+    """Predictions of several sections as one, which says of itself what holds for all of them.
+
+    Who their neighbours are stays with the predictions of one section; the scale of each image stands in
+    ``uns["spatial"]``.
+    """
     if len(parts) == 1:
         return parts[0]
     joined = ad.concat(parts, merge="same")
     for key in ("neighbours", "neighbour_weights"):
         joined.obsm.pop(key, None)
     joined.uns["spatial"] = {name: entry for part in parts for name, entry in part.uns["spatial"].items()}
-    joined.uns["stexp"] = dict(parts[0].uns["stexp"])
-    for key in ("checks", "verdict", "slide", "slide_digest"):
-        joined.uns["stexp"].pop(key, None)
+    abouts = [{key: str(value) for key, value in part.uns["stexp"].items()} for part in parts]  # NaN equals NaN so
+    common = set.intersection(*(set(about.items()) for about in abouts))
+    joined.uns["stexp"] = {key: parts[0].uns["stexp"][key] for key in abouts[0] if (key, abouts[0][key]) in common}
     return joined

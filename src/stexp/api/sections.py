@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from stexp.api.typed import typed
-from stexp.data.readers import cscc, demo, her2st, hest, samplesheet, spatialdata, visium
+from stexp.data.readers import alex10x, cscc, demo, her2st, hest, samplesheet, spatialdata, visium
 from stexp.data.section import Section
 
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ def source_of(sections: Sequence[Section]) -> Source | None:
     return sources[0] if sources and all(source is sources[0] for source in sources) else None
 
 
-def recorded(data: str, reader: Callable[P, list[Section]]) -> Callable[P, list[Section]]:
+def with_source(data: str, reader: Callable[P, list[Section]]) -> Callable[P, list[Section]]:
     """A reader whose sections :func:`source_of` knows.
 
     Parameters
@@ -67,10 +67,11 @@ def recorded(data: str, reader: Callable[P, list[Section]]) -> Callable[P, list[
     return read
 
 
-read_cscc = recorded("cscc", cscc.read_cscc)
-read_demo = recorded("demo", demo.read_demo)
-read_her2st = recorded("her2st", her2st.read_her2st)
-read_hest = recorded("hest", hest.read_hest)
-read_samplesheet = recorded("samplesheet", samplesheet.read_samplesheet)
-read_spatialdata = recorded("spatialdata", spatialdata.read_spatialdata)
-read_visium = recorded("visium", visium.read_visium)
+read_alex10x = with_source("alex10x", alex10x.read_alex10x)
+read_cscc = with_source("cscc", cscc.read_cscc)
+read_demo = with_source("demo", demo.read_demo)
+read_her2st = with_source("her2st", her2st.read_her2st)
+read_hest = with_source("hest", hest.read_hest)
+read_samplesheet = with_source("samplesheet", samplesheet.read_samplesheet)
+read_spatialdata = with_source("spatialdata", spatialdata.read_spatialdata)
+read_visium = with_source("visium", visium.read_visium)

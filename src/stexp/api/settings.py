@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
     return value.replace("${", r"\${") if isinstance(value, str) else value
 
 
-def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that says what a run is, as its folder keeps it."""
     return {key: value for key, value in config.items() if key not in NO_SETTING}
 

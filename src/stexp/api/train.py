@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from stexp.api.features import frozen_encoder, machine_of
-from stexp.api.settings import recorded
+from stexp.api.settings import config_of_run
 from stexp.construct import build
 from stexp.data.dataset import DataSet
 from stexp.data.section import Section
@@ -59,6 +59,7 @@ def train_run(
     config: Mapping[str, Any],
     sections: list[Section],
     *,
+    command: str | None = None,
     overwrite: bool = False,
     method: Method | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -71,6 +72,8 @@ def train_run(
         ``conf/train.yaml`` with every value in place, ``fold`` and ``output_dir`` too, as plain data.
     sections
         Those of the data set, held out and not.
+    command
+        What was called, for the record; None: the command that runs.
     overwrite
         Start anew where ``output_dir`` holds a run, this one or another.
     method
@@ -89,7 +92,7 @@ def train_run(
         Another process is at work in the folder, or it holds a run with another config or of other data.
     """
     machine = machine_of(config)
-    config = recorded(config)
+    config = config_of_run(config)
     base = _base(config, method)
     if base is not None:
         config["from"] = base.config
@@ -103,7 +106,7 @@ def train_run(
                     return TrainedRun(folder.path, score_finished(folder.path, sections), None)
             elif folder.finished and not overwrite:
                 return None
-            return _train(config, sections, folder, machine, overwrite, method, callbacks, base)
+            return _train(config, sections, folder, machine, command, overwrite, method, callbacks, base)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_next(folder)) from None
 
@@ -131,6 +134,7 @@ def _train(
     sections: list[Section],
     folder: RunFolder,
     machine: Machine,
+    command: str | None,
     overwrite: bool,
     method: Method | None,
     callbacks: Sequence[pl.Callback],
@@ -179,16 +183,15 @@ def _train(
         if not machine.is_first:
             return None
         with stages("predict"):
-            prediction, chosen = predict(method, data, machine, trainer)
+            prediction, chosen = predict(method, data, machine, trainer, folder.checkpoint)
         (folder.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are made anew
         with stages("results"):
             thresholds = build(config["data"]["quality"])
             digest = write_results(folder, data, method, prediction, chosen, thresholds, random)
         with stages("score"):
             metrics = score_run(folder.path)
-        record = provenance(
-            data.sections, size_of_training(trainer), stages, machine.chosen_precision, machine.device.type
-        )
+        computed = machine.chosen_precision, machine.device.type
+        record = provenance(data.sections, size_of_training(trainer), stages, *computed, command)
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
         record["spots"] = training_record(data, tiles)

@@ -15,6 +15,7 @@ from stexp.config.compose import entry
 from stexp.data.dataset import DataSet
 from stexp.data.demo import write_demo
 from stexp.data.readers.samplesheet import read_samplesheet
+from stexp.data.splits import folds
 from stexp.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def check(config: dict, folder: Path) -> int:
 
 
 def little_data(config: dict, folder: Path) -> SpotDataModule:
-    """Four generated sections of a few spots, made in `folder`: two train, one validates, one is held out."""
+    """Four generated sections of a few spots, made in `folder`, of which the protocol's first fold is held out."""
     import pytorch_lightning as pl
     import torch
 
@@ -59,7 +60,8 @@ def little_data(config: dict, folder: Path) -> SpotDataModule:
     encoder = build({**config["image_encoder"], **UNTUNED})
     frozen = FrozenEncoder(encoder, torch.device("cpu"), None, folder)
     dataset = DataSet({**config["data"], "cache_dir": str(folder), "augmentation": "none"})
-    return dataset.serve(sections, build(config["protocol"]), sections[0].patient, config["seed"], encoder=frozen)
+    protocol = build(config["protocol"])
+    return dataset.serve(sections, protocol, folds(sections, protocol)[0], config["seed"], encoder=frozen)
 
 
 if __name__ == "__main__":

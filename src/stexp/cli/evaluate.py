@@ -12,7 +12,6 @@ from stexp.arguments import Seed, SeveralSeeds, check
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError, did_you_mean
-from stexp.files import alone_in
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:  # which --help does without, here and in functions: pandas, anndata, torch
@@ -72,14 +71,12 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
         ``metrics.json``.
     """
     # imports torch and Lightning
-    import pytorch_lightning as pl
-
+    from stexp.api.evaluate import score_predictions
+    from stexp.api.features import frozen_encoder
     from stexp.data.dataset import DataSet
     from stexp.evaluation.foreign.files import read_predictions
     from stexp.evaluation.foreign.names import check_sections, names_of, rename_genes
-    from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder, random_twins
-    from stexp.reporting.report import write_report
-    from stexp.runs.foreign import evaluate
+    from stexp.runs.folder import PREDICTIONS
     from stexp.training.machine import Machine
 
     names = names_of(sections)
@@ -95,41 +92,26 @@ def score_files(cfg: DictConfig, files: list[Path], sections: list[Section], pro
         dataset = DataSet({**config["data"], "panel_saw_test": False})  # who chose them is stated, or not known
     machine = Machine({"accelerator": config["device"], "devices": 1}, config["precision"])
     machine.set_threads()
-    pl.seed_everything(config["seed"], verbose=False)  # of an encoder with random weights
-    encoder = FrozenEncoder(
-        build({**config["image_encoder"], **UNTUNED}),
-        *(machine.device, machine.autocast(), config["data"]["cache_dir"], config["data"]["eval_batch_size"]),
-        twins=random_twins(config["image_encoder"], config["random_features"]),
-    )
+    encoder = frozen_encoder(config, machine)
     data = dataset.serve(sections, protocol, str(config["fold"]), config["seed"], panel, encoder=encoder)
     for line in data.summary():
         log.info("%s", line)
-    folder = Path(config["output_dir"])
-    kept = {key: config[key] for key in ("seed", "output_dir", "protocol", "data", "image_encoder", "precision")}
-    kept |= {
-        "fold": str(config["fold"]),
-        "predictions": {"files": list(map(str, files)), "layer": config["layer"]},
-    }
-    metrics = evaluate(
+    config["fold"] = str(config["fold"])
+    config[PREDICTIONS] = {"files": list(map(str, files)), "layer": config["layer"]}
+    return score_predictions(
         predicted,
         data,
-        folder,
+        config,
+        sections=sections,
+        machine=machine,
         name=str(config["name"]),
         trained_on=_names(config["trained_on"]),
         scale=config["scale"],
         genes_chosen_on=_names(config["genes_chosen_on"]),
         own_panel=panel is not None,
         gene_table=gene_table,
-        sections=sections,
-        thresholds=build(config["data"]["quality"]),
-        config=kept,
-        precision=machine.chosen_precision,
-        device=machine.device.type,
         overwrite=bool(config["overwrite"]),
     )
-    with alone_in(folder, wait=True):
-        write_report(folder)
-    return metrics
 
 
 def panel_of(predicted: ad.AnnData, sections: list[Section]) -> list[str]:

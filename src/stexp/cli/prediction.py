@@ -1,4 +1,4 @@
-"""Slides that have only H&E, found, predicted and recorded: what ``stexp-predict`` does."""
+"""Slides that have only H&E, found, predicted and put on record: what ``stexp-predict`` does."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ def _is_predicted(folder: Path) -> bool:
 
 def _compare(folder: Path, settings: dict) -> None:
     """InputError where the prediction in a folder was made with others of these settings."""
-    recorded = SETTINGS | read_json(folder / "provenance.json", SlideProvenance)["settings"]
-    differing = sorted(key for key in settings if recorded.get(key) != settings[key])
+    before = SETTINGS | read_json(folder / "provenance.json", SlideProvenance)["settings"]
+    differing = sorted(key for key in settings if before.get(key) != settings[key])
     if differing:
         raise InputError(
             f"{folder} holds a prediction with another {', '.join(differing)}; choose another output_dir, or "

@@ -14,7 +14,7 @@ from stexp.errors import InputError
 log = logging.getLogger(__name__)
 
 DEMO = (
-    "this is the demo, on generated sections: 90 epochs, about 3 minutes on two idle CPU cores; "
+    "this is the demo, on generated sections: 90 epochs, a few minutes on an idle CPU core; "
     "trainer.max_epochs=20 is enough for a look, data= names a data set, --help says more"
 )
 
@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     """Train a fold, or all; what is wrong whatever the data are is refused before sections are read."""
     # pandas and anndata, which --help does without
-    from stexp.api.settings import check_numbers, recorded
+    from stexp.api.settings import check_numbers, config_of_run
     from stexp.cli.fold import config_of, train
     from stexp.data.splits import check_fold, folds
     from stexp.evaluation.score import folds_table
@@ -47,7 +47,7 @@ def _train(cfg: DictConfig) -> None:
     begins_at_model = cfg.get("from") is not None  # whose digest the folder's config holds
     if cfg.fold is not None and str(cfg.fold) != "all" and not cfg.overwrite and not begins_at_model:
         folder = RunFolder(Path(cfg.output_dir))
-        folder.check(recorded(config_of(cfg, str(cfg.fold), folder.path)))
+        folder.check(config_of_run(config_of(cfg, str(cfg.fold), folder.path)))
     dataset.panel(protocol)
     sections = dataset.read_sections(protocol)
     names = folds(sections, protocol)

@@ -25,6 +25,7 @@ from stexp.config.keys import check_choices, check_keys, check_kinds
 from stexp.config.plugins import CONFIG_DIR, SOURCES, Sources, as_search_path, default_sources, used_plugins
 from stexp.errors import InputError
 from stexp.files import CONF
+from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ HYDRA_FLAGS = frozenset(
         *("--multirun", "--package", "--resolve", "--run", "--shell-completion"),
     ]
 )
+PROTOCOL = f"{Protocol.__module__}.{Protocol.__qualname__}"
 OF_HYDRA = ("hydra", "hydra/launcher", "hydra/sweeper")
 OF_SWEEPS = ("sweep", "dry_run")
 """Keys of ``stexp-train -m`` that are none of the config's."""
@@ -222,6 +224,7 @@ def _checked(name: str, parsed: Sequence[Override], sources: Sources, with_hydra
         check_kinds([each for each in changes if not each.key_or_group.startswith("hydra.")], base, config)
     except (HydraException, OmegaConfBaseException) as error:  # what neither a key nor a choice explains
         raise InputError(f"config: {str(error).splitlines()[0]}") from None
+    _check_protocol(config)
     plugins = used_plugins(config, sources)
     with open_dict(config):
         if plugins:  # a run says what it was made with
@@ -229,6 +232,17 @@ def _checked(name: str, parsed: Sequence[Override], sources: Sources, with_hydra
         if not with_hydra:
             del config["hydra"]
     return config
+
+
+def _check_protocol(config: DictConfig) -> None:
+    """InputError for a class of a protocol that is not ours: its fields are all that splits and scores look at."""
+    target = str(config.get("protocol", {}).get("_target_", PROTOCOL))
+    if target != PROTOCOL:
+        raise InputError(
+            f"protocol._target_={target}: a protocol is the values of {PROTOCOL}, and splits and scores ask no class "
+            f"of another; conf/protocol/NAME.yaml of the plug-in, with _target_: {PROTOCOL} and values of its own, "
+            f"would fit"
+        )
 
 
 def split(arguments: Iterable[str]) -> tuple[Sources, list[str]]:

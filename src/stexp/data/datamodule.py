@@ -36,6 +36,7 @@ from stexp.data.features import (
     TiledSection,
     TileEncoder,
     draw_views,
+    encode_subtiles,
     encode_surroundings,
     encode_tiles,
     encode_views,
@@ -148,8 +149,7 @@ class SpotDataModule(pl.LightningDataModule):
         self.protocol, self.fold, self.seed = protocol, fold, seed
         self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um).wide(scales), cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
-        self.hed_sigma, self.stain, self.tile_store = hed_sigma, stain, tile_store
-        self.views = views
+        self.hed_sigma, self.stain, self.tile_store, self.views = hed_sigma, stain, tile_store, views
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
         self.sections = [section for section in sections if section.name in roles]
         self.spots = spot_table(self.sections, roles)
@@ -225,7 +225,7 @@ class SpotDataModule(pl.LightningDataModule):
         """Cut or open the tiles of all sections with an image, and compute or read their features."""
         self.open_tiles()
         if self.encoder is not None and self._features is None:
-            self._features = encode_tiles(self.encoder, self._tiled_sections(), len(self.spots))
+            self._features = encode_tiles(self.encoder, self.tiled(), len(self.spots))
 
     def open_tiles(self) -> TileBank:
         """Cut or open the tiles of all sections with an image."""
@@ -270,13 +270,7 @@ class SpotDataModule(pl.LightningDataModule):
     @property
     def tile_features(self) -> np.ndarray:
         """`features` of a data module with an encoder."""
-        self.setup()
-        return required(self._features)
-
-    def random_features(self) -> Iterator[np.ndarray]:
-        """`features` by the same architecture at random weights, computed or read from the cache, one for each seed."""
-        for encoder in () if self.encoder is None else self.encoder.at_random_weights():
-            yield encode_tiles(encoder, self._tiled_sections(), len(self.spots))
+        return required(self.features)
 
     @property
     def n_features(self) -> int | None:
@@ -286,11 +280,16 @@ class SpotDataModule(pl.LightningDataModule):
     def surroundings(self, k: int) -> Surroundings:
         """Frozen features of the k x k tiles around every spot (k odd), computed or opened at the first call."""
         if k not in self._surroundings:
-            encoder, sections = required(self.encoder), self._tiled_sections()
+            encoder, sections = required(self.encoder), self.tiled()
             self._surroundings[k] = encode_surroundings(encoder, sections, len(self.spots), self.tile, k)
         return self._surroundings[k]
 
-    def _tiled_sections(self) -> Iterator[TiledSection]:
+    def subtiles(self, k: int) -> Surroundings:
+        """Frozen features of the k x k parts of every spot's own tile, computed or opened."""
+        return encode_subtiles(required(self.encoder), self.tiled(), len(self.spots), k)
+
+    def tiled(self) -> Iterator[TiledSection]:
+        """Sections with an image, and their tiles as methods see them."""
         stores, section_of_spot = self.open_tiles().stores, self.spots["section"].to_numpy(str)
         return tiled_sections(self._with_image, stores, section_of_spot, self.normaliser)
 
@@ -302,7 +301,8 @@ class SpotDataModule(pl.LightningDataModule):
         if self._batching == "section":
             order = SectionBatches(self._by_section("train"), self.seed)
         else:
-            image = not self._reads_features or (self.augmentation != "none" and not self.views)
+            own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
+            image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
             order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image)
         return index_loader(order)
 
@@ -374,14 +374,14 @@ class SpotDataModule(pl.LightningDataModule):
             image = augment(self.tiles(index.rows.numpy(), device), kind, index.seed or 0, self.hed_sigma)
             return self._tables.take(index, image, device)
         batch = self._tables.take(index, None, device)
-        if index.seed is not None and kind != "none":
+        if self.views and index.seed is not None and kind != "none":
             batch.features = draw_views(self._view_features, index.rows, index.seed).to(device)
         return batch
 
     @cached_property
     def _view_features(self) -> np.ndarray:
         """Frozen features of the augmented views of training tiles, (views, n_spots, F)."""
-        sections = [tiled for tiled in self._tiled_sections() if tiled.section.name in self.names("train")]
+        sections = [tiled for tiled in self.tiled() if tiled.section.name in self.names("train")]
         kind = (self.augmentation, self.hed_sigma)
         return encode_views(required(self.encoder), sections, len(self.spots), *kind, self.views or 0)
 

@@ -60,6 +60,10 @@ class TileEncoder(Protocol):
         """Encoders of the same architecture at random weights, each of another seed."""
         ...
 
+    def of_subtiles(self, section: Section, store: TileStore, k: int, stain: Stain | None = None) -> np.ndarray:
+        """Features of the k x k parts of each spot's own tile, (n_spots, k * k, F) float32."""
+        ...
+
     def is_of(self, encoder: torch.nn.Module) -> bool:
         """Whether another encoder would give the same features."""
         ...
@@ -80,12 +84,13 @@ class TiledSection:
 
 
 class Surroundings:
-    """Frozen features of the k x k tiles around each spot of a data module, read from the cache as asked for.
+    """Frozen features of the k x k tiles around each spot of a data module, or of the k x k parts of its own tile, read
+    from the cache as asked for.
 
     Attributes
     ----------
     inside : (n_spots, k * k) bool
-        Which of the tiles lie inside the image; False for all of a spot without an image.
+        Which of the tiles lie inside the image, as all parts of a spot's own do; none of a spot without an image.
     """
 
     def __init__(self, parts: list[np.ndarray], inside: np.ndarray) -> None:
@@ -167,4 +172,14 @@ def encode_surroundings(
         for tiled in sections:
             inside[tiled.rows] = around(tiled.section, spec, k)[1]
             parts.append(encoder.of_surroundings(tiled.section, tiled.store, spec, k, tiled.stain))
+    return Surroundings(parts, inside)
+
+
+def encode_subtiles(encoder: TileEncoder, sections: Iterable[TiledSection], n_spots: int, k: int) -> Surroundings:
+    """Features of the k x k parts of every spot's own tile."""
+    parts, inside = [], np.zeros((n_spots, k * k), dtype=bool)
+    with encoder:
+        for tiled in sections:
+            inside[tiled.rows] = True
+            parts.append(encoder.of_subtiles(tiled.section, tiled.store, k, tiled.stain))
     return Surroundings(parts, inside)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -96,6 +97,28 @@ def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float
     deviation = np.sqrt(expected + expected**2 / theta)
     residuals = (counts - expected) / np.where(deviation == 0, 1, deviation)
     return residuals.clip(-np.sqrt(len(counts)), np.sqrt(len(counts)))
+
+
+def expression(section: Section, genes: Sequence[str], protocol: Protocol, panel: Sequence[str]) -> np.ndarray:
+    """Expression of some genes at every spot of a section, on the scale of the truth of a fold.
+
+    Parameters
+    ----------
+    genes
+        In the panel or not.
+    panel
+        Genes that the counts of a spot are counted over where the protocol counts them over a panel.
+
+    Returns
+    -------
+    (N, G) float32
+        NaN in columns of genes that are not measured.
+    """
+    total = section.total_counts
+    if protocol.truth != "gene" and protocol.library == "panel":
+        total = np.nansum(section.counts(panel).astype(np.float64), axis=1)
+        protocol = replace(protocol, library="transcriptome")
+    return normalise(section.counts(genes), total, protocol)
 
 
 def read_panel(path: str | Path) -> list[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def join(counts: ad.AnnData, positions: pd.DataFrame, where: str, complete: bool
     for side, index in (("counts", counts.obs_names), ("positions", positions.index)):
         if not index.is_unique:
             twice = index[index.duplicated()].unique()
-            raise InputError(f"{where}: {len(twice)} spot ids occur twice in the {side} ({_some(twice)})")
+            raise InputError(f"{where}: {len(twice)} spot ids occur twice in the {side} ({listed(twice)})")
     in_tissue = positions["in_tissue"].to_numpy(bool) if "in_tissue" in positions else np.ones(len(positions), bool)
     if not in_tissue.any():
         raise InputError(f"{where}: none of {len(positions)} spots is in tissue")
@@ -133,8 +132,8 @@ def _match(counts: pd.Index, positions: pd.Index, in_tissue: np.ndarray, where: 
     rows = position_places.get_indexer(places)
     if not (rows >= 0).any():
         raise InputError(
-            f"{where}: counts and positions have no spot id in common: {len(counts)} ids like {_some(counts[:1])} in "
-            f"the counts, {len(positions)} like {_some(positions[:1])} in the positions"
+            f"{where}: counts and positions have no spot id in common: {len(counts)} ids like {listed(counts[:1])} in "
+            f"the counts, {len(positions)} like {listed(positions[:1])} in the positions"
         )
     _check_same_sample(counts, positions, tags, position_tags, rows, in_tissue, where)
     return rows, is_own
@@ -225,8 +224,3 @@ def _counted(tags: list[tuple[str, str]]) -> str:
 
 def _shown(tag: tuple[str, str]) -> str:
     return "...".join(tag) if any(tag) else "without a suffix"
-
-
-def _some(names: Iterable, n: int = 3) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")

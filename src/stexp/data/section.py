@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from stexp.data.shown import facts_table, one_line
 from stexp.data.slides.slide import Slide
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Section:
         for subject, index in (("spots", spots.obs_names), ("genes", spots.var_names)):
             if not index.is_unique:
                 twice = index[index.duplicated()].unique()
-                raise InputError(f"section {name}: {len(twice)} duplicate {subject} ({_some(twice)})")
+                raise InputError(f"section {name}: {len(twice)} duplicate {subject} ({listed(twice)})")
             if not "".join(map(str, index)).isprintable():
                 strange = [str(item) for item in index if not str(item).isprintable()]
                 raise InputError(
@@ -233,11 +233,6 @@ def check_counts(values: np.ndarray, where: str) -> None:
     bad = int((values != np.round(values)).sum())
     if bad:
         raise InputError(f"{where}: {bad} counts are fractional (normalised?); raw counts are needed")
-
-
-def _some(names: Iterable, n: int = 3) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
 def n_outside(xy: np.ndarray, width: int, height: int) -> int:

@@ -57,12 +57,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             f"the checkpoint was chosen on sections of the test patient: {', '.join(validation)}",
             "no section of a test patient is in validation",
         ),
-        _item(
-            "copies_in_training",
-            bool(facts.get("copies")),
-            f"sections are held out and train under another name: {', '.join(facts.get('copies', []))}",
-            "no section of the test shares counts or tiles with one that trains",
-        ),
+        _copies_in_training(facts.get("copies", [])),
         _panel(saw),
         *_of_protocol(protocol),
         _item(
@@ -106,7 +101,7 @@ def audit(protocol: Protocol, facts: dict) -> dict:
     return {"protocol": protocol.name, "leaks": sum(i["leak"] for i in items), "items": items, "facts": facts}
 
 
-def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
+def audit_foreign(protocol: Protocol, facts: dict) -> dict:
     """List every leak of predictions that another tool made, as far as is stated, and what is not stated.
 
     Parameters
@@ -115,7 +110,8 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
         ``patient_of``: section -> patient, of the whole data set; ``test``: sections; ``panel_saw_test``: test sections
         that chose the panel; ``trained_on``: sections that the method was trained, validated or tuned on, or None where
         that is not stated; ``genes_by``: ``protocol``, or ``predictions`` where which genes are scored depends on what
-        was predicted; ``genes_chosen_on``: sections that these were chosen on, or None.
+        was predicted; ``genes_chosen_on``: sections that these were chosen on, or None; ``copies``: pairs of a held-out
+        section and another one that share spots, ``sections`` and in ``words``.
 
     Returns
     -------
@@ -148,6 +144,8 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
                 "test sections or patients is not known (trained_on=[sections] states them)",
             )
         ]
+    items += _copies(facts["copies"], set(facts["train"]) if stated else None)
+    facts["copies"] = [pair["words"] for pair in facts["copies"]]
     chosen_on, saw = facts["genes_chosen_on"], set(facts["panel_saw_test"])
     if saw or facts["genes_by"] == "protocol" or chosen_on is not None:
         items.append(_panel(sorted(saw | (test & set(chosen_on or [])))))
@@ -167,6 +165,26 @@ def audit_elsewhere(protocol: Protocol, facts: dict) -> dict:
         "items": items,
         "facts": facts,
     }
+
+
+def _copies_in_training(copies: list[str]) -> dict:
+    return _item(
+        "copies_in_training",
+        bool(copies),
+        f"sections are held out and train under another name: {', '.join(copies)}",
+        "no section of the test shares counts or tiles with one that trains",
+    )
+
+
+def _copies(pairs: list[dict], trained_on: set[str] | None) -> list[dict]:
+    """Items on sections that are held out and lie in the data under another name, too."""
+    if trained_on is not None:
+        return [_copies_in_training([pair["words"] for pair in pairs if trained_on & set(pair["sections"])])]
+    if not pairs:
+        return []
+    words = ", ".join(pair["words"] for pair in pairs)
+    detail = f"sections are held out and lie in the data under another name, which may have trained: {words}"
+    return [_unknown("copies_in_training", detail)]
 
 
 def _settings(facts: dict) -> str:

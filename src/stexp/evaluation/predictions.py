@@ -216,9 +216,9 @@ def digest(adata: ad.AnnData) -> str:
 
 def changed_since_run(folder: Path) -> bool:
     """Whether ``predictions.h5ad`` of a run holds something else than its method wrote; False where no record says."""
-    recorded = read_json(folder / "provenance.json").get(DIGEST) if (folder / "provenance.json").is_file() else None
+    written = read_json(folder / "provenance.json").get(DIGEST) if (folder / "provenance.json").is_file() else None
     path = folder / "predictions.h5ad"
-    if recorded is None or not path.is_file():
+    if written is None or not path.is_file():
         return False
 
     def load(path: Path) -> ad.AnnData:
@@ -226,7 +226,7 @@ def changed_since_run(folder: Path) -> bool:
             obs, var = (ad.io.read_elem(file[key]) for key in ("obs", "var"))
             return ad.AnnData(obs=obs, var=var, layers={"predicted": ad.io.read_elem(file["layers/predicted"])})
 
-    return digest(_read(path, load, ())) != recorded
+    return digest(_read(path, load, ())) != written
 
 
 def is_of_a_slide(path: Path) -> bool:

@@ -61,7 +61,12 @@ def module_sets(panel: Sequence[str], modules: np.ndarray) -> dict[str, list[str
     }
 
 
-def set_scores(expression: np.ndarray, sets: Mapping[str, Sequence[int]]) -> np.ndarray:
+def scored_genes(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Genes (G,) bool of one section that vary in the truth and are predicted: those that both sides of a set have."""
+    return np.isfinite(predicted).all(axis=0) & (_spread(np.asarray(observed, dtype=np.float64)) > 0)
+
+
+def set_scores(expression: np.ndarray, sets: Mapping[str, Sequence[int]], genes: np.ndarray) -> np.ndarray:
     """Score of every spot of one section for every set of genes.
 
     Parameters
@@ -69,15 +74,25 @@ def set_scores(expression: np.ndarray, sets: Mapping[str, Sequence[int]]) -> np.
     expression : (Q, G)
     sets
         Name -> columns.
+    genes : (G,) bool
+        Those that count, see `scored_genes`; the same for everything that is compared.
 
     Returns
     -------
     (Q, S) float64
-        Mean over the genes of a set, each rid of its mean and divided by its standard deviation over the spots;
-        constant or unmeasured genes add nothing.
+        Mean over the genes of a set that count, each rid of its mean and divided by its standard deviation over the
+        spots; a constant gene adds nothing. NaN of a set none of whose genes count.
     """
     values = np.asarray(expression, dtype=np.float64)
-    centred = values - values.mean(axis=0)
-    spread = centred.std(axis=0)
-    scaled = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 1e-6 * np.abs(values).max(axis=0))
-    return np.stack([scaled[:, list(columns)].mean(axis=1) for columns in sets.values()], axis=1)
+    spread = _spread(values)
+    centred = np.where(spread > 0, values - values.mean(axis=0), 0.0)
+    scaled = np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0)
+    kept = [[column for column in columns if genes[column]] for columns in sets.values()]
+    nothing = np.full(len(values), np.nan)
+    return np.stack([scaled[:, columns].mean(axis=1) if columns else nothing for columns in kept], axis=1)
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviation over spots (G,); 0 of genes that are constant but for rounding, or hold NaN."""
+    spread = values.std(axis=0)
+    return np.where(spread > 1e-6 * np.abs(values).max(axis=0), spread, 0.0)

@@ -72,7 +72,7 @@ class ScoredAs(Scored):
     sections: NotRequired[dict[str, Scored]]
 
 
-class Coverage(TypedDict):
+class CoverageCounts(TypedDict):
     """See :func:`stexp.evaluation.coverage.describe_coverage`."""
 
     n_spots: Count
@@ -91,7 +91,7 @@ class ScaleFacts(TypedDict):
     statement: str
 
 
-class FactsElsewhere(TypedDict):
+class ForeignFacts(TypedDict):
     """What is on record of predictions that no run of ours made."""
 
     trained_on: list[str] | None
@@ -102,8 +102,8 @@ class FactsElsewhere(TypedDict):
     n_renamed_genes: Whole
 
 
-class ScoredElsewhere(FactsElsewhere):
-    coverage: Coverage
+class ScoredForeign(ForeignFacts):
+    coverage: CoverageCounts
 
 
 class Interval(TypedDict):
@@ -112,6 +112,8 @@ class Interval(TypedDict):
     low: Finite
     high: Finite
     over: str
+    n_units: NotRequired[Count]
+    covers: NotRequired[Finite]
 
 
 class BeyondChance(TypedDict):
@@ -134,6 +136,7 @@ class Stratum(TypedDict):
     share: Finite | None
     share_low: Finite | None
     share_high: Finite | None
+    share_over: NotRequired[str | None]
 
 
 class Measurable(TypedDict):
@@ -178,7 +181,7 @@ class Metrics(Scored):
     oracle_floors: list[str]
     floor_spread: NotRequired[dict[str, Scores]]
     chosen: Chosen
-    elsewhere: NotRequired[ScoredElsewhere]
+    elsewhere: NotRequired[ScoredForeign]
     evidence: NotRequired[Evidence]
     leaks: NotRequired[list[str]]
 
@@ -199,12 +202,13 @@ class AuditSections(TypedDict):
     panel_saw_test: list[str]
 
 
-class AuditElsewhere(AuditSections):
-    """See :func:`stexp.evaluation.audit.audit_elsewhere`."""
+class ForeignAuditFacts(AuditSections):
+    """See :func:`stexp.evaluation.audit.audit_foreign`."""
 
     trained_on: list[str] | None
     genes_chosen_on: list[str] | None
     genes_by: Literal["protocol", "predictions"]
+    copies: NotRequired[list[str]]
 
 
 class AuditFacts(AuditSections):
@@ -230,10 +234,10 @@ class Audit(AuditItems):
     facts: AuditFacts
 
 
-class EvaluatedAudit(AuditItems):
+class ForeignAudit(AuditItems):
     """``audit.json`` of predictions made elsewhere."""
 
-    facts: AuditElsewhere
+    facts: ForeignAuditFacts
 
 
 class Hardware(TypedDict):
@@ -281,13 +285,13 @@ def read_metrics(run: Path) -> Metrics:
     return read_json(run / "metrics.json", Metrics)
 
 
-def read_audit(run: Path) -> Audit | EvaluatedAudit:
+def read_audit(run: Path) -> Audit | ForeignAudit:
     """``audit.json`` of a run; InputError where it is missing, damaged or of another form."""
     path = run / "audit.json"
     audit = read_json(path)
     facts = audit.get("facts")
-    is_elsewhere = isinstance(facts, dict) and "trained_on" in facts
-    check_fields(str(path), audit, EvaluatedAudit if is_elsewhere else Audit, f"delete it and {AGAIN}")
+    is_foreign = isinstance(facts, dict) and "trained_on" in facts
+    check_fields(str(path), audit, ForeignAudit if is_foreign else Audit, f"delete it and {AGAIN}")
     sections = {*facts["train"], *facts["validation"], *facts["test"], *facts["reference"]}
     if not sections <= set(facts["patient_of"]):
         nameless = ", ".join(sorted(sections - set(facts["patient_of"]))[:5])

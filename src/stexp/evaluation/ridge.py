@@ -46,7 +46,9 @@ def ridge_slope(x: np.ndarray, expression: np.ndarray, penalty: float | None = N
 
 def _components(x: np.ndarray, n: int) -> tuple[StandardScaler, PCA]:
     scaler = StandardScaler().fit(x)
-    return scaler, PCA(min(n, *x.shape), svd_solver="covariance_eigh").fit(scaler.transform(x))
+    # of fewer spots than features, whose covariance would be the larger matrix by far
+    solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"
+    return scaler, PCA(min(n, *x.shape), svd_solver=solver).fit(scaler.transform(x))
 
 
 def probe_components(training: np.ndarray, features: np.ndarray, n_components: int = 256) -> np.ndarray:
@@ -101,8 +103,9 @@ class RidgeProbe:
         """
         x = np.asarray(features, dtype=np.float64)
         scaler, pca = _components(x, n_components)
+        x = scaler.transform(x)
         chosen = 100 / (pca.n_components_ * expression.shape[1]) if penalty == "hest" else penalty
-        slope = ridge_slope(pca.transform(scaler.transform(x)), expression, None if chosen == "gcv" else chosen)
+        slope = ridge_slope(pca.transform(x), expression, None if chosen == "gcv" else chosen)
         return cls(scaler.mean_, pca.components_.T @ slope / scaler.scale_[:, None], expression.mean(axis=0))
 
     def predict(self, features: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.genes import normalise
-from stexp.evaluation.coverage import coverage_of, facts_elsewhere, n_scored_genes, sentences
+from stexp.evaluation.coverage import coverage_of, foreign_facts, n_scored_genes, sentences
 from stexp.evaluation.floors import NO_SCALE, ORACLES, by_floor, mean_over_seeds, spread_over_seeds
+from stexp.evaluation.intervals import ENOUGH
 from stexp.evaluation.metrics import (
     mean_or_none,
     mean_over_sections,
@@ -59,7 +60,7 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     """
     observed = truth(adata, protocol)
     predicted = np.asarray(adata.layers["predicted"])
-    coverage, elsewhere = coverage_of(adata), facts_elsewhere(adata)
+    coverage, elsewhere = coverage_of(adata), foreign_facts(adata)
     same_scale = protocol.scale == own.scale and (elsewhere is None or elsewhere["scale"]["errors"])
     floor_of = floors_of(floors, protocol)
     sections, columns, by_seed = {}, {}, []
@@ -193,7 +194,9 @@ def _evidence_lines(metrics: dict) -> list[str]:
     """Interval of the score, genes beyond chance, and the error that is gone, each in half a line."""
     behind, parts = metrics.get("evidence", {}), []
     if interval := behind.get("intervals", {}).get("pearson_acg"):
-        parts.append(f"95 % interval of ACG {interval['low']:.3f} to {interval['high']:.3f}, over {interval['over']}")
+        text = f"95 % interval of ACG {interval['low']:.3f} to {interval['high']:.3f}, over {interval['over']}"
+        few = f" (so few that it covers about {interval['covers']:.0%})" if interval.get("covers", 1) < ENOUGH else ""
+        parts.append(text + few)
     if chance := behind.get("chance"):
         parts.append(f"{chance['n_beyond']} of {chance['n_genes']} genes beyond chance")
     skill = behind.get("error", {}).get("skill_within_gene")

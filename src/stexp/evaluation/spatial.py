@@ -138,15 +138,17 @@ def structural_similarity(observed: np.ndarray, predicted: np.ndarray) -> np.nda
     """SSIM of every gene over the spots of a section, (G,), of maps scaled by their maximum.
 
     One window, the whole section, with the constants 0.01 and 0.03, as Li et al. 2022 (Nature Methods 19, 662) score
-    spatial gene patterns; NaN where the truth is constant, not measured, or nowhere above 0.
+    spatial gene patterns. It is of maps from 0 to 1: predictions below 0 count as 0, of which two negatives would else
+    make a likeness where one map is the other upside down. NaN where the truth is constant, not measured, nowhere above
+    0, or somewhere below it, as residuals are.
     """
     observed, predicted = np.asarray(observed, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     top = observed.max(axis=0)
-    scored = (np.ptp(observed, axis=0) > 0) & (top > 0)
+    scored = (np.ptp(observed, axis=0) > 0) & (top > 0) & (observed.min(axis=0) >= 0)
     out = np.full(observed.shape[1], np.nan)
-    truth = observed[:, scored] / top[scored]
-    height = predicted[:, scored].max(axis=0)
-    guess = predicted[:, scored] / np.where(height > 0, height, 1)
+    truth, guess = observed[:, scored] / top[scored], predicted[:, scored].clip(min=0)
+    height = guess.max(axis=0)
+    guess = guess / np.where(height > 0, height, 1)
     a, b = truth.mean(axis=0), guess.mean(axis=0)
     covariance = ((truth - a) * (guess - b)).mean(axis=0)
     light = (2 * a * b + 0.01**2) / (a**2 + b**2 + 0.01**2)

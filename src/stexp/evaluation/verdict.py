@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stexp.evaluation.compare import Comparison, compare, smallest_p
-from stexp.evaluation.coverage import n_scored_genes
+from stexp.evaluation.coverage import is_training_unstated, n_scored_genes
 
 SIGNIFICANT = 0.05
 """Units that could not reach this p if all of them agreed are too few to say anything."""
-SCORES = {"pearson_acg": "all genes", "pearson_heg50": "the 50 highest"}
+GENES_OF_SCORE = {"pearson_acg": "all genes", "pearson_heg50": "the 50 highest"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ def is_oracle(floor: str) -> bool:
 
 
 def by_score(floors: Mapping[str, Mapping[str, float | None]], score: str = "pearson_acg") -> list[tuple[str, Any]]:
-    """Floors with their scores, the highest first, those without a score last."""
-    value = {name: own.get(score) for name, own in floors.items()}
-    return sorted(floors.items(), key=lambda item: (value[item[0]] is None, -(value[item[0]] or 0.0)))
+    """Floors with their scores, the highest first, those without a score (None or NaN) last."""
+
+    def place(item: tuple[str, Mapping[str, float | None]]) -> tuple[bool, float]:
+        value = item[1].get(score)
+        return (True, 0.0) if value is None or math.isnan(value) else (False, -value)
+
+    return sorted(floors.items(), key=place)
 
 
 SEEN = ("same_section_in_training", "copies_in_training", "same_patient_in_training", "same_patient_in_reference")
@@ -104,15 +109,17 @@ def _judge(metrics: Mapping[str, Any]) -> Verdict:
     higher = {score: _floors_not_beaten(metrics, score) for score in _judged_scores(metrics)}
     if any(higher.values()):
         sentences = [
-            f"On {SCORES[score]} it does not beat {names}."
+            f"On {GENES_OF_SCORE[score]} it does not beat {names}."
             if names
-            else f"On {SCORES[score]} it is above every floor (oracles aside)."
+            else f"On {GENES_OF_SCORE[score]} it is above every floor (oracles aside)."
             for score, names in higher.items()
         ]
         return Verdict(numbers, " ".join([*sentences, *_wins(metrics, best)]), "loss")
 
-    where = " and on ".join(SCORES[score] for score in higher)
+    where = " and on ".join(GENES_OF_SCORE[score] for score in higher)
     doubts = [_doubt(metrics, name, score) for score in higher for name in _floors_by_score(metrics, score)]
+    if is_training_unstated(metrics):
+        doubts.insert(0, "what it was trained on is not stated, the held-out patients perhaps")
     difference = compare_with_floor(metrics, best, "pearson_acg")
     if difference is None or any(doubts):
         doubt = next(filter(None, doubts))
@@ -140,7 +147,7 @@ def has_more_than_highest(metrics: Mapping[str, Any]) -> bool:
 
 def _judged_scores(metrics: Mapping[str, Any]) -> list[str]:
     """Scores that some floor has, the 50 highest genes only where there are others."""
-    scores = list(SCORES) if has_more_than_highest(metrics) else ["pearson_acg"]
+    scores = list(GENES_OF_SCORE) if has_more_than_highest(metrics) else ["pearson_acg"]
     return [score for score in scores if _floors_by_score(metrics, score)]
 
 
@@ -159,7 +166,7 @@ def _floors_not_beaten(metrics: Mapping[str, Any], score: str) -> str:
 
 def _doubt(metrics: Mapping[str, Any], floor: str, score: str) -> str:
     """Why being above a floor may be chance; empty where it is not."""
-    difference, on = compare_with_floor(metrics, floor, score), SCORES[score]
+    difference, on = compare_with_floor(metrics, floor, score), GENES_OF_SCORE[score]
     if difference is None:
         return f"no section has both scores on {on}"
     if smallest_p(difference.n_units) >= SIGNIFICANT:

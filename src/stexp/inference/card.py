@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stexp.evaluation.verdict import count, is_oracle, label, number
+from stexp.evaluation.verdict import by_score, count, is_oracle, label, number
 from stexp.inference import confidence
 from stexp.inference.model_folder import ExportedModel
 
@@ -81,7 +81,7 @@ def _scores(runs: Iterable[Mapping[str, Any]]) -> str:
     """A table of every run: the method, its floors by their score, oracles, and the ceiling."""
     tables = []
     for run in runs:
-        floors = sorted(run["floors"].items(), key=lambda item: -(item[1].get("pearson_acg") or 0))
+        floors = by_score(run["floors"])
         kinds = [(("oracle" if is_oracle(name) else "floor") + f": {label(name)}", scores) for name, scores in floors]
         rows = [("**this model**", run["scores"]), *kinds, ("ceiling: counting noise", run["ceiling"])]
         cells = [[_text(name, keep="*"), *(number(scores.get(key)) for key in SHOWN)] for name, scores in rows]

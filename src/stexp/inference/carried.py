@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 from stexp import construct
 from stexp.data.datamodule import SpotDataModule
+from stexp.errors import listed
 from stexp.inference.base import Base
 from stexp.inference.description import build_encoder
 from stexp.inference.rebuild import FETCHING, rebuild_encoder
@@ -80,9 +81,9 @@ class CarriedWeights(pl.Callback):
             "from=%s (%s): %d of %d genes carried over", self._base.source, self._base.method, shared, len(self._panel)
         )
         if self.new:
-            log.info("%d genes are new, their weights are initialised: %s", len(self.new), _some(self.new))
+            log.info("%d genes are new, their weights are initialised: %s", len(self.new), listed(self.new, MOST_NAMED))
         if self.gone:
-            log.info("%d genes of the model are not in the panel: %s", len(self.gone), _some(self.gone))
+            log.info("%d genes of the model are not in the panel: %s", len(self.gone), listed(self.gone, MOST_NAMED))
 
     def record(self) -> dict[str, Any]:
         """For the run's provenance; plain values."""
@@ -200,8 +201,3 @@ def _what_would_fit(base: Mapping[str, Any], node: Mapping[str, Any]) -> str:
             value = value.get(part) if isinstance(value, Mapping) else None
         settings.append(f"{key if key.startswith('image_encoder') else f'model.{key}'}={value}")
     return f"{' '.join(settings[:6])} would fit" if settings else "the same image_encoder and data.tile_px would fit"
-
-
-def _some(genes: list[str]) -> str:
-    rest = len(genes) - MOST_NAMED
-    return ", ".join(genes[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

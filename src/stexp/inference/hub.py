@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -28,6 +30,11 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,100}))?", re.ASCII)
 """``owner/name``, or ``owner/name@revision``: a branch, a tag or a commit."""
+
+
+CLIENT_ERRORS = (OSError, HFValidationError, RuntimeError, *cast(tuple[type[Exception]], HfHubHTTPError.__bases__))
+"""What the hub's client raises: of disk and network, of names, of xet (RuntimeError), and of its HTTP library, which is
+another one from version to version."""
 
 
 def names_repository(name: str | Path) -> bool:
@@ -84,8 +91,9 @@ def push_to_hub(
     repository
         ``owner/name``; made where it is not there. What it holds of an earlier model is replaced, its card, too.
     private
-        False: everyone may read it. An exported model of a method that retrieves holds counts and small tiles of its
-        reference spots; every model names the sections it was trained on.
+        False: everyone may read it; a repository that is there and private stays so. An exported model of a method
+        that retrieves holds counts and small tiles of its reference spots; every model names the sections it was
+        trained on.
     message
         Of the commit; None: method and data.
     token
@@ -115,7 +123,8 @@ def push_to_hub(
     card = describe(exported, repository).encode()
     with _one_line(repository, "a repository of yours would fit, and a token that may write (hf auth login)"):
         api.create_repo(repository, private=private, exist_ok=True)
-        if private and not api.repo_info(repository).private:
+        is_private = bool(api.repo_info(repository).private)  # of one that was there, as it was
+        if private and not is_private:
             raise InputError(f"{repository} is public, and {shared}; private=false would fit if all may read that")
         left = set(api.list_repo_files(repository)) & {*FILES} - {*names}
         commit = api.create_commit(
@@ -127,7 +136,7 @@ def push_to_hub(
             ],
             commit_message=message or f"{facts['method']} of {facts['data']}, fold {facts['fold']}",
         )
-    log.info("%s is %s: %s", repository, "private" if private else "public", shared)
+    log.info("%s is %s: %s", repository, "private" if is_private else "public", shared)
     return str(commit.commit_url)
 
 
@@ -171,6 +180,6 @@ def _one_line(name: str, fits: str) -> Iterator[None]:
         if error.response.status_code in (401, 403):
             raise InputError(f"{name}: this account may not do that on the hub; {fits}") from error
         raise InputError(f"{name}: the hub answers {' '.join(str(error).split())[:200]}; try again later") from error
-    except Exception as error:  # of HTTP, of xet and of the disk, without a common class
+    except CLIENT_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{name}: the hub cannot be used ({type(error).__name__}: {reason}); {fits}") from error

@@ -41,7 +41,8 @@ class TilePredictor:
     Parameters
     ----------
     model
-        One that does not normalise stain, which takes a whole slide: ``Model.predict`` does that.
+        One that neither normalises stain nor predicts the tiles of a slide together, which takes a whole slide:
+        ``Model.predict`` does that.
     genes
         ``panel``; ``all`` that the references measure; or names.
 
@@ -59,7 +60,7 @@ class TilePredictor:
     Raises
     ------
     InputError
-        A model that normalises stain, or unknown genes.
+        A model that needs a whole slide, or unknown genes.
 
     Notes
     -----
@@ -71,6 +72,11 @@ class TilePredictor:
             raise InputError(
                 "the model brings stain to that of its training, by a whole slide, and LazySlide hands over tiles; "
                 "model.predict(slide), or a model trained with data.stain=null, would fit"
+            )
+        if model.method.together:
+            raise InputError(
+                f"{model.facts['method']} predicts all tiles of a slide together, and LazySlide hands them over in "
+                f"batches; model.predict(slide), or a model of another method, would fit"
             )
         self.columns = tuple(model.names(genes))
         self.name = f"stexp-{model.facts['method']}"

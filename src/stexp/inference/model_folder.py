@@ -23,6 +23,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,31 @@ class ExportedModel:
 
 def write(folder: Path, model: ExportedModel, embedding_dtype: str = "float32") -> str:
     """Write a folder beside its place and rename it when whole, in place of one that is there; returns its digest."""
+    with _new_folder(folder) as part:
+        return _fill(part, model, embedding_dtype)["digest"]
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the files of an exported model, its own alone, as `write` puts them in place.
+
+    Raises
+    ------
+    InputError
+        One of the two folders lies in the other.
+    """
+    own, new = source.resolve(), folder.resolve()
+    if own == new:
+        return
+    if own in new.parents or new in own.parents:
+        raise InputError(f"{folder} and the model's own folder {source} lie in each other; choose another place")
+    with _new_folder(folder) as part:
+        for name in ("model.json", *read_json(source / "model.json")["files"]):
+            shutil.copyfile(source / name, part / name)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of an exported model when the body ends without an error."""
     if folder.exists() and not (folder / "model.json").is_file():
         raise InputError(f"{folder} is there and no exported model; choose another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +122,10 @@ def write(folder: Path, model: ExportedModel, embedding_dtype: str = "float32") 
             part.mkdir(parents=True)
             try:
                 with naming(folder, part):
-                    facts = _fill(part, model, embedding_dtype)
+                    yield part
                     _put_in_place(part, folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)  # where it is not in its place
-            return facts["digest"]
     except Timeout:
         raise InputError(f"another process writes {folder}; wait for it, or choose another output") from None
 
@@ -184,10 +210,10 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
     for name in ("model.safetensors", "genes.csv"):
         if name not in files:
             raise InputError(f"{folder / 'model.json'} does not name {name} among its files; {AGAIN}")
-    for name, recorded in files.items():
+    for name, expected in files.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {AGAIN}")
-        if checksum(folder / name, hashlib.sha256()) != recorded:
+        if checksum(folder / name, hashlib.sha256()) != expected:
             raise InputError(f"{folder / name} was changed or damaged: its checksum is another; {AGAIN}")
 
 

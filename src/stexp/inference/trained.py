@@ -156,11 +156,12 @@ class TrainedMethod:
         Returns
         -------
         dict
-            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``.
+            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``, where the method describes spots.
         """
         made = self._method.predict_together(torch.from_numpy(embedding), torch.from_numpy(xy_um))
         arrays = {key: value for key, value in vars(made).items() if key in ("predicted", "uncertainty")}
-        return {key: value.cpu().numpy() for key, value in arrays.items()} | {"obs": made.obs}
+        obs = {} if made.obs is None else {"obs": made.obs}
+        return {key: value.cpu().numpy() for key, value in arrays.items()} | obs
 
     @torch.inference_mode()
     def retrieve(
@@ -208,6 +209,14 @@ class TrainedMethod:
                 made["predicted"][rows, columns] = mean.cpu().numpy()
                 if sd is not None:
                     made["uncertainty"][rows, columns] = sd.cpu().numpy()
+        if method.correction is not None:  # of the panel; other genes are retrieved alone
+            inside, of_panel = pd.Index(genes), pd.Index(self.panel)
+            shared = inside.intersection(of_panel, sort=False)
+            columns, of = inside.get_indexer(shared), of_panel.get_indexer(shared)
+            on = next(method.correction.parameters()).device
+            for row, part in zip(range(0, len(query), QUERIES), torch.from_numpy(query).split(QUERIES), strict=True):
+                residual = method.correction(part.to(on)).cpu().numpy()
+                made["predicted"][row : row + QUERIES, columns] += residual[:, of]
         which, weights = (torch.cat(part).cpu().numpy() for part in zip(*heaviest, strict=True))
         return {**made, "obs": pd.concat(obs, ignore_index=True), "neighbours": which, "neighbour_weights": weights}
 

@@ -34,6 +34,8 @@ class BLEEP(RetrievalMethod):
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`. Published: the plain mean of the
         50 nearest in cosine; ``k=1`` is what the paper calls simple.
+    correct
+        Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
     lr, weight_decay
         Of AdamW.
 
@@ -60,6 +62,7 @@ class BLEEP(RetrievalMethod):
         distance: Distance = "cosine",
         weighting: Weighting = "mean",
         reference: Reference = "image",
+        correct: bool = False,
         lr: Rate = 1e-3,
         weight_decay: Weight = 1e-3,
     ) -> None:
@@ -69,6 +72,8 @@ class BLEEP(RetrievalMethod):
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
         self.temperature, self.target_temperature = temperature, target_temperature
         self.lr, self.weight_decay = lr, weight_decay
+        if correct:
+            self.correct(embedding_dim, n_genes)
 
     @property
     def frozen_encoder(self) -> ImageEncoder | None:

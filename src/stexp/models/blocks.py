@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +10,9 @@ from torch.nn import functional as F
 from stexp.data.batches import nearest
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
+
+REACH = 1.6  # in array pitches: the 8 spots around one on a square array, the 6 on a hexagonal one
+MAX_NEIGHBOURS = 8
 
 
 class ProjectionHead(nn.Module):
@@ -149,3 +153,33 @@ def neighbour_graph(
     alone = ~is_near.any(dim=1, keepdim=True)
     first = torch.arange(index.shape[1], device=index.device) == 0
     return torch.where(alone & first, itself, index), is_near | (alone & first)
+
+
+def local_graphs(xy: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each spot with the spots next to it on the array.
+
+    Parameters
+    ----------
+    xy : (N, 2)
+        Where spots lie, in any unit.
+    group : (N,)
+        Only spots of the same one are neighbours.
+
+    Returns
+    -------
+    nodes, reach : (N, 1 + 8), (N,)
+        Rows, the spot itself first, -1 where there are no more; and up to which distance spots are neighbours: 1.6
+        times the median distance to the nearest spot.
+    """
+    nodes = np.full((len(xy), 1 + MAX_NEIGHBOURS), -1, dtype=np.int64)
+    nodes[:, 0] = np.arange(len(xy))
+    reach = np.zeros(len(xy))
+    for code in np.unique(group):
+        rows = np.flatnonzero(group == code)
+        around = nearest(xy[rows], MAX_NEIGHBOURS)
+        if around.shape[1] == 0:
+            continue
+        distance = np.linalg.norm(xy[rows][around] - xy[rows][:, None], axis=2)
+        reach[rows] = REACH * np.median(distance[:, 0])
+        nodes[rows, 1 : 1 + around.shape[1]] = np.where(distance <= reach[rows, None], rows[around], -1)
+    return nodes, reach

@@ -22,7 +22,10 @@ class ClosedForm(Method):
 
     @abstractmethod
     def fit_to(self, data: SpotDataModule) -> None:
-        """Learn from `LEARNT_FROM`. Nothing is chosen on validation spots, so they may train, as they do for floors."""
+        """Learn from `LEARNT_FROM`. Nothing is chosen on validation spots, so they may train, as they do for floors.
+
+        They have no ``val/pearson`` then: it would be in sample.
+        """
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> None:
         self.fit_to(self.data)

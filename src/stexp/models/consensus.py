@@ -18,18 +18,19 @@ from stexp.arguments import Count, NotNegative, Positive, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.features import TileEncoder
-from stexp.data.splits import spatial_blocks
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
 from stexp.models.low_rank import Components, Members, smooth
 from stexp.models.method import Prediction
 from stexp.models.retrieval import Neighbours, ReferenceIndex
+from stexp.models.table import Table
 
 AT_MOST = 8192
-"""Spots on which is chosen what is open: every so many-th where there are more."""
-BLOCKS = 4  # of the only section, each predicted by the others
-TRUST = 1.0  # in equal weights, as many times as in those that fit spots left out best
+"""Spots on which is chosen what is open: compact blocks of each section where there are more.
+
+There are then fewer references, too, than when all are searched, so that few neighbours may be given too little weight.
+"""
 AT_ONCE = 4096  # spots whose spread over all genes is computed at once
 
 
@@ -65,6 +66,8 @@ class Consensus(ClosedForm):
     radii_um
         Standard deviations of the Gaussian that smooths, in micrometres, to choose from. Where a section's scale is
         not known, nothing is smoothed.
+    trust
+        In equal weights of the members, as many times as in those that fit spots left out best.
     """
 
     together = True
@@ -92,13 +95,14 @@ class Consensus(ClosedForm):
         neighbours: list[Count] | tuple[Count, ...] = (10, 25, 50, 100),
         ranks: list[Count] | tuple[Count, ...] = (1, 2, 3, 5, 8, 12, 20, 32),
         radii_um: list[NotNegative] | tuple[NotNegative, ...] = (0, 50, 75, 100, 150, 200, 300),
+        trust: Positive = 1.0,
     ) -> None:
         super().__init__()
         if not ranks or not (penalties or neighbours):
             name = "penalties=[] and model.neighbours" if ranks else "ranks"
             raise InputError(f"model.{name}=[]: one number at least would fit")
         self.n_components, self.penalties, self.neighbours = n_components, penalties, neighbours
-        self.ranks, self.radii_um = ranks, sorted({0.0, *map(float, radii_um)})
+        self.ranks, self.radii_um, self.trust = ranks, sorted({0.0, *map(float, radii_um)}), float(trust)
         n_members = len(penalties) + len(neighbours)
         for name, shape in (
             ("centre", (n_features,)),
@@ -188,14 +192,19 @@ class Consensus(ClosedForm):
             NaN where the scale is not known; then nothing is smoothed.
         """
         made, nearest = self._agree(embedding, xy_um)
+        if nearest is None:
+            return made
         columns = {
             "neighbour_distance": (nearest.weight * nearest.distance).sum(dim=1).cpu().numpy(),
             "neighbour_effective_k": (1 / nearest.weight.square().sum(dim=1)).cpu().numpy(),
         }
         return replace(made, obs=pd.DataFrame(columns))
 
-    def _agree(self, embedding: torch.Tensor, xy_um: torch.Tensor) -> tuple[Prediction, Neighbours]:
-        """Prediction of a section's spots, and the references behind its retrieved part with their weights in it."""
+    def _agree(self, embedding: torch.Tensor, xy_um: torch.Tensor) -> tuple[Prediction, Neighbours | None]:
+        """Prediction of a section's spots, and the references behind its retrieved part with their weights in it.
+
+        None where means over neighbours have no weight: no reference is behind the prediction.
+        """
         members, nearest = self.members(embedding.to(self.reference))
         n, n_spots, rank = members.shape
         xy = xy_um.cpu().numpy().astype(np.float64)
@@ -204,19 +213,22 @@ class Consensus(ClosedForm):
         smoothed = smooth(values, xy, radius if np.isfinite(xy).all() else 0.0)
         members = scale * torch.from_numpy(smoothed).to(self.mean).view(n_spots, n, rank).permute(1, 0, 2)
         agreed = torch.einsum("m,mqr->qr", self.weights, members)
-        share = self.members.share_of_neighbours(self.weights).to(self.mean).expand_as(nearest.distance)
         made = Prediction(
             torch.addmm(self.mean, agreed, self.loadings),
             uncertainty=torch.cat([self._spread(part) for part in (members - agreed).split(AT_ONCE, dim=1)]),
             image_embedding=embedding,
         )
-        return made, replace(nearest, weight=share)
+        share = self.members.share_of_neighbours(self.weights)
+        if share is None:
+            return made, None
+        return made, replace(nearest, weight=share.to(self.mean).expand_as(nearest.distance))
 
     def _spread(self, apart: torch.Tensor) -> torch.Tensor:
         """Standard deviation among members of every gene (Q, G), from how far apart their scores (M, Q, R) are."""
         variance = apart.new_zeros(apart.shape[1], self.loadings.shape[1])
         for weight, scores in zip(self.weights, apart, strict=True):
-            variance.addcmul_(scores @ self.loadings, scores @ self.loadings, value=float(weight))
+            of_genes = scores @ self.loadings
+            variance.addcmul_(of_genes, of_genes, value=float(weight))
         return variance.sqrt_()
 
     def on_validation_start(self) -> None:
@@ -239,9 +251,11 @@ class Consensus(ClosedForm):
             own = rows[section[rows] == name]
             features = torch.from_numpy(data.tile_features[own]).to(self.mean)
             made, nearest = self._agree(self.embed_features(features), torch.from_numpy(data.xy_um[own]))
-            heaviest, weight = nearest.heaviest()
-            named = {"neighbours": torch.from_numpy(learnt)[heaviest.cpu()], "neighbour_weights": weight}
-            parts.append(replace(made, obs=index.provenance(nearest), **named))
+            if nearest is not None:
+                heaviest, weight = nearest.heaviest()
+                named = {"neighbours": torch.from_numpy(learnt)[heaviest.cpu()], "neighbour_weights": weight}
+                made = replace(made, obs=index.provenance(nearest), **named)
+            parts.append(made)
         self._of_spots = Prediction.concatenate(parts)
         self._place = torch.full((len(data.spots),), -1)
         self._place[torch.from_numpy(rows)] = torch.arange(len(rows))
@@ -253,48 +267,6 @@ class Consensus(ClosedForm):
 
 
 # what is open, chosen on spots that are left out
-
-
-@dataclass(frozen=True)
-class Table:
-    """N spots to learn from.
-
-    Parameters
-    ----------
-    features, expression, xy_um : (N, F), (N, G), (N, 2)
-    section : (N,) str
-    group : (N,) str
-        What is left out together: patients where there are three, else sections, else blocks of the only one.
-    """
-
-    features: np.ndarray
-    expression: np.ndarray
-    xy_um: np.ndarray
-    section: np.ndarray
-    group: np.ndarray
-
-    @classmethod
-    def of(cls, data: SpotDataModule, rows: np.ndarray) -> Table:
-        spots = data.spots.iloc[rows]
-        group = spots["patient"].to_numpy(str)
-        section = spots["section"].to_numpy(str)
-        if len(np.unique(group)) < 3:
-            group = section
-        if len(np.unique(group)) < 2:
-            group = np.char.add("block", spatial_blocks(data.xy_px[rows], BLOCKS).astype(str))
-        if len(np.unique(group)) < 2 or len(rows) < 2 * BLOCKS:
-            raise InputError(f"model=consensus: {len(rows)} spots to learn from are too few to leave some out")
-        return cls(data.tile_features[rows], data.target[rows], data.xy_um[rows], section, group)
-
-    def __len__(self) -> int:
-        return len(self.section)
-
-    def take(self, rows: np.ndarray) -> Table:
-        return Table(*(values[rows] for values in vars(self).values()))
-
-    def thinned(self, n: int) -> Table:
-        """Every so many-th spot, where there are more than `n`."""
-        return self.take(np.linspace(0, len(self) - 1, n).round().astype(np.int64)) if len(self) > n else self
 
 
 @dataclass(frozen=True)
@@ -333,7 +305,7 @@ def leave_out(table: Table, method: Consensus) -> Iterator[LeftOut]:
 def choose(table: Table, method: Consensus) -> Choice:
     """Weights, radius and scale; see :class:`Consensus`."""
     parts = list(leave_out(table, method))
-    weights = fit_weights(parts)
+    weights = fit_weights(parts, method.trust)
     # a block is judged by itself: that it differs from the other blocks is no merit
     unit = np.char.add(np.char.add(table.section, " "), table.group)
     mean, added = np.empty_like(table.expression), np.empty_like(table.expression)
@@ -341,22 +313,21 @@ def choose(table: Table, method: Consensus) -> Choice:
         mean[part.rows] = part.mean
         added[part.rows] = np.tensordot(weights, part.members, 1) @ part.loadings
 
-    def score(added: np.ndarray) -> float:
-        return round(mean_pearson(table.expression, mean + added, unit), 4)
+    best, radius, smoothed = -np.inf, 0.0, added
+    for each in method.radii_um if np.isfinite(table.xy_um).all() else [0.0]:
+        values = _smooth_sections(table, added, each)
+        score = round(mean_pearson(table.expression, mean + values, unit), 4)
+        if score > best:  # ties: the smaller
+            best, radius, smoothed = score, each, values
+    slope = float(((table.expression - mean) * smoothed).sum() / max(np.square(smoothed).sum(), 1e-12))
+    return Choice(weights, radius, max(slope, 0.0), best)
 
-    has_scale = np.isfinite(table.xy_um).all()
-    smoothed = {radius: _smooth_sections(table, added, radius) for radius in (method.radii_um if has_scale else [0.0])}
-    radius = max(smoothed, key=lambda radius: score(smoothed[radius]))  # ties: the smaller
-    added = smoothed[radius]
-    slope = float(((table.expression - mean) * added).sum() / max(np.square(added).sum(), 1e-12))
-    return Choice(weights, radius, max(slope, 0.0), score(added))
 
-
-def fit_weights(parts: list[LeftOut]) -> np.ndarray:
+def fit_weights(parts: list[LeftOut], trust: float) -> np.ndarray:
     """Weights of the members (M,), at least 0 and 1 together.
 
     They are least squares of the scores of spots left out, with a penalty on the distance from equal weights that
-    counts `TRUST` times as much as the members themselves do on average.
+    counts `trust` times as much as the members themselves do on average.
     """
     n = len(parts[0].members)
     gram, product = np.zeros((n, n)), np.zeros(n)
@@ -365,7 +336,7 @@ def fit_weights(parts: list[LeftOut]) -> np.ndarray:
         gram += members @ members.T
         product += members @ part.scores.ravel()
     equal = max(product.sum() / max(gram.sum(), 1e-12), 0.0)
-    penalty = max(TRUST * np.trace(gram) / n, 1e-12)
+    penalty = max(trust * np.trace(gram) / n, 1e-12)
     root = np.linalg.cholesky(gram + penalty * np.eye(n))
     weights, _ = nnls(root.T, np.linalg.solve(root, product + penalty * equal))
     return weights / weights.sum() if weights.sum() > 0 else np.full(n, 1 / n)

@@ -141,13 +141,16 @@ class Members:
         joined = (torch.cat([getattr(each, name) for each in nearest]) for name in ("index", "distance", "weight"))
         return torch.cat(members, dim=1), Neighbours(*joined)
 
-    def share_of_neighbours(self, weights: torch.Tensor) -> torch.Tensor:
-        """How much of the means over neighbours each of them makes, nearest first, (k,), with `weights` (M,)."""
+    def share_of_neighbours(self, weights: torch.Tensor) -> torch.Tensor | None:
+        """How much of the means over neighbours each of them makes, nearest first, (k,), with `weights` (M,).
+
+        None where those means have no weight.
+        """
         k = min(max(self.neighbours, default=1), len(self.reference))
         share = torch.zeros(k)
         for n, weight in zip(self.neighbours, weights[len(self.slopes) :].tolist(), strict=True):
             share[:n] += weight / min(n, k)
-        return share / share.sum() if share.sum() > 0 else torch.full((k,), 1 / k)
+        return share / share.sum() if share.sum() > 0 else None
 
 
 def smooth(values: np.ndarray, xy: np.ndarray, radius: float) -> np.ndarray:

@@ -52,6 +52,8 @@ class MclSTExp(RetrievalMethod):
         lambda, the weight of the image loss; see :func:`~stexp.models.losses.info_nce`.
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
+    correct
+        Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
     optimizer, lr, weight_decay
         ``adam`` (published code) or ``adamw`` (paper).
 
@@ -86,6 +88,7 @@ class MclSTExp(RetrievalMethod):
         distance: Distance = "l2",
         weighting: Weighting = "inverse_square",
         reference: Reference = "image",
+        correct: bool = False,
         optimizer: Literal["adam", "adamw"] = "adam",
         lr: Rate = 1e-4,
         weight_decay: Weight = 1e-3,
@@ -101,6 +104,8 @@ class MclSTExp(RetrievalMethod):
         self.spot_context, self.n_neighbours, self.normalise = spot_context, n_neighbours, normalise
         self.image_weight = image_weight
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        if correct:
+            self.correct(embedding_dim, n_genes)
         if spot_context == "batch":
             self.reference_batch = 32  # as the published code embeds them
 

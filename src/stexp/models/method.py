@@ -165,3 +165,13 @@ class Method(pl.LightningModule, ABC):
             What was chosen, for the record; plain values.
         """
         return {}
+
+    def finish(self, data: SpotDataModule) -> dict:
+        """Learn, after training and `tune`, what stands on the final weights; they are then kept in the checkpoint.
+
+        Returns
+        -------
+        dict
+            What is on record of it, plain values; empty where there is nothing to learn.
+        """
+        return {}

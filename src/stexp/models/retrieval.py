@@ -16,7 +16,8 @@ from stexp.errors import InputError
 from stexp.models.method import Prediction
 
 Distance = Literal["cosine", "l1", "l2"]
-Weighting = Literal["inverse_square", "softmax", "mean"]
+Weighting = Literal["inverse_square", "softmax", "mean", "similarity"]
+TEMPERATURE = 0.1  # of the weighting by similarity, which CHRep does not state
 Reference = Annotated[str | int | list[str | int], Field(description="image, all or a list of sections")]
 
 
@@ -83,7 +84,8 @@ class ReferenceIndex:
             ``l1`` (published code) or ``l2`` (paper), between embeddings as they are; ``cosine``:
             1 - cosine similarity.
         weighting
-            ``inverse_square``: 1 / d^2 (published); ``softmax``: exp(-d); ``mean``: all the same.
+            ``inverse_square``: 1 / d^2 (published); ``softmax``: exp(-d); ``mean``: all the same; ``similarity``:
+            exp(cosine similarity / 0.1), whatever `distance` is (CHRep, temperature ours).
 
         Raises
         ------
@@ -95,10 +97,13 @@ class ReferenceIndex:
         # a search in bf16 loses a tenth of the neighbours
         with torch.autocast(self.embedding.device.type, enabled=False):
             parts = [self._search(q, k, distance, chunk_references) for q in query.to(self.embedding).split(chunk)]
-        index, d = (torch.cat(part) for part in zip(*parts, strict=True))
+        index, similarity, d = (torch.cat(part) for part in zip(*parts, strict=True))
+        if weighting == "similarity":
+            return Neighbours(index, d, (similarity / TEMPERATURE).softmax(dim=1))
         return Neighbours(index, d, _weights(d, weighting))
 
-    def _search(self, query: torch.Tensor, k: int, distance: Distance, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(self, query: torch.Tensor, k: int, distance: Distance, chunk: int) -> tuple[torch.Tensor, ...]:
+        """Rows, cosine similarity and distance of the k most similar, (Q, k) each."""
         unit = F.normalize(query, dim=1)
         best, index = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for start in range(0, len(self), chunk):
@@ -110,14 +115,14 @@ class ReferenceIndex:
                 best, order = best.topk(k, dim=1)
                 index = index.gather(1, order)
         if distance == "cosine":
-            return index, (1 - best).clamp(min=0)
+            return index, best, (1 - best).clamp(min=0)
         # few queries at a time: their k neighbours' embeddings are held at once, in a CPU best within its cache
         rows = max(1, (1 << (20 if query.device.type == "cpu" else 24)) // (k * query.shape[1]))
         p, d = 1 if distance == "l1" else 2, []
         for q, i in zip(query.split(rows), index.split(rows), strict=True):
             difference = self.embedding.index_select(0, i.reshape(-1)).view(*i.shape, -1).sub_(q[:, None])
             d.append(torch.linalg.vector_norm(difference, ord=p, dim=2))
-        return index, torch.cat(d)
+        return index, best, torch.cat(d)
 
     def average(
         self, neighbours: Neighbours, expression: torch.Tensor, *, spread: bool = True, chunk_genes: int = 128

@@ -13,6 +13,7 @@ from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
+from stexp.models.correction import AT_MOST, Correction, Retrieved, fit_correction, without_itself
 from stexp.models.method import Method, Prediction, References
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
 
@@ -45,8 +46,16 @@ class RetrievalMethod(Method):
     ) -> None:
         super().__init__()
         self.k, self.distance, self.weighting, self.reference = k, distance, weighting, reference
+        self.correction: Correction | None = None
         self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
         self._reference_target: torch.Tensor | None = None  # (N, G), the expression of its spots
+
+    def correct(self, n_dims: int, n_genes: int) -> None:
+        """Correct what is retrieved by a residual, see :class:`~stexp.models.correction.Correction`.
+
+        Neighbours then count by their similarity, whatever `weighting` says.
+        """
+        self.weighting, self.correction = "similarity", Correction(n_dims, n_genes)
 
     @abstractmethod
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
@@ -107,13 +116,27 @@ class RetrievalMethod(Method):
         self._reference_target = torch.from_numpy(data.target[rows[chosen]]).to(self.device)
         self.references = References(rows, embedding, list(table["section"].unique()), rows[chosen])
 
-    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
-        """Expression (B, G), its spread among the neighbours, where it came from, and the tile embedding."""
+    def retrieved(self, batch: SpotBatch) -> Prediction:
+        """Expression (B, G) as it is retrieved, its spread among the neighbours, where it came from, the embedding."""
         query = self.embed_tiles(batch).float()
         index, target = self._searched
-        k = min(DEFAULT_K, len(index)) if self.k == "auto" else self.k
-        made = retrieve(index, query, target, k, self.distance, self.weighting)
+        made = retrieve(index, query, target, self._k(index), self.distance, self.weighting)
         return replace(made, image_embedding=query)
+
+    def _k(self, index: ReferenceIndex) -> int:
+        return min(DEFAULT_K, len(index)) if self.k == "auto" else self.k
+
+    def validation_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:  # type: ignore[override]
+        """What is retrieved: while the encoders train there is no correction."""
+        return self.retrieved(batch)
+
+    def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
+        """`retrieved`, corrected where the method corrects."""
+        made = self.retrieved(batch)
+        if self.correction is None:
+            return made
+        assert made.image_embedding is not None
+        return replace(made, predicted=made.predicted + self.correction(made.image_embedding))
 
     @torch.no_grad()
     def tune(self, data: SpotDataModule) -> dict:
@@ -123,9 +146,7 @@ class RetrievalMethod(Method):
         rows = data.rows("validation")
         self.eval()
         self.set_reference(data, *self._validation_roles())
-        with self.trainer.precision_plugin.forward_context():
-            batches = (data.batch(index, self.device) for index in data.loader("validation"))
-            query = torch.cat([self.embed_tiles(batch).float() for batch in batches])
+        query = self._embed_role(data, "validation")
         index, target = self._searched
         score: dict[int, float] = {}
         for k in [k for k in K_CANDIDATES if k <= len(index)] or [len(index)]:
@@ -135,3 +156,40 @@ class RetrievalMethod(Method):
         best = max(score, key=lambda k: (round(score[k], 4), k))  # ties: the larger, the steadier
         self.k = best
         return {"k": best, "k_validation_pearson": {str(k): round(value, 4) for k, value in score.items()}}
+
+    def _embed_role(self, data: SpotDataModule, role: str) -> torch.Tensor:
+        """Embeddings (N, D) of the tiles of all spots of a role, as they are."""
+        with self.trainer.precision_plugin.forward_context():
+            batches = (data.batch(index, self.device) for index in data.loader(role))
+            return torch.cat([self.embed_tiles(batch).float() for batch in batches])
+
+    @torch.no_grad()
+    def finish(self, data: SpotDataModule) -> dict:
+        """Train the correction on training spots, each retrieved without itself; returns the epoch it is of."""
+        if self.correction is None:
+            return {}
+        self.eval()
+        self.set_reference(data, *self._validation_roles())
+        index, expression = self._searched
+        assert self.references is not None  # by set_reference
+        place = torch.full((len(data.spots),), -1, device=self.device)
+        place[self.references.retrieved_rows] = torch.arange(len(index), device=self.device)
+        k = self._k(index)
+        parts: dict[str, Retrieved] = {}
+        for role in ("train", "validation"):
+            rows = data.rows(role)
+            if not len(rows):
+                continue
+            query = self._embed_role(data, role)
+            if role == "train":
+                some = slice(None, None, -(-len(rows) // AT_MOST))
+                rows, query = rows[some], query[some]
+                neighbours = index.search(query, min(k + 1, len(index)), self.distance, self.weighting)
+                neighbours = without_itself(neighbours, place[rows])
+            else:
+                neighbours = index.search(query, k, self.distance, self.weighting)
+            target = torch.from_numpy(data.target[rows]).to(self.device)
+            parts[role] = Retrieved(query, neighbours, target, data.spots["section"].to_numpy(str)[rows])
+        seed = data.seed
+        epoch = fit_correction(self.correction, index, expression, parts["train"], parts.get("validation"), seed)
+        return {"correction_epochs": epoch}

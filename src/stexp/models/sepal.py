@@ -13,18 +13,15 @@ import torch
 from torch import nn
 
 from stexp.arguments import Rate, Whole, Width, checked
-from stexp.data.batches import SpotBatch, nearest
+from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
-from stexp.models.blocks import GeneHead
+from stexp.models.blocks import GeneHead, local_graphs
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.spot import sinusoid
 from stexp.models.method import Method, Prediction
 
 log = logging.getLogger(__name__)
-
-REACH = 1.6  # in array pitches: the 8 spots around one on a square array, the 6 on a hexagonal one
-MAX_NEIGHBOURS = 8
 
 
 class SEPAL(Method):
@@ -273,33 +270,3 @@ def offset_encoding(offset: torch.Tensor, n: int) -> torch.Tensor:
     half = 2 * math.ceil(n / 4)
     shifted = offset + 2  # the published code counts from the farthest
     return torch.cat([sinusoid(shifted[..., 1], half), sinusoid(shifted[..., 0], half)], dim=-1)[..., :n]
-
-
-def local_graphs(xy: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each spot with the spots next to it on the array.
-
-    Parameters
-    ----------
-    xy : (N, 2)
-        Where spots lie, in any unit.
-    group : (N,)
-        Only spots of the same one are neighbours.
-
-    Returns
-    -------
-    nodes, reach : (N, 1 + 8), (N,)
-        Rows, the spot itself first, -1 where there are no more; and up to which distance spots are neighbours: 1.6
-        times the median distance to the nearest spot.
-    """
-    nodes = np.full((len(xy), 1 + MAX_NEIGHBOURS), -1, dtype=np.int64)
-    nodes[:, 0] = np.arange(len(xy))
-    reach = np.zeros(len(xy))
-    for code in np.unique(group):
-        rows = np.flatnonzero(group == code)
-        around = nearest(xy[rows], MAX_NEIGHBOURS)
-        if around.shape[1] == 0:
-            continue
-        distance = np.linalg.norm(xy[rows][around] - xy[rows][:, None], axis=2)
-        reach[rows] = REACH * np.median(distance[:, 0])
-        nodes[rows, 1 : 1 + around.shape[1]] = np.where(distance <= reach[rows, None], rows[around], -1)
-    return nodes, reach

@@ -84,7 +84,7 @@ def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
                 gaps.append(Gap(method, f"fold {fold}", fill))
             elif missing := [section for section in tested[fold] if section not in by_fold[fold].sections]:
                 other = tested[fold][missing[0]].folder
-                anew = "predict them, and evaluate" if by_fold[fold].is_elsewhere else "train"
+                anew = "predict them, and evaluate" if by_fold[fold].is_foreign else "train"
                 fill = f"{other} has; {anew} {by_fold[fold].folder} anew with the same data.sections"
                 gaps.append(Gap(method, f"section {', '.join(missing)} of fold {fold}", fill))
     return gaps

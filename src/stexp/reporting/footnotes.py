@@ -11,9 +11,9 @@ WHOLE, PARTIAL = " †", " ‡"
 
 def tell_apart(labels: list[str], runs: list[ScoredRun]) -> list[str]:
     """Labels of runs, where a method that predicted elsewhere has none that a run of ours has."""
-    ours = {label for label, run in zip(labels, runs, strict=True) if not run.is_elsewhere}
+    ours = {label for label, run in zip(labels, runs, strict=True) if not run.is_foreign}
     return [
-        f"{label} (elsewhere)" if run.is_elsewhere and label in ours else label
+        f"{label} (elsewhere)" if run.is_foreign and label in ours else label
         for label, run in zip(labels, runs, strict=True)
     ]
 
@@ -23,7 +23,7 @@ def footnotes(runs: list[ScoredRun], labels: list[str]) -> tuple[list[str], dict
     notes: dict[str, dict[str, None]] = {}
     marks: dict[str, str] = {}
     for run, label in zip(runs, labels, strict=True):
-        if run.is_elsewhere:
+        if run.is_foreign:
             notes.setdefault(label, {})[f"fold {run.fold}: {' '.join(sentences(run.metrics))}"] = None
             marks[label] = PARTIAL if is_partial(run.metrics) or marks.get(label) == PARTIAL else WHOLE
     return [f"{marks[label].strip()} {label}, {' '.join(texts)}" for label, texts in notes.items()], marks

@@ -43,7 +43,7 @@ def scores_of(runs: list[ScoredRun], labels: list[str], metrics: list[str]) -> p
                 rows.append({"kind": kind, "name": name, **where, **{key: scores.get(key) for key in metrics}})
     table = pd.DataFrame(rows).astype(dict.fromkeys(metrics, np.float64))
     encoders = {
-        label: label if run.is_elsewhere else str(run.settings.get("image_encoder.name"))
+        label: label if run.is_foreign else str(run.settings.get("image_encoder.name"))
         for run, label in zip(runs, labels, strict=True)
     }
     _name_floors(table, encoders)
@@ -74,7 +74,7 @@ def _name_floors(scores: pd.DataFrame, encoders: dict[str, str]) -> None:
 
 def cost_of(runs: list[ScoredRun]) -> dict:
     """Seeds, leaks, and what one run of a method took: means of seconds, the highest of the rest."""
-    records = [run.provenance for run in runs if not run.is_elsewhere]  # whose training is not on record
+    records = [run.provenance for run in runs if not run.is_foreign]  # whose training is not on record
     sizes = [record.get("parameters") or {} for record in records]
 
     def highest(facts: Iterable[Mapping], key: str) -> float | None:

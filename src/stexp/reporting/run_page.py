@@ -16,7 +16,7 @@ from stexp.evaluation.coverage import covered, sentences
 from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
 from stexp.evaluation.records import (
     Audit,
-    EvaluatedAudit,
+    ForeignAudit,
     Provenance,
     read_audit,
     read_genes,
@@ -29,7 +29,7 @@ from stexp.reporting.page import render_report, unit
 from stexp.reporting.plots import score_chart
 
 # columns of the score table: key, heading, whether less is better
-SCORES = [
+COLUMNS = [
     ("pearson_acg", "Pearson ACG", False),
     ("pearson_heg50", "Pearson HEG50", False),
     ("pearson_given_depth", "Pearson given depth", False),
@@ -111,7 +111,7 @@ def settings(metrics: dict[str, Any]) -> str:
 
 def _render(
     metrics: dict,
-    audit: Audit | EvaluatedAudit,
+    audit: Audit | ForeignAudit,
     provenance: Provenance,
     genes: list[dict],
     predictions: ad.AnnData,
@@ -136,7 +136,7 @@ def _render(
         best=best,
         is_oracle=is_oracle,
         charts=charts,
-        columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in SCORES],
+        columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in COLUMNS],
         heg=heg,
         changes=changes(metrics),
         settings=settings(metrics),

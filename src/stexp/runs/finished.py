@@ -90,8 +90,15 @@ class FinishedRun:
             self.embeddings = predictions.read(path / "embeddings.h5ad", *EMBEDDINGS)
             model = self.config["model"]
             settings = {key: model.get(key) for key in ("distance", "weighting", "reference")}
+            if self.corrects:
+                settings["weighting"] = "similarity"
             self.retrieval = Retrieval(self.chosen.get("k"), **settings)
             self._check_spots(self.embeddings)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what is retrieved is corrected by a residual, which genes outside the panel do without."""
+        return bool(self.config["model"].get("correct"))
 
     @property
     def for_retrieval(self) -> tuple[ad.AnnData, Retrieval]:

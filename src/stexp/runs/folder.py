@@ -28,7 +28,14 @@ RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
 PREDICTIONS = "predictions"
 """Key of the config of a run that only scores what another tool predicted: it has no model."""
-ELSEWHERE = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files", "from.model", "random_features")
+KEYS_OF_PLACES = (
+    "logger",
+    "output_dir",
+    "callbacks.last.dirpath",
+    "predictions.files",
+    "from.model",
+    "random_features",
+)
 """How config keys begin that change no training and no prediction: the folder is the one that was named."""
 
 
@@ -225,7 +232,7 @@ class RunFolder:
                 f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
             )
         differing = sorted(differing_keys(self.config, yaml.safe_load(_as_yaml(config))))
-        differing = [key for key in differing if not key.startswith(ELSEWHERE)]
+        differing = [key for key in differing if not key.startswith(KEYS_OF_PLACES)]
         if differing:
             raise InputError(
                 f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "

@@ -132,7 +132,7 @@ def record(names: Iterable[str]) -> dict[str, dict[str, str | None]]:
     return {name: {"version": _version(name), "digest": _digest(name)} for name in names}
 
 
-def require_as_recorded(recorded: object, what: object) -> None:
+def require_as_recorded(versions: object, what: object) -> None:
     """Import the plug-ins that a run or a model was made with; log which of them have other files today.
 
     Raises
@@ -140,10 +140,10 @@ def require_as_recorded(recorded: object, what: object) -> None:
     InputError
         See :func:`stexp.construct.require_plugins`.
     """
-    construct.require_plugins(recorded, what)
-    if not isinstance(recorded, Mapping):
+    construct.require_plugins(versions, what)
+    if not isinstance(versions, Mapping):
         return
-    for name, facts in recorded.items():
+    for name, facts in versions.items():
         then = facts.get("digest") if isinstance(facts, Mapping) else None
         if then is not None and then != _digest(name):
             log.warning("the plug-in %s changed since %s was made: it may compute something else", name, what)

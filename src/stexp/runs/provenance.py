@@ -46,7 +46,9 @@ class Stages:
                 write_atomically(self.path, json.dumps(self.seconds))
 
 
-def provenance(sections: list[Section], training: dict, stages: Stages, precision: str, device: str) -> dict:
+def provenance(
+    sections: list[Section], training: dict, stages: Stages, precision: str, device: str, command: str | None = None
+) -> dict:
     """The record that stands beside a run's numbers, as plain values.
 
     Parameters
@@ -55,9 +57,11 @@ def provenance(sections: list[Section], training: dict, stages: Stages, precisio
         What the run read.
     training
         Epochs and parameters; see :func:`~stexp.training.fit.size_of_training`.
+    command
+        What was called, where that is no command; None: see `command_line`.
     """
     return {
-        "command": command_line(),
+        "command": command or command_line(),
         **git_state(),
         "date": now(),
         "seconds": round(sum(stages.seconds.values()), 1),
@@ -83,12 +87,12 @@ def now() -> str:
 
 def changed_sections(run: Path, sections: list[Section]) -> list[str]:
     """Sections whose files or patient are not what a finished run read, and those with an image that it lacks."""
-    recorded = read_provenance(run)["data_manifest"]
+    before = read_provenance(run)["data_manifest"]
     patient_of = read_audit(run)["facts"]["patient_of"]
-    today = manifest([section for section in sections if section.name in recorded])
-    changed = {name for name in recorded if today.get(name) != recorded[name]}
+    today = manifest([section for section in sections if section.name in before])
+    changed = {name for name in before if today.get(name) != before[name]}
     # sections without an image may have been left out, by the split or for genes they do not measure
-    changed |= {section.name for section in sections if section.name not in recorded and section.slide is not None}
+    changed |= {section.name for section in sections if section.name not in before and section.slide is not None}
     changed |= {
         section.name for section in sections if section.patient != patient_of.get(section.name, section.patient)
     }

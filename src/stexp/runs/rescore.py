@@ -60,6 +60,8 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     if genes != "panel":
         in_run = set(embeddings.obs["section"])
         panel = choose_genes(genes, [section for section in source.sections if section.name in in_run])
+    if source.corrects:
+        log.warning("the correction of %s (model.correct) is left out: retrieved again is what is retrieved alone", run)
     data, how = source.serve(panel), replace(as_run, **changes)
     prediction, rows = source.retrieve(data, how)
     quality = source.predictions.obs.filter(like="qc_").reset_index(drop=True)

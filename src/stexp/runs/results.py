@@ -18,12 +18,13 @@ import yaml
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
+from stexp.data.features import encode_tiles
 from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
-from stexp.evaluation.coverage import ELSEWHERE
+from stexp.evaluation.coverage import FOREIGN
 from stexp.evaluation.floors import SEED, SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
 from stexp.evaluation.programmes import co_expressed_modules, module_sets
 from stexp.evaluation.ridge import probe_components
@@ -116,7 +117,7 @@ def write_results(
         "k_chosen_on": "validation" if "k_validation_pearson" in chosen else "given",
         "published_settings": data.protocol.published,
         "spot_context": method.spot_context,
-        "copies": [f"{c.first} and {c.second} ({c.share:.0%} of the spots, by {c.by})" for c in data.copies],
+        "copies": [copy.in_words() for copy in data.copies],
     }
     if cohorts := batch_effects(data.sections, data.panel):
         facts["cohorts"] = cohorts
@@ -172,7 +173,7 @@ def write_scored_files(
         "chosen": json.dumps(facts.chosen),
     }
     if facts.elsewhere is not None:
-        adata.uns["stexp"][ELSEWHERE] = json.dumps(facts.elsewhere)
+        adata.uns["stexp"][FOREIGN] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
     modules = co_expressed_modules(data.target[train], data.spots["section"].to_numpy(str)[train])
@@ -280,7 +281,8 @@ def random_components(data: SpotDataModule) -> list[np.ndarray]:
     them.
     """
     rows, out = data.rows(*TRAINING), []
-    for features in data.random_features():
+    for encoder in () if data.encoder is None else data.encoder.at_random_weights():
+        features = encode_tiles(encoder, data.tiled(), len(data.spots))
         with_image = ~np.isnan(features).all(axis=1)
         if np.isfinite(features[with_image]).all():
             out.append(probe_components(features[rows], features))

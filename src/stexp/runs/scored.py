@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from stexp.errors import InputError
-from stexp.evaluation.coverage import ELSEWHERE
+from stexp.evaluation.coverage import FOREIGN
 from stexp.evaluation.predictions import changed_since_run
 from stexp.evaluation.records import (
     AGAIN,
     Audit,
-    EvaluatedAudit,
+    ForeignAudit,
     Metrics,
     Provenance,
     read_audit,
@@ -63,14 +63,14 @@ class ScoredRun:
     sections: Mapping[str, Any]
     genes: frozenset[str]
     metrics: Metrics
-    audit: Audit | EvaluatedAudit
+    audit: Audit | ForeignAudit
     provenance: Provenance
     changed: bool
 
     @property
-    def is_elsewhere(self) -> bool:
+    def is_foreign(self) -> bool:
         """Whether its predictions were made by another tool."""
-        return ELSEWHERE in self.metrics
+        return FOREIGN in self.metrics
 
     @property
     def patient_of(self) -> dict[str, str]:

@@ -15,10 +15,10 @@ from stexp.data.section import Section
 from stexp.documents import parse_json
 from stexp.errors import InputError
 from stexp.evaluation import predictions
-from stexp.evaluation.coverage import ELSEWHERE, coverage_of, covered, describe_coverage, facts_elsewhere
+from stexp.evaluation.coverage import FOREIGN, coverage_of, covered, describe_coverage, foreign_facts
 from stexp.evaluation.evidence import evidence
 from stexp.evaluation.floors import ORACLES
-from stexp.evaluation.records import AGAIN, Chosen, read_audit
+from stexp.evaluation.records import AGAIN, Chosen, read_audit, read_metrics
 from stexp.evaluation.score import floors_of, score_under, truth
 from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol, other_protocols
@@ -74,9 +74,9 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
             name: {key: part[key] for key in ("scores", "floors", "ceiling")} for name, part in scored.items()
         },
     }
-    elsewhere = facts_elsewhere(observed)
+    elsewhere = foreign_facts(observed)
     if elsewhere is not None:
-        metrics[ELSEWHERE] = {**elsewhere, "coverage": describe_coverage(observed)}
+        metrics[FOREIGN] = {**elsewhere, "coverage": describe_coverage(observed)}
     if (run / "audit.json").is_file():
         metrics["leaks"] = [item["name"] for item in read_audit(run)["items"] if item["leak"]]
     if predictions.changed_since_run(run):
@@ -87,7 +87,9 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
 
 
 def score_finished(run: Path, sections: list[Section]) -> dict:
-    """`score_run` of a run that is finished, where the same command is given again.
+    """``metrics.json`` of a run that is finished, where the same command is given again.
+
+    It is scored anew where the file is missing or its predictions were changed, with the gene sets that it names.
 
     Raises
     ------
@@ -101,7 +103,13 @@ def score_finished(run: Path, sections: list[Section]) -> dict:
             f"overwrite=true to start anew"
         )
     log.info("%s is finished; give overwrite=true to make it again", run)
-    return score_run(run)
+    if not all((run / name).is_file() for name in ("metrics.json", "per_gene.csv")):
+        return score_run(run)
+    if not predictions.changed_since_run(run):
+        predictions.read_annotations(run / "floors.h5ad")  # a damaged one is said
+        return {**read_metrics(run)}
+    sets = read_metrics(run).get("evidence", {}).get("gene_sets", [])
+    return score_run(run, {each["set"]: each["genes"] for each in sets})
 
 
 def _evidence(

@@ -11,7 +11,7 @@ from stexp.errors import InputError
 from stexp.evaluation.records import Scores, read_json
 from stexp.sweeps.jobs import Job
 
-SCORES = ("pearson_acg", "pearson_heg50")
+CORRELATIONS = ("pearson_acg", "pearson_heg50")
 
 
 class OnTest(TypedDict):
@@ -38,10 +38,13 @@ def choose(cells: Sequence[Job], by: str) -> pd.DataFrame:
     for job in cells:
         value = read_json(job.output_dir / "provenance.json").get(by)
         if not isinstance(value, int | float):
-            raise InputError(f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots")
+            raise InputError(
+                f"{job.output_dir} has no {by}; protocol={job.protocol} keeps no validation spots, or "
+                f"model={job.model} is a closed form, which learns from them"
+            )
         scores = read_json(job.output_dir / "metrics.json", OnTest)["scores"]
         where = {"data": job.data, "protocol": job.protocol, "model": job.model, "seed": job.seed, "fold": job.fold}
-        rows.append({**where, **job.cell, by: value, **{key: scores.get(key) for key in SCORES}})
+        rows.append({**where, **job.cell, by: value, **{key: scores.get(key) for key in CORRELATIONS}})
     table = pd.DataFrame(rows)
     best = table.groupby(["data", "protocol", "model", "seed", "fold"], sort=False)[by].idxmax()
     return table.loc[best].reset_index(drop=True)

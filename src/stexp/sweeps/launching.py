@@ -1,4 +1,4 @@
-"""``stexp-train -m``: the jobs of a sweep, each a process of its own, on GPUs, on the CPU or on Slurm."""
+"""``stexp-train -m``: the jobs of a sweep, each a process of its own, on GPUs, on the CPU, on Slurm or on Ray."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from stexp.sweeps.jobs import Job, jobs, with_needs
 from stexp.sweeps.local import Local, gpu_slots, visible_gpus
 from stexp.sweeps.plan import read_plan
 from stexp.sweeps.preview import preview
+from stexp.sweeps.ray import ray_starter
 from stexp.sweeps.schedule import Slot, Start, run
 from stexp.sweeps.slurm import slurm_starter
 
@@ -80,8 +81,12 @@ def starter(launcher: Mapping[str, Any], everything: Sequence[Job], name: str | 
     of_sweep = {"STEXP_SWEEP": name} if name else {}
     if launcher.get("name") == "slurm":
         return slurm_starter(launcher, of_sweep), [Slot()] * launcher["at_once"]
+    if launcher.get("name") == "ray":
+        return ray_starter(launcher, of_sweep), [Slot()] * launcher["at_once"]
     if launcher.get("name") != "gpus":
-        raise InputError("hydra/launcher: choose gpus or slurm; others need hydra/sweeper=basic, which keeps no order")
+        raise InputError(
+            "hydra/launcher: gpus, slurm or ray would fit; others need hydra/sweeper=basic, which keeps no order"
+        )
     trainers = [job.settings["trainer"] for job in everything]
     if any(trainer["devices"] not in (1, "auto") for trainer in trainers):
         raise InputError("a job of a sweep has one device; trainer.devices and trainer=ddp are for a single run")

@@ -39,6 +39,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         _save({**kept, "method": self.method}, path)
 
 
+def keep_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a checkpoint anew with other weights of the same method."""
+    _save({**load_checkpoint(path), "state_dict": {key: value.cpu() for key, value in weights.items()}}, path)
+
+
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
     with replacing(path) as part, part.open("wb") as file:
         try:

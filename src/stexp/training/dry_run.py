@@ -19,7 +19,7 @@ import torch
 
 from stexp import construct
 from stexp.data.datamodule import SpotDataModule
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 from stexp.models.adapter import STEPS
 from stexp.models.encoders.frozen import UNTUNED
 from stexp.models.method import Method, Prediction
@@ -29,7 +29,6 @@ from stexp.training.observed import HideTruth, Watch, misfits
 
 SPOTS = 4  # of a batch
 EPOCHS = 60  # of one step each: a method may train its parts one after the other
-NAMED = 4  # parameters or modules that a line names
 NEEDED = ("hooks", "build", "loss", "prediction")
 """Points without which the later ones say nothing."""
 APART = 1e-4  # of the spread of the predictions: more than the order of sums explains
@@ -142,6 +141,9 @@ class _Trial:
             if not any(loss.numel() != 1 for loss in watch.losses):
                 raise
             # of the shape of the loss, which says more
+        else:
+            self.method.tune(self.data)
+            self.method.finish(self.data)
         if self.method.closed_form:
             self.say("loss", None, "closed form: one calculation, no loss and no gradients")
         else:
@@ -164,12 +166,12 @@ class _Trial:
         outside = [name for name, parameter in trained.items() if id(parameter) not in optimised]
         unreached = [name for name in trained if name not in watch.reached and name not in outside]
         if outside:
-            self.say("gradients", False, f"no optimizer has {_some(outside)}; give it all, or requires_grad_(False)")
+            self.say("gradients", False, f"no optimizer has {listed(outside)}; give it all, or requires_grad_(False)")
         if unreached:
             self.say(
                 "gradients",
                 False,
-                f"none reaches {_some(unreached)}: the loss does not depend on them; is there a detach()?",
+                f"none reaches {listed(unreached)}: the loss does not depend on them; is there a detach()?",
             )
         if not outside and not unreached:
             self.say("gradients", True, f"reach all of {len(trained)} tensors that train")
@@ -211,7 +213,7 @@ class _Trial:
         self.say(
             "evaluation mode",
             not watch.training,
-            f"{_some(watch.training)} is in training mode while it predicts (dropout, batch statistics); do not call "
+            f"{listed(watch.training)} is in training mode while it predicts (dropout, batch statistics); do not call "
             f"train() in predict_step or eval()"
             if watch.training
             else "everything is in evaluation mode while it predicts",
@@ -317,11 +319,6 @@ class _Trial:
         apart = float((made - first).abs().max()) if bool(torch.isfinite(made).all()) else np.inf
         fits = apart <= APART * scale
         self.say(name, fits, same if fits else f"predictions {differs} (by up to {apart:.2g})")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _where(error: Exception) -> str:

@@ -24,7 +24,7 @@ from stexp.errors import InputError
 from stexp.models.adapter import as_method
 from stexp.models.method import Method, Prediction
 from stexp.training.callbacks import VALIDATION
-from stexp.training.checkpoints import WholeCheckpoints, load_checkpoint
+from stexp.training.checkpoints import WholeCheckpoints, keep_weights, load_checkpoint
 from stexp.training.distributed import SyncBatchNorm, check_several_devices
 from stexp.training.machine import Machine
 from stexp.training.threads import LowerThreads
@@ -79,6 +79,8 @@ def fit(
 ) -> Trainer:
     """Fit a method, and leave it at its best weights: by validation, or the last where nothing is validated.
 
+    Nothing is where there are no validation spots, and of closed forms, which learn from these, too.
+
     Parameters
     ----------
     folder
@@ -96,10 +98,12 @@ def fit(
     check_several_devices(method, data, machine.world_size)
     checkpoints = Checkpoints(folder / "checkpoints")
     going_on = resume and checkpoints.last.exists()
+    # of a closed form the validation spots train: a score of theirs would be one in sample
+    validated = len(data.rows("validation")) > 0 and not method.closed_form
     if going_on:
         checkpoint = load_checkpoint(checkpoints.last)
         data.load_state_dict(checkpoint["SpotDataModule"])  # before weights that may not fit
-        if len(data.rows("validation")) and not checkpoints.best.exists():
+        if validated and not checkpoints.best.exists():
             raise InputError(
                 f"{checkpoints.best} is gone, and {checkpoints.last} alone cannot bring it back; give overwrite=true"
             )
@@ -107,7 +111,7 @@ def fit(
         method.load_state_dict(checkpoint["state_dict"])  # of what encoder there are features is asked next
     say_what_is_encoded(method, data)
     callbacks = list(callbacks)
-    if len(data.rows("validation")):
+    if validated:
         # before the one that keeps the last epoch, which stores what was best so far
         best = ModelCheckpoint(
             checkpoints.folder, filename="best", monitor=VALIDATION, mode="max", enable_version_counter=False
@@ -141,10 +145,10 @@ def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
     if data.views and not reads_features:
         raise InputError(
             f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
-            f"that read nothing else of a tile: mclstexp, bleep, sepal, stnet with model.symmetries=false and "
-            f"model.input_scale=image_encoder; null would fit"
+            f"that read nothing else of a tile: mclstexp, bleep, sepal, deepspot, stnet with model.symmetries=false "
+            f"and model.input_scale=image_encoder; null would fit"
         )
-    if reads_features and (data.views or data.augmentation == "none"):
+    if reads_features and (data.views or data.augmentation == "none" or method.frozen_encoder is None):
         log.info("training on features in the cache: the image encoder is frozen and need not run")
     elif reads_features:
         log.info(
@@ -177,8 +181,8 @@ def _trainer(
     node = {**machine.trainer, "accelerator": machine.kind, "devices": _devices(machine)}
     sync_batchnorm = node.pop("sync_batchnorm", False)
     if method.closed_form:
-        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer or loss
-        node |= {"max_epochs": 1, "limit_train_batches": 1}
+        # one calculation: one step in which Lightning keeps a checkpoint, without optimizer, loss or validation
+        node |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
         for message in (".*configure_optimizers. returned .None.", ".*training_step. returned .None."):
             warnings.filterwarnings("ignore", message=message)
     plugins: list[Any] = [checkpoint_io]
@@ -202,13 +206,18 @@ def _devices(machine: Machine) -> int | list[int]:
     return machine.devices if machine.kind == "cuda" else len(machine.devices)
 
 
-def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Trainer) -> tuple[Prediction, dict]:
-    """Predict the test spots on one device, after the method chose on validation spots what it left open.
+def predict(
+    method: Method, data: SpotDataModule, machine: Machine, trainer: Trainer, checkpoint: Path
+) -> tuple[Prediction, dict]:
+    """Predict the test spots on one device, after the method chose on validation spots what it left open, and learned
+    what stands on its final weights.
 
     Parameters
     ----------
     trainer
         Of the fit.
+    checkpoint
+        Of the method, which keeps what it learns here.
 
     Returns
     -------
@@ -226,6 +235,10 @@ def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Tra
     data.trainer = method.trainer = alone
     alone.strategy.connect(method)  # whose loaders ask for it before its first prediction
     chosen = method.to(machine.device).tune(data)
+    finished = method.finish(data)
+    if finished:
+        keep_weights(checkpoint, method.state_dict())
+        chosen = {**chosen, **finished}
     if chosen:
         log.info("chosen: %s", in_words(chosen))
     # of one loader, the outputs of all batches
@@ -237,7 +250,8 @@ def predict(method: Method, data: SpotDataModule, machine: Machine, trainer: Tra
 
 def in_words(chosen: Mapping[str, Any]) -> str:
     """What a method chose on validation spots, for the log: ``k=50``, with the highest score it was chosen by."""
-    scores = [max(map(float, value.values())) for value in chosen.values() if isinstance(value, dict) and value]
+    tried = [value for key, value in chosen.items() if key.endswith("validation_pearson") and value]
+    scores = [max(map(float, value.values())) for value in tried]
     best = [f"by a validation score of {max(scores):.4f}"] if scores else []
     return " ".join(
         [", ".join(f"{key}={value}" for key, value in chosen.items() if not isinstance(value, dict)), *best]

@@ -22,7 +22,7 @@ from stexp.data.download.record import Record, file_hash, mismatch
 from stexp.data.download.sources import Entry, mirrored, read_source
 from stexp.data.download.transfer import Failed, Patience, Unreachable, discard, download, length
 from stexp.data.progress import progress
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class _Fetch:
         wrong = [detail for state, detail in states.values() if state == "wrong"]
         if wrong and not self.replace:
             raise InputError(
-                f"{self.name}: {len(wrong)} of {len(files)} files in {self.root} do not verify: {_some(wrong)}; move "
+                f"{self.name}: {len(wrong)} of {len(files)} files in {self.root} do not verify: {listed(wrong)}; move "
                 f"them away, or data.download=replace fetches them again"
             )
         return {file: state for file, (state, _) in states.items() if state != "verified"}
@@ -135,7 +135,7 @@ class _Fetch:
         failed = self.bring_all(rest)
         if failed:
             raise InputError(
-                f"{self.name}: {len(failed)} of {len(rest)} files did not arrive: {_some(failed)}; "
+                f"{self.name}: {len(failed)} of {len(rest)} files did not arrive: {listed(failed)}; "
                 f"{len(rest) - len(failed)} are finished, the same command goes on from there; data.download=never "
                 f"does with what is in {self.root}"
             )
@@ -237,7 +237,3 @@ def _part(target: Path) -> Path:
 
 def _bytes(n: float) -> str:
     return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"
-
-
-def _some(texts: list[str], show: int = 3) -> str:
-    return ", ".join(texts[:show]) + (f" and {len(texts) - show} more" if len(texts) > show else "")

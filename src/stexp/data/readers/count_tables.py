@@ -32,8 +32,8 @@ BLOCK = 1 << 25  # bytes of text parsed at a time; the parser needs ten times as
 def read_count_table(path: Path, also: tuple[str, ...] = ()) -> tuple[pd.Index, pd.Index, sp.csr_matrix]:
     """Names of rows and columns, and the counts, of a table.
 
-    A section has up to thirty million cells, most of them "0". Array operations on the text read all 36 of HER2+ in
-    six seconds, pandas takes seven times as long; whatever is not digits and separators goes to pandas.
+    A section has up to thirty million cells, most of them "0". Array operations on the text read such a table;
+    whatever is not digits and separators goes to pandas.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from stexp.data.readers.excel_dates import date_of, gene_of
 from stexp.data.readers.spot_columns import is_about_spots
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 
 Names = Sequence[str] | np.ndarray
 
@@ -113,7 +113,7 @@ def genes_of(
     is_ensembl = _matches(names if ids is None else ids, ENSEMBL_ID.fullmatch) | _matches(names, ENSEMBL_ID.fullmatch)
     keep &= ~_no_genes(names, keep & ~is_ensembl, values, where)
     if not keep.any():
-        raise InputError(f"{where}: none of {len(names)} features is a gene (first: {_some(names[:1])})")
+        raise InputError(f"{where}: none of {len(names)} features is a gene (first: {listed(names[:1])})")
     columns = np.flatnonzero(keep)
     is_ensembl, ids = is_ensembl[keep], None if ids is None else ids[keep]
     of_genome = None if genomes is None else np.asarray(genomes, object)[keep]
@@ -136,12 +136,12 @@ def _of_gene_type(types: Names, where: str) -> np.ndarray:
     others = sorted({str(kind) for kind, gene in zip(types, genes, strict=True) if not gene})
     if genes.any():
         if others:
-            log.info("%s: %d features are not %s and left out: %s", where, int((~genes).sum()), GENES, _some(others))
+            log.info("%s: %d features are not %s and left out: %s", where, int((~genes).sum()), GENES, listed(others))
         return genes
     if set(plain) & OTHER_TYPES:
-        raise InputError(f"{where} have no feature of type {GENES}, only {_some(others)}")
+        raise InputError(f"{where} have no feature of type {GENES}, only {listed(others)}")
     if set(plain) != {""}:
-        log.info("%s: %s are no types of features that 10x writes; all are taken as genes", where, _some(others))
+        log.info("%s: %s are no types of features that 10x writes; all are taken as genes", where, listed(others))
     return np.ones(len(plain), dtype=bool)
 
 
@@ -153,7 +153,7 @@ def _no_genes(names: np.ndarray, judged: np.ndarray, values: sp.csr_matrix, wher
         if match.any():
             level = logging.INFO if kind in ("control features", "antibodies") else logging.WARNING
             log.log(
-                level, "%s: %d %s are no genes and left out: %s", where, int(match.sum()), kind, _some(names[match])
+                level, "%s: %d %s are no genes and left out: %s", where, int(match.sum()), kind, listed(names[match])
             )
             out |= match
     coordinates = np.isin(names, ("x", "y")) & judged
@@ -195,7 +195,7 @@ def _without_genomes(names: np.ndarray, is_ensembl: np.ndarray, genomes: np.ndar
     if 0 < 2 * shorter.sum() < len(names) and not is_ensembl[shorter].all():
         raise InputError(
             f"{where}: {int(shorter.sum())} of {len(names)} names have a genome or species before them "
-            f"({_some(names[shorter])}), the others none; counts of one species would fit"
+            f"({listed(names[shorter])}), the others none; counts of one species would fit"
         )
     if shorter.any():
         log.info("%s: %d names lose the genome before them (%s)", where, int(shorter.sum()), names[shorter][0])
@@ -233,11 +233,11 @@ def _without_dates(names: np.ndarray, ids: np.ndarray | None, is_ensembl: np.nda
     if lost:
         raise InputError(
             f"{where}: {len(lost)} names are dates or numbers (or errors) that a spreadsheet made of genes: "
-            f"{_some(lost)}; which genes they were cannot be told (1-Mar: MARCHF1 or MTARC1), so a table with their "
+            f"{listed(lost)}; which genes they were cannot be told (1-Mar: MARCHF1 or MTARC1), so a table with their "
             f"names would fit"
         )
     if mended:
-        log.warning("%s: %d names are dates that a spreadsheet made of genes: %s", where, len(mended), _some(mended))
+        log.warning("%s: %d names are dates that a spreadsheet made of genes: %s", where, len(mended), listed(mended))
     return names
 
 
@@ -252,7 +252,7 @@ def _refuse_measures(values: sp.csr_matrix, names: np.ndarray, where: str) -> No
         return
     fractional = np.unique(values.indices[values.data % 1 != 0])
     if 0 < len(fractional) <= n_genes // 4:
-        raise InputError(f"{where}: {_some(names[fractional])} hold fractions amid counts; leave these columns out")
+        raise InputError(f"{where}: {listed(names[fractional])} hold fractions amid counts; leave these columns out")
     of_spots, of_columns = (np.asarray(values.sum(axis=i, dtype=np.float64)).ravel() for i in (1, 0))
     total = of_columns.sum()
     large = np.flatnonzero((of_columns >= 10 * n_spots) | (2 * of_columns >= total))
@@ -278,8 +278,3 @@ def _refuse_measures(values: sp.csr_matrix, names: np.ndarray, where: str) -> No
 
 def _matches(names: Iterable[str], match: Callable) -> np.ndarray:
     return np.array([bool(match(name)) for name in names], dtype=bool)
-
-
-def _some(names: Iterable[str], n: int = 4) -> str:
-    names = [str(name)[:60] for name in names]
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

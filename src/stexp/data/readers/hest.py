@@ -18,7 +18,7 @@ from stexp.data.readers.paths import choose_sections, data_folder
 from stexp.data.readers.text import read_table
 from stexp.data.section import Section
 from stexp.data.slides.slide import Slide
-from stexp.errors import InputError
+from stexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ def read_hest(
     wanted = choose_sections(sorted(there, key=_id_order), sections, root / "st")
     unlisted = set(wanted) - set(table.index)
     if unlisted:
-        raise InputError(f"no section {_some(unlisted)} in the metadata; there are {_some(there & set(table.index))}")
+        absent, choices = (sorted(names, key=_id_order) for names in (unlisted, there & set(table.index)))
+        raise InputError(f"no section {listed(absent)} in the metadata; there are {listed(choices)}")
     rows = table.loc[wanted]
     for key, column, values in (
         ("species", "species", species),
@@ -97,7 +98,7 @@ def read_metadata(root: Path) -> pd.DataFrame:
     table = table[list(COLUMNS)].apply(lambda column: column.str.strip())
     twice = table["id"][table["id"].duplicated()]
     if len(twice):
-        raise InputError(f"{files[-1]} lists {_some(set(twice))} more than once")
+        raise InputError(f"{files[-1]} lists {listed(sorted(set(twice), key=_id_order))} more than once")
     return table.set_index("id", drop=False)
 
 
@@ -193,8 +194,3 @@ def array_coordinates(xy: np.ndarray, obs: pd.DataFrame, where: str) -> np.ndarr
         raise InputError(f"{where}: spots lie on top of each other")
     log.info("%s: no array coordinates that follow the pixel positions; derived from these", where)
     return np.floor((xy - xy.min(axis=0)) / (apart / 2))
-
-
-def _some(names: set[str], n: int = 5) -> str:
-    ordered = sorted(names, key=_id_order)
-    return ", ".join(ordered[:n]) + (f" and {len(ordered) - n} more" if len(ordered) > n else "")

@@ -23,7 +23,7 @@ from stexp.data.readers.visium_scale import bin_size_um, fit_um_per_px
 from stexp.data.section import Section
 from stexp.data.slides.ome_zarr import is_zarr, without_pickles
 from stexp.data.slides.slide import Slide
-from stexp.errors import InputError, did_you_mean
+from stexp.errors import InputError, did_you_mean, listed
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -122,12 +122,16 @@ def choose_table(tables: Mapping[str, Any], table: str | None, place: object) ->
     if table is not None and table in tables:
         return table
     if table is not None:
-        raise InputError(f"{place} has no table {table} of a region; there are {_some(tables)}{_near(table, tables)}")
+        raise InputError(
+            f"{place} has no table {table} of a region; there are {listed(tables, 8)}{_near(table, tables)}"
+        )
     if len(tables) == 1:
         return next(iter(tables))
     if not tables:
         raise InputError(f"{place} has no table that annotates shapes or points; counts of regions would fit")
-    raise InputError(f"{place} has {len(tables)} tables ({_some(tables)}); choose one: data.table={next(iter(tables))}")
+    raise InputError(
+        f"{place} has {len(tables)} tables ({listed(tables, 8)}); choose one: data.table={next(iter(tables))}"
+    )
 
 
 def regions_of(stated: object) -> list[str]:
@@ -247,14 +251,14 @@ def _choose_image(
     matrices = {name: _to_pixels(sdata, element, name, centres, where) for name in others}
     common = {name: matrix for name, matrix in matrices.items() if matrix is not None}
     if not common and others:
-        raise InputError(f"{where}: no coordinate system has both the spots and an image ({_some(others)})")
+        raise InputError(f"{where}: no coordinate system has both the spots and an image ({listed(others, 8)})")
     if not common:
         log.warning("%s: the store has no image of H&E; its spots can only be referred to", where)
         return None, np.eye(3)
     finest = max(map(_scale, common.values()))
     best = [name for name, matrix in common.items() if _scale(matrix) * SAME_SCALE > finest]
     if len(best) > 1:
-        raise InputError(f"{where}: {_some(best)} are images of one resolution; choose one: data.image={best[0]}")
+        raise InputError(f"{where}: {listed(best, 8)} are images of one resolution; choose one: data.image={best[0]}")
     if image is None and re.search(r"(?:hires|lowres)_image$", best[0]):
         log.warning("%s: no full-resolution image, so %s is used: tiles show little of it", where, best[0])
     return best[0], common[best[0]]
@@ -263,7 +267,7 @@ def _choose_image(
 def _named(images: Mapping[str, Any], image: str, where: str) -> list[str]:
     names = [image] if image in images else [name for name in images if name.endswith(image)]
     if not names:
-        raise InputError(f"{where}: there is no image {image}; there are {_some(images)}{_near(image, images)}")
+        raise InputError(f"{where}: there is no image {image}; there are {listed(images, 8)}{_near(image, images)}")
     return names
 
 
@@ -354,11 +358,6 @@ def _um_per_px(image: Any) -> float | None:
     """By a coordinate system in micrometres; None without one."""
     scales = {name: _scale(matrix) for name, matrix in _systems(image).items() if MICROMETRES.fullmatch(name)}
     return next(iter(scales.values()), None)
-
-
-def _some(names: Any, n: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def _near(name: str, names: Any) -> str:

@@ -126,7 +126,7 @@ class _Region:
             self._readers.put(reader)
 
     def is_sparse(self, n: int, side: int) -> bool:
-        """Whether `n` tiles are read faster one by one; OpenSlide takes 2.6 ms for 224 px, 42 ms for 1,248 px."""
+        """Whether `n` tiles are so few that they are read one by one, without the blocks between them."""
         return n * side**2 < SPARSE * int(np.prod(self._size))
 
 

@@ -253,6 +253,19 @@ def tiles_around(section: Section, spec: TileSpec, k: int) -> Iterator[tuple[np.
         yield from _read(image, corner.reshape(-1, 2), spec.side_px(section), spec.px, inside.ravel(), what)
 
 
+def subtiles(tiles: np.ndarray, k: int) -> np.ndarray:
+    """The k x k parts of tiles (B, px, px, 3), as they are: (B, k * k, px // k, px // k, 3), left to right, then down.
+
+    They are spread evenly; where k does not divide the side, a pixel or more lies between some of them.
+    """
+    px = tiles.shape[1]
+    side = px // k
+    if side == 0:
+        raise InputError(f"a tile of {px} px has no {k} x {k} parts; a larger data.tile_px would fit")
+    starts = [round(i * (px - side) / max(k - 1, 1)) for i in range(k)]
+    return np.stack([tiles[:, y : y + side, x : x + side] for y in starts for x in starts], axis=1)
+
+
 def by_region(corner: np.ndarray, block: tuple[int, int]) -> Iterator[np.ndarray]:
     """Rows of `corner` by the block of the image they lie in, in reading order."""
     cell = corner // np.array(block)

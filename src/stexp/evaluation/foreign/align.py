@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.join import split_ids
-from stexp.errors import InputError, did_you_mean
+from stexp.errors import InputError, did_you_mean, listed
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ def align(
         )
     every_gene = np.full((len(test), predicted.n_vars), np.nan, dtype=np.float32)
     every_gene[rows >= 0] = np.asarray(predicted.X, dtype=np.float32)[rows[rows >= 0]]
+    infinite = np.isinf(every_gene)  # outside the panel, too: a spot's total may be counted over those genes
+    if infinite.any():
+        raise InputError(
+            f"predictions: {_cells(infinite, test, predicted.var_names)} infinite; finite numbers would fit"
+        )
     values = np.full((len(test), len(panel)), np.nan, dtype=np.float32)
     values[:, columns >= 0] = every_gene[:, columns[columns >= 0]]
     values = _whole(values, test, panel)
@@ -102,14 +107,20 @@ def align(
         "genes_not_predicted", [gene for gene, there in zip(panel, aligned.panel, strict=True) if not there]
     )
     left_over |= _counted("genes_not_in_panel", pd.Index(genes).difference(pd.Index(panel), sort=False))
-    for kind, text in SAID.items():
+    for kind, text in SENTENCES.items():
         if kind in left_over:
             level = logging.INFO if kind == "genes_not_in_panel" else logging.WARNING
-            log.log(level, "predictions: %s", text.format(left_over[kind]["n"], _some(left_over[kind])))
+            log.log(
+                level,
+                "predictions: %s",
+                text.format(
+                    left_over[kind]["n"], listed(left_over[kind]["examples"], EXAMPLES, of=left_over[kind]["n"])
+                ),
+            )
     return aligned
 
 
-SAID = {
+SENTENCES = {
     "rows_of_unknown_sections": "{} rows are of sections that the data set does not have, and are left out: {}",
     "rows_not_held_out": "{} rows are of spots that this fold does not test, and are left out: {}",
     "rows_without_spot": "{} rows of tested sections are of no spot of the data, and are left out: {}",
@@ -117,7 +128,7 @@ SAID = {
     "genes_not_predicted": "{} genes of the panel are not predicted, and are not scored: {}",
     "genes_not_in_panel": "{} genes are not in the panel, and are not scored: {}",
 }
-"""Kinds of `Aligned.left_over`, as they are said."""
+"""What is logged of each kind of `Aligned.left_over`."""
 
 
 def _rows(
@@ -173,11 +184,11 @@ def _match(predicted: np.ndarray, spots: np.ndarray, section: str) -> np.ndarray
 
 def _no_test_section(sections: np.ndarray, tested: list[str], unit_of: Mapping[str, str], fold: str) -> str:
     names = list(dict.fromkeys(sections))
-    text = f"predictions are of section {_listed(names)}; fold={fold} tests {_listed(tested)}"
+    text = f"predictions are of section {listed(names, 8)}; fold={fold} tests {listed(tested, 8)}"
     others = list(dict.fromkeys(unit_of[name] for name in names if name in unit_of))
     if others:
         return f"{text}; fold={others[0]} would fit"
-    return f"{text}, and the data set has {_listed(list(unit_of))}{did_you_mean(names[0], unit_of)}"
+    return f"{text}, and the data set has {listed(list(unit_of), 8)}{did_you_mean(names[0], unit_of)}"
 
 
 def _refuse_twice(obs: pd.DataFrame) -> None:
@@ -201,9 +212,6 @@ def _whole(values: np.ndarray, test: pd.DataFrame, panel: Sequence[str]) -> np.n
 
     A gene is predicted where every section that is predicted has it.
     """
-    infinite = np.isinf(values)
-    if infinite.any():
-        raise InputError(f"predictions: {_cells(infinite, test, panel)} infinite; finite numbers would fit")
     missing = np.isnan(values)
     spots, sections = ~missing.all(axis=1), test["section"].to_numpy(str)
     lacking = np.zeros(len(panel), dtype=bool)
@@ -230,11 +238,3 @@ def _cells(mask: np.ndarray, test: pd.DataFrame, panel: Sequence[str]) -> str:
 def _counted(kind: str, names: Iterable[str]) -> dict[str, Any]:
     names = [str(name) for name in names]
     return {kind: {"n": len(names), "examples": names[:EXAMPLES]}} if names else {}
-
-
-def _some(counted: Mapping[str, Any]) -> str:
-    return ", ".join(counted["examples"]) + (", ..." if counted["n"] > len(counted["examples"]) else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

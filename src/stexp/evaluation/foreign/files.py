@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -92,7 +93,35 @@ def _read_file(path: Path, names: DataNames, layer: str | None) -> ad.AnnData:
 
 
 def _read_h5ad(path: Path, names: DataNames, layer: str | None) -> ad.AnnData:
-    adata, where = read_h5ad(path, "predictions"), f"predictions {path}"
+    return predictions_of(read_h5ad(path, "predictions"), names, f"predictions {path}", layer, path.stem)
+
+
+def predictions_of(
+    adata: ad.AnnData, names: DataNames, where: str, layer: str | None = None, stem: str | None = None
+) -> ad.AnnData:
+    """Predicted expression of an AnnData, of a file or in memory, laid out as `read_predictions` does.
+
+    Parameters
+    ----------
+    where
+        What it is, for messages.
+    layer
+        That holds the predictions; None: ``X``.
+    stem
+        Name of its file, which may hold that of a section.
+
+    Returns
+    -------
+    AnnData, spots x genes
+        With ``uns["stexp"]`` where that is said of these very predictions: not of another layer, nor of an ``X`` that
+        was changed.
+
+    Raises
+    ------
+    InputError
+        No such layer, no numbers, or nothing that says section or spot; genes x spots; or what was measured instead of
+        what was predicted.
+    """
     layers = ", ".join(str(key) for key in adata.layers if key is not None) or "none"
     if layer is not None and layer not in adata.layers:
         raise InputError(f"layer={layer}: {where} has the layers {layers}{did_you_mean(layer, adata.layers)}")
@@ -106,12 +135,18 @@ def _read_h5ad(path: Path, names: DataNames, layer: str | None) -> ad.AnnData:
     var = pd.DataFrame(index=pd.Index(adata.var_names.astype(str), dtype=object))
     if ids is not None:
         var["gene_ids"] = ids.astype(object).where(ids.notna(), "").astype(str).to_numpy()
-    out = lay_out(values, locate(adata.obs, adata.obs_names, where, names.sections, path.stem), var, where)
-    if not isinstance(adata.uns.get("stexp"), dict) or "predicted" not in adata.layers:
+    out = lay_out(values, locate(adata.obs, adata.obs_names, where, names.sections, stem), var, where)
+    if not isinstance(adata.uns.get("stexp"), Mapping) or "predicted" not in adata.layers:
         return out
-    if layer in MEASURED:
-        raise InputError(f"layer={layer}: of {where} that is what was measured; predicted would fit")
-    # what the file says of its predictions is said of no other layer, and of no X that was changed
-    if np.array_equal(values, dense(adata.layers["predicted"], where), equal_nan=True):
+    is_predicted = layer not in MEASURED and _same(values, adata.layers["predicted"], where)
+    measured = [key for key in MEASURED if key in adata.layers and _same(values, adata.layers[key], where)]
+    if measured and not is_predicted:
+        what = "X" if layer is None else f"layer={layer}"
+        raise InputError(f"{what} of {where} is what was measured ({measured[0]}); the layer predicted would fit")
+    if is_predicted:
         out.uns["stexp"], out.layers["predicted"] = adata.uns["stexp"], out.X
     return out
+
+
+def _same(values: np.ndarray, layer: Any, where: str) -> bool:
+    return np.array_equal(values, dense(layer, where), equal_nan=True)

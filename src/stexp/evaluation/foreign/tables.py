@@ -43,8 +43,7 @@ def read_table_of_predictions(path: Path, names: DataNames) -> ad.AnnData:
     value = next((columns[name] for name in VALUE if name in columns), None)
     if GENE in columns and value is not None:
         if spot is None:
-            listed = ", ".join(map(str, table.columns[:8]))
-            raise InputError(f"{where} has the columns {listed}, and none says the spot; a column spot would fit")
+            raise _without_spot(table, where)
         return _of_long(table, where, names, stem, {"gene": columns[GENE], "value": value})
     return _of_wide(table, where, names, stem, columns, spot)
 
@@ -54,6 +53,8 @@ def _of_wide(
 ) -> ad.AnnData:
     named = not pd.api.types.is_integer_dtype(table.index)  # an R table, or an index of parquet
     first = None if named or spot is not None else table.columns[0]
+    if first is not None and str(first).lower() == SECTION:
+        raise _without_spot(table, where)
     rows = table.index if first is None else texts(table[first], where)
     if SECTION not in columns and spot is None:
         refuse_transposed(rows, [column for column in table.columns if column != first], names, where)
@@ -61,6 +62,11 @@ def _of_wide(
     values = _numbers(table.drop(columns=keys if first is None else [first, *keys]), where, names)
     obs = locate(table[keys], rows, where, names.sections, stem)
     return lay_out(values.to_numpy(np.float32), obs, pd.DataFrame(index=values.columns), where)
+
+
+def _without_spot(table: pd.DataFrame, where: str) -> InputError:
+    listed = ", ".join(map(str, table.columns[:8]))
+    return InputError(f"{where} has the columns {listed}, and none says the spot; a column spot would fit")
 
 
 def _of_long(table: pd.DataFrame, where: str, names: DataNames, stem: str, columns: dict[str, Any]) -> ad.AnnData:

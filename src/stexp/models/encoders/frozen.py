@@ -21,13 +21,14 @@ from stexp.data.features import Stain, View
 from stexp.data.progress import track
 from stexp.data.section import Section
 from stexp.data.slides.store import TileStore, file_of
-from stexp.data.slides.tiles import TileSpec, tiles_around
+from stexp.data.slides.tiles import TileSpec, subtiles, tiles_around
 from stexp.errors import InputError
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.weights import one_line
 
 log = logging.getLogger(__name__)
 
+USUAL_PX = 224
 UNTUNED = {"frozen": True, "tuning": "all"}
 """Changes to an image encoder's config that build it as before any training, without LoRA's random updates."""
 
@@ -45,7 +46,7 @@ class FrozenEncoder:
     context
         Precision to compute in, e.g. ``torch.autocast("cuda", torch.bfloat16)``.
     batch_size
-        Tiles at once.
+        Tiles of 224 px at once; of wider ones as many as have the same pixels.
     twins
         What builds the same architecture at random weights, see :func:`random_twins`.
     about
@@ -126,6 +127,20 @@ class FrozenEncoder:
         self._kept(path, n, lambda: tiles_around(section, spec, k), what, stain)
         return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
 
+    def of_subtiles(self, section: Section, store: TileStore, k: int, stain: Stain | None = None) -> np.ndarray:
+        """Features of the k x k parts of each spot's own tile, (n_spots, k * k, F) float32, memory-mapped."""
+
+        def parts() -> Iterable[tuple[np.ndarray, np.ndarray]]:
+            spots = np.split(np.arange(len(store)), range(self.batch_size, len(store), self.batch_size))
+            for some in track(spots, len(store), f"section {section.name}: features of parts of tiles", size=len):
+                rows = some[:, None] * k * k + np.arange(k * k)
+                yield rows.ravel(), np.concatenate(list(subtiles(np.asarray(store[some]), k)))
+
+        what = f"section {section.name}: frozen features of {k} x {k} parts of {len(section)} tiles"
+        path = self._path(store, stain, f"-parts{k}")
+        self._kept(path, len(section) * k * k, parts, what, stain)
+        return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
+
     def _path(self, store: TileStore, stain: Stain | None, ending: str = "") -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{file_of(store).stem}-{self.key}{f'-{stain[0]}' if stain else ''}{ending}.npy"
@@ -138,8 +153,9 @@ class FrozenEncoder:
             log.info("%s by %s%s", what, self.encoder.name, self.about)
             out = np.zeros((n, self.encoder.num_features), dtype=np.float32)
             for rows, tiles in parts():
-                for start in range(0, len(rows), self.batch_size):
-                    part = slice(start, start + self.batch_size)
+                n_at_once = self._at_once(tiles.shape[1]) if view is None else self.batch_size  # see Notes
+                for start in range(0, len(rows), n_at_once):
+                    part = slice(start, start + n_at_once)
                     raw = torch.from_numpy(np.array(tiles[part])).to(self.device)
                     image = _see(stain[1](raw) if stain else raw, view, int(rows[start]))
                     try:
@@ -156,6 +172,10 @@ class FrozenEncoder:
             return out
 
         return kept_array(path, (n, self.encoder.num_features), encode)
+
+    def _at_once(self, px: int) -> int:
+        """How many tiles of a width are encoded at once, so that wide ones do not take more memory."""
+        return max(1, int(self.batch_size * min(1.0, (USUAL_PX / px) ** 2)))
 
     def _precision(self) -> torch.dtype:
         with self.context:

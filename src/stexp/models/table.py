@@ -1,0 +1,73 @@
+"""Spots to learn from, in groups that are left out in turn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stexp.data.datamodule import SpotDataModule
+from stexp.data.splits import spatial_blocks
+from stexp.errors import InputError
+
+BLOCKS = 4  # of the only section, each predicted by the others
+SPOTS_OF_A_BLOCK = 1024  # of those that thinned tables are made of, at most
+
+
+@dataclass(frozen=True)
+class Table:
+    """N spots to learn from.
+
+    Parameters
+    ----------
+    features, expression, xy_um : (N, F), (N, G), (N, 2)
+    section : (N,) str
+    group : (N,) str
+        What is left out together: patients where there are three, else sections, else blocks of the only one.
+    """
+
+    features: np.ndarray
+    expression: np.ndarray
+    xy_um: np.ndarray
+    section: np.ndarray
+    group: np.ndarray
+
+    @classmethod
+    def of(cls, data: SpotDataModule, rows: np.ndarray) -> Table:
+        spots = data.spots.iloc[rows]
+        group = spots["patient"].to_numpy(str)
+        section = spots["section"].to_numpy(str)
+        if len(np.unique(group)) < 3:
+            group = section
+        if len(np.unique(group)) < 2:
+            group = np.char.add("block", spatial_blocks(data.xy_px[rows], BLOCKS).astype(str))
+        if len(np.unique(group)) < 2 or len(rows) < 2 * BLOCKS:
+            raise InputError(f"model=consensus: {len(rows)} spots to learn from are too few to leave some out")
+        return cls(data.tile_features[rows], data.target[rows], data.xy_um[rows], section, group)
+
+    def __len__(self) -> int:
+        return len(self.section)
+
+    def take(self, rows: np.ndarray) -> Table:
+        return Table(*(values[rows] for values in vars(self).values()))
+
+    def thinned(self, n: int) -> Table:
+        """At most about `n` spots, where there are more: compact blocks of every section, the same share of each.
+
+        Within a block the spots lie as densely as they did, so that a radius of smoothing is judged on what it meets.
+        """
+        if len(self) <= n:
+            return self
+        share = n / len(self)
+        kept = []
+        for name in np.unique(self.section):
+            rows = np.flatnonzero(self.section == name)
+            n_blocks = max(-(-len(rows) // SPOTS_OF_A_BLOCK), math.ceil(1 / share), BLOCKS)
+            n_kept = int(share * n_blocks)
+            xy = self.xy_um[rows]
+            if not np.isfinite(xy).all():  # nothing is smoothed: any order does
+                xy = np.column_stack([np.arange(len(rows)), np.zeros(len(rows))])
+            chosen = ((np.arange(n_kept) + 0.5) * n_blocks / n_kept).astype(np.int64)
+            kept.append(rows[np.isin(spatial_blocks(xy, n_blocks), chosen)])
+        return self.take(np.sort(np.concatenate(kept)))
