@@ -23,10 +23,13 @@ from stexp.evaluation.floors import (
     _ridge,
     ceiling_per_gene,
     colour_statistics,
+    mean_over_seeds,
     predict_floors,
+    spread_over_seeds,
     unit_square,
 )
 from stexp.evaluation.metrics import mean_over_sections, pearson_per_gene, score_section, top_genes
+from stexp.evaluation.ridge import RidgeProbe, probe_components
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")
@@ -293,3 +296,27 @@ def test_the_command_leaves_its_table(tmp_path, monkeypatch, capsys) -> None:
     assert list(table.index) == list(facts["scores"]) and "ceiling" in table.index
     assert table.loc["mean", "mse"] == pytest.approx(facts["scores"]["mean"]["mse"], rel=1e-5)
     assert f"{facts['scores']['mean']['mse']:.4f}" in capsys.readouterr().out
+
+
+def test_random_features_are_the_probe_of_ridge_features_a_prediction_for_each_seed(tables):
+    train, test = tables
+    rng = np.random.default_rng(2)
+    whole = [(rng.normal(3, 5, (500, 30)), rng.normal(3, 5, (150, 30))) for _ in range(2)]
+    seen = replace(train, random=[probe_components(a, a, 10) for a, _ in whole])
+    floors = predict_floors(seen, replace(test, random=[probe_components(a, b, 10) for a, b in whole]))
+    for seed, (a, b) in enumerate(whole):
+        expected = RidgeProbe.fit(a, train.expression.astype(np.float64), 10).predict(b)
+        np.testing.assert_allclose(floors[f"random_features_seed{seed}"], expected, rtol=1e-4)
+    with pytest.raises(InputError, match="random features"):
+        replace(train, random=[whole[0][1]])
+
+
+def test_a_floor_of_several_seeds_has_their_mean_and_spread():
+    scores = {
+        "mean": {"mse": 2.0},
+        "random_features_seed0": {"mse": 1.0},
+        "random_features_seed1": {"mse": 4.0},
+        "random_features_seed2": {"mse": 1.0},
+    }
+    assert mean_over_seeds(scores) == {"mean": {"mse": 2.0}, "random_features": {"mse": 2.0}}
+    assert spread_over_seeds(scores) == {"random_features": {"mse": pytest.approx(3**0.5)}}

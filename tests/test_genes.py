@@ -7,6 +7,7 @@ from itertools import permutations
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,37 @@ def slow_normalise(counts, total_counts, protocol, scaling) -> np.ndarray:
 
 
 # normalise
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 30))
+def test_residuals_equal_those_of_scanpy(seed, n):
+    rng = np.random.default_rng(seed)
+    whole = rng.negative_binomial(1, 0.3, (n, 12)) * (rng.random(12) < 0.8)
+    whole[:, 0] += 1  # no spot and not all genes are empty
+    whole[0, 1] += 500  # beyond the clip
+    expected = sc.experimental.pp.normalize_pearson_residuals(ad.AnnData(whole.astype(np.float64)), inplace=False)["X"]
+    panel = whole[:, 1:6].astype(np.float64)
+    got = normalise(panel, whole.sum(axis=1), Protocol("x", truth="residuals"))
+    np.testing.assert_allclose(got, np.nan_to_num(expected[:, 1:6]), rtol=1e-4, atol=1e-5)
+    panel[:, 0] += 1
+    expected = sc.experimental.pp.normalize_pearson_residuals(ad.AnnData(panel), inplace=False)["X"]
+    got = normalise(panel, whole.sum(axis=1), Protocol("x", truth="residuals", library="panel"))
+    np.testing.assert_allclose(got, np.nan_to_num(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_residuals_of_counts_that_follow_depth_alone_do_not_follow_it():
+    rng = np.random.default_rng(0)
+    depth = rng.lognormal(6, 1, 2000)
+    counts = rng.poisson(depth[:, None] * [0.001, 0.01, 0.05])
+    residuals = normalise(counts, depth, Protocol("x", truth="residuals"))
+    assert np.abs(np.corrcoef(residuals.T, np.log(depth))[-1, :-1]).max() < 0.08
+    np.testing.assert_allclose(residuals.mean(axis=0), 0, atol=0.05)
+    assert np.corrcoef(normalise(counts, depth, STRICT)[:, 0], np.log(depth))[0, 1] > 0.2  # ln(1 + x) does
+
+
+def test_residuals_and_blocks_are_refused_together():
+    with pytest.raises(InputError, match=r"truth=residuals.*hold_out=block"):
+        Protocol("x", hold_out="block", truth="residuals")
 
 
 @given(

@@ -476,3 +476,36 @@ def test_links_that_lead_back_are_not_followed(runs: list[Path], tmp_path: Path)
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "theirs" / "up").symlink_to(tmp_path)
     assert find_runs([str(tmp_path)])[0] == find_runs([str(folder) for folder in runs])[0]
+
+
+def test_what_stands_behind_a_row(tmp_path: Path) -> None:
+    folders = write_folds(tmp_path)
+    for folder in folders:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for name, part in metrics["sections"].items():
+            part["scores"] |= {"mse_within_gene": 1.0, "mse_gene_mean": 0.5, "follows_depth": 0.3}
+            part["floors"]["mean"] |= {"mse_within_gene": 4.0 if name == "A2" else 2.0, "mse_gene_mean": 0.4}
+        metrics["evidence"] = {
+            "intervals": {},
+            "error": {},
+            "structure": {"moran_concordance": 0.4},
+            "chance": {"n_genes": 2, "n_beyond": 1, "false_discoveries": 0.05, "pearson_moved": 0.0},
+            "strata": [],
+            "measurable": {"n_genes": 2, "pearson": 0.1},
+            "gene_sets": [
+                {"set": name, "n_genes": 2, "genes": [], "pearson": value, "floors": {"colour_ridge": 0.1}}
+                for name, value in (("x", 0.5), ("y", 0.0))
+            ],
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    table = one(folders)
+    method, floor = table.rows[table.rows["kind"] == "method"].iloc[0], row(table, "floor: colour ridge")
+    assert method["skill_within_gene"] == pytest.approx(1 - 4 / 10)
+    assert method["skill_gene_mean"] == pytest.approx(1 - 0.5 / 0.4)
+    assert method["share_of_ceiling"] == pytest.approx(0.25 / 0.8)
+    assert floor["share_of_ceiling"] == pytest.approx(0.15 / 0.8)
+    assert method["gene_sets"] == pytest.approx(0.25) and floor["gene_sets"] == pytest.approx(0.1)
+    assert method["beyond_chance"] == 0.5 and method["moran_concordance"] == pytest.approx(0.4)
+    assert method["follows_depth"] == pytest.approx(0.3) and "(patients)" in method["interval"]
+    cells = next(line for line in markdown(table).splitlines() if "60 %" in line)
+    assert "-25 %" in cells and "31 %" in cells and "50 %" in cells

@@ -37,6 +37,7 @@ def _check_odd(value: int) -> int:
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+SeveralSeeds = Annotated[int, Field(ge=0, le=100, description="a whole number from 0 to 100")]
 Pixels = Annotated[int, Field(ge=1, le=2**14)]
 Width = Annotated[int, Field(ge=1, le=2**16)]
 """Dimensions of a layer, or heads."""

@@ -33,7 +33,8 @@ class Protocol:
         What a fold holds out: all sections of a ``"patient"``; one ``"section"``, with the other sections of
         its patient left in training and reference; or one of the `blocks` that every section is cut into,
         for data of one section or patient. Blocks share tissue, stain and depth with what trains, so their
-        scores say how well a section is filled in, not how well another one is predicted.
+        scores say how well a section is filled in, not how well another one is predicted. ``"cohort"``: all of
+        another data set, which ``test_data=`` names.
     validation
         Keep part of the training side apart (a patient where three or more train, else a section, else a
         quarter of the spots), choose the checkpoint and k on it. False: last epoch, k as given.
@@ -52,7 +53,10 @@ class Protocol:
     truth
         Scaling of the observed and the retrieved expression: per ``"spot"``, or per ``"gene"``, where every
         gene sums to `target_sum` over the spots of its section, as in the published code, so that
-        sequencing depth stays in the target. What the spot encoder reads is always scaled per spot.
+        sequencing depth stays in the target. ``"residuals"``: how far the counts of a spot are from what its depth
+        and the gene's share in the section let expect, see :func:`~stexp.data.genes.pearson_residuals`; of the three
+        the least bound to depth, without a word on how high a gene is. What the spot encoder reads, and what ranks
+        the highest genes of residuals, is always scaled per spot.
     spot_context
         What a spot attends to in the spot encoder: its ``"neighbours"`` in the section, or the ``"batch"``
         it came in (32 consecutive spots at inference, across section borders, as published).
@@ -65,7 +69,7 @@ class Protocol:
     """
 
     name: _Name
-    hold_out: Literal["patient", "section", "block"] = "patient"
+    hold_out: Literal["patient", "section", "block", "cohort"] = "patient"
     blocks: _Blocks = 4
     validation: bool = True
     panel: Literal["train", "all"] = "train"
@@ -75,11 +79,18 @@ class Protocol:
     library: Literal["transcriptome", "panel"] = "transcriptome"
     target_sum: Positive = 1e4
     log: Literal["natural", "log10"] = "natural"
-    truth: Literal["spot", "gene"] = "spot"
+    truth: Literal["spot", "gene", "residuals"] = "spot"
     spot_context: Literal["neighbours", "batch"] = "neighbours"
     heg: Literal["train", "test"] = "train"
     k: Count | Literal["auto"] = "auto"
     published: bool = False
+
+    def __post_init__(self) -> None:
+        if self.truth == "residuals" and self.hold_out == "block":
+            raise InputError(
+                "protocol.truth=residuals: they are deviations from a whole section, of which hold_out=block trains on "
+                "a part; truth=spot would fit, or hold_out=patient or section"
+            )
 
     @property
     def scoring(self) -> tuple:

@@ -15,6 +15,7 @@ from stexp.api.typed import typed
 from stexp.arguments import check
 from stexp.construct import build
 from stexp.data import datamodule
+from stexp.data.cohorts import refuse_blocks
 from stexp.data.dataset import DataSet
 from stexp.data.features import TileEncoder
 from stexp.data.section import Section
@@ -77,6 +78,14 @@ class SpotDataModule(datamodule.SpotDataModule):
         Where tiles and features are kept, and how; see :class:`stexp.data.datamodule.SpotDataModule`.
     name
         Of the data, in scores and tables.
+    test_data
+        Sections of another data set: all of them are held out, and `sections` train. Settings are those of `sections`,
+        genes those of both.
+    test_name
+        Of that data set, which is the fold; None: that of its source.
+    random_features
+        Seeds of the floor that the image encoder has at random weights, as many more passes over the tiles that are
+        kept in the cache; 0: without it. An encoder that has random weights already is its own control.
     seed
         Of order, augmentation and the weights that training starts from.
     plugins
@@ -118,15 +127,14 @@ class SpotDataModule(datamodule.SpotDataModule):
         tile_store: str = OWN,
         placement: str = OWN,
         name: str | None = None,
+        test_data: Sequence[Section] | None = None,
+        test_name: str | None = None,
+        random_features: int = 3,
         seed: int = 0,
         plugins: Sequence[str] = (),
     ) -> None:
         check("fold", fold, str | None)
-        sections = _checked(sections)
-        source = source_of(sections)
-        if source is not None:  # in the order in which its files are read
-            places = {name: place for place, name in enumerate(source.names)}
-            sections = sorted(sections, key=lambda section: places[section.name])
+        sections, source = _in_order(sections)
         named = {"data": "default" if source is None else source.data}
         named |= {"image_encoder": image_encoder} if image_encoder is not None else {}
         changes = _of_source(source, sections)
@@ -159,12 +167,21 @@ class SpotDataModule(datamodule.SpotDataModule):
             "name": OWN if name is None else name,
         }
         changes |= {f"data.{key}": value for key, value in values.items() if value is not OWN}
-        self._named, self._changes, self._plugins = named, changes | {"seed": seed}, tuple(plugins)
+        changes |= {"seed": seed, "random_features": random_features}
+        self._named, self._changes, self._plugins = named, changes, tuple(plugins)
         self._config = run_config(self._named, self._changes, self._plugins)
+        if test_data is not None:
+            of_protocol = self._config["protocol"]
+            refuse_blocks(of_protocol["name"], of_protocol["hold_out"])
+            other, tested = _cohort(test_data, test_name)
+            self._changes |= {"test_data": other, "protocol.hold_out": "cohort"}
+            self._config = run_config(self._named, self._changes, self._plugins)
         self._encoder: TileEncoder | None = None
 
-        dataset, chosen = DataSet(self._config["data"]), build(self._config["protocol"])
+        dataset, chosen = DataSet.of(self._config), build(self._config["protocol"])
         self.every_section = dataset.prepare(sections)
+        if test_data is not None:
+            self.every_section = dataset.tested_on(self.every_section, DataSet(other).prepare(tested))
         held_out = folds(self.every_section, chosen)
         if not held_out:
             raise InputError("no section has an image; nothing can be trained or scored")
@@ -220,10 +237,23 @@ class SpotDataModule(datamodule.SpotDataModule):
         }
 
 
-def _checked(sections: Sequence[Section]) -> list[Section]:
+def _in_order(sections: Sequence[Section]) -> tuple[list[Section], Source | None]:
+    """Sections in the order in which the files of their source are read, and the source, where they have one."""
     if not len(sections):
         raise InputError("sections: the list is empty; those of stexp.read_visium, read_samplesheet, ... would fit")
-    return list(sections)
+    sections = list(sections)
+    source = source_of(sections)
+    if source is None:
+        return sections, None
+    places = {name: place for place, name in enumerate(source.names)}
+    return sorted(sections, key=lambda section: places[section.name]), source
+
+
+def _cohort(sections: Sequence[Section], name: str | None) -> tuple[dict[str, Any], list[Section]]:
+    """What a config says of a data set that is tested, and its sections."""
+    sections, source = _in_order(sections)
+    changes = _of_source(source, sections) | ({} if name is None else {"data.name": name})
+    return run_config({"data": "default" if source is None else source.data}, changes)["data"], sections
 
 
 def _of_source(source: Source | None, sections: Sequence[Section]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from stexp.construct import build
-from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
+from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder, random_twins
 from stexp.training.machine import Machine
 
 
@@ -24,4 +24,6 @@ def frozen_encoder(config: Mapping[str, Any], machine: Machine) -> FrozenEncoder
     with isolate_rng():
         pl.seed_everything(config["seed"], verbose=False)  # random weights are those of the seed
         encoder, data = build({**config["image_encoder"], **UNTUNED}), config["data"]
-    return FrozenEncoder(encoder, machine.device, machine.autocast(), data["cache_dir"], data["eval_batch_size"])
+    kept = data["cache_dir"], data["eval_batch_size"]
+    twins = random_twins(config["image_encoder"], config.get("random_features", 0))  # new in a version
+    return FrozenEncoder(encoder, machine.device, machine.autocast(), *kept, twins=twins)

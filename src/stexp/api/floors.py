@@ -10,7 +10,7 @@ from stexp.api.score import ranked
 from stexp.api.typed import typed
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
-from stexp.runs.results import TRAINING, colours, floors_under
+from stexp.runs.results import TRAINING, colours, floors_under, levels, random_components
 
 
 @typed
@@ -33,7 +33,8 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
     >>> stexp.floors(data)[["kind", "pearson_acg"]]
     """
     protocol, test, train = data.protocol, data.rows("test"), data.rows(*TRAINING)
-    layers, ceiling = floors_under(protocol, data, data.tile_features, colours(data))
+    random = random_components(data)
+    layers, ceiling = floors_under(protocol, data, data.tile_features, colours(data), random=random)
     observed = predictions.make_predictions(
         data.spots.iloc[test],
         data.panel,
@@ -41,7 +42,7 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
         predicted=layers["mean"],
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=data.target[train].mean(axis=0),
+        mean_train=levels(data)[train].mean(axis=0),
     )
     kept = ad.AnnData(obs=observed.obs, var=observed.var, uns={"ceiling": {protocol.name: ceiling}})
     for name, values in layers.items():

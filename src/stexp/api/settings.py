@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from stexp.arguments import Count, Seed, check
+from stexp.arguments import Count, Seed, SeveralSeeds, check
 from stexp.config import to_plain
 from stexp.errors import InputError, did_you_mean
 
@@ -84,6 +84,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     check("trainer.max_epochs", trainer["max_epochs"], Count)
     check("hardware.threads", config["hardware"]["threads"], Count | None)
     check("seed", config["seed"], Seed)
+    check("random_features", config["random_features"], SeveralSeeds)
     for key in ("fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_predict_batches"):
         if key in trainer:
             raise InputError(f"trainer.{key}: a run takes all its spots; to try something out, take fewer sections")

@@ -26,7 +26,7 @@ from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import Stages, provenance
-from stexp.runs.results import write_results
+from stexp.runs.results import random_components, write_results
 from stexp.runs.scoring import score_finished, score_run
 from stexp.training import loggers
 from stexp.training.duplicates import compare_tiles, training_record
@@ -140,7 +140,7 @@ def _train(
     callbacks: Sequence[pl.Callback],
     base: Base | None,
 ) -> TrainedRun | None:
-    dataset, protocol, seed = DataSet(config["data"]), build(config["protocol"]), config["seed"]
+    dataset, protocol, seed = DataSet.of(config), build(config["protocol"]), config["seed"]
     stages = Stages(folder.path if machine.is_first else None)
     logger: Any = build(config["logger"]) if machine.is_first else False  # before the work: it may not be installed
     _announce(config, machine)
@@ -157,6 +157,7 @@ def _train(
             log.info("%s", line)
     with stages("floors"):
         data.setup()  # the features: what the encoder's weights are worth before any training
+        random = random_components(data)
     with stages("model"):
         if method is None:
             method = build_method(config["model"], data, machine, seed)
@@ -185,7 +186,8 @@ def _train(
             prediction, chosen = predict(method, data, machine, trainer, folder.checkpoint)
         (folder.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are made anew
         with stages("results"):
-            digest = write_results(folder, data, method, prediction, chosen, build(config["data"]["quality"]))
+            thresholds = build(config["data"]["quality"])
+            digest = write_results(folder, data, method, prediction, chosen, thresholds, random)
         with stages("score"):
             metrics = score_run(folder.path)
         computed = machine.chosen_precision, machine.device.type

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stexp.arguments import Seed, check
+from stexp.arguments import Seed, SeveralSeeds, check
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
 from stexp.errors import InputError, did_you_mean
@@ -55,6 +55,7 @@ def check_options(cfg: DictConfig) -> None:
 
     check_name(str(cfg.name), "name")
     check("seed", cfg.seed, Seed)
+    check("random_features", cfg.random_features, SeveralSeeds)
     if cfg.scale is not None:
         check_scale(str(cfg.scale))
     if cfg.genes not in GENES:

@@ -29,11 +29,12 @@ def main(cfg: DictConfig) -> None:
         written = (
             [] if cfg.output_dir is None else write(dataset.name, sections, protocol, scores, Path(cfg.output_dir))
         )
-        what = "spot" if protocol.truth == "spot" else "gene, over the spots of its section"
+        truth = {"spot": "scaled per spot", "gene": "scaled per gene, over the spots of its section"}
+        scaled = truth.get(protocol.truth, "Pearson residuals of each section")
         print(
             f"{dataset.name}, protocol {protocol.name}: {len(sections)} sections, "
             f"each {protocol.hold_out} held out in turn; "
-            f"truth scaled per {what}, {protocol.log} log, library: {protocol.library}"
+            f"truth {scaled}, {protocol.log} log, library: {protocol.library}"
         )
         print(f"  {'':<28}     ACG   HEG50     MSE     MAE")
         for name, means in scores.items():

@@ -57,6 +57,7 @@ def _tabulate(cfg: DictConfig) -> None:
     """
     # pandas and scipy, which --help does without
     from stexp.reporting.agreement import FINISH
+    from stexp.reporting.outside import inside_and_outside
     from stexp.reporting.tables import FILES, METRICS, by_table, markdown, tabulate, write
     from stexp.runs.scored import find_runs, read_scored_run
 
@@ -83,10 +84,11 @@ def _tabulate(cfg: DictConfig) -> None:
     scored_as = OmegaConf.select(cfg, "protocol.name")
     runs = [run for folder in folders for run in made(read_scored_run, folder, scored_as)]
     options = cfg.metric, cfg.baseline, cfg.allow_missing is not False
-    tables = [table for title, members in by_table(runs) for table in made(tabulate, title, members, *options)]
-    if not tables:
+    groups = [(group, table) for group in by_table(runs) for table in made(tabulate, *group, *options)]
+    if not groups:
         raise refused[0]
-    text = "\n\n".join(markdown(table) for table in tables)
+    tables = [table for _, table in groups]
+    text = "\n\n".join([*map(markdown, tables), *inside_and_outside([group for group, _ in groups])])
     if unfinished:
         text += f"\n\nNot finished, left out: {', '.join(folder.name for folder in unfinished)}."
     name = "+".join(dict.fromkeys(f"{run.metrics['data']}-{run.scored_as}" for run in runs))

@@ -22,6 +22,8 @@ DEMO = (
 def _sweep(arguments: list[str]) -> int:
     from stexp.sweeps.launching import sweep  # a sweep's jobs come back here
 
+    if any(argument.startswith("test_data") for argument in arguments):
+        raise InputError("test_data= is of a single run; give it without -m")
     return sweep(arguments)
 
 

@@ -150,4 +150,4 @@ def dataset_of(cfg: DictConfig) -> DataSet:
     """The data set that a config describes."""
     from stexp.data.dataset import DataSet  # pandas and anndata, which --help does without
 
-    return DataSet(to_plain(cfg.data))
+    return DataSet(to_plain(cfg.data), to_plain(cfg.test_data) if cfg.get("test_data") else None)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from stexp import __version__
-from stexp.config import command
+from stexp.config import command, to_plain
 from stexp.config.help import help_text, whole_help_text
 from stexp.config.keys import check_choices, check_keys, check_kinds
 from stexp.config.plugins import CONFIG_DIR, SOURCES, Sources, as_search_path, default_sources, used_plugins
@@ -169,7 +169,38 @@ def compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> Di
         A key or choice that is not there, with the nearest that is; or an argument that cannot be read.
     """
     sources, overrides = split(overrides)
-    parsed = parse(overrides)
+    overrides, of_test = _apart(overrides) if name == "train" else (overrides, [])
+    config = _checked(name, parse(overrides), sources, with_hydra)
+    if of_test:
+        _add_cohort(config, of_test, sources)
+    return config
+
+
+def _apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What changes a run, and what changes the data set that it is tested on, which is composed by itself."""
+    of_test = [text for text in overrides if re.match(r"test_data[.=]", text) and text != "test_data=null"]
+    rest = [text for text in overrides if not re.match(r"test_data[.=]", text)]
+    if of_test and not any(text.startswith("test_data=") for text in of_test):
+        raise InputError(f"{of_test[0]}: of which data set? test_data=NAME is the choice, as in data=NAME")
+    return rest, of_test
+
+
+def _add_cohort(config: DictConfig, of_test: Sequence[str], sources: Sources) -> None:
+    """Put another data set, which is tested as a whole, into a config."""
+    from stexp.data.cohorts import refuse_blocks  # pandas and anndata, which --help does without
+
+    refuse_blocks(config.protocol.name, config.protocol.hold_out)
+    try:
+        other = _checked("train", parse(text.removeprefix("test_") for text in of_test), sources, False)
+        node = to_plain(other.data)
+    except InputError as error:
+        raise InputError(re.sub(r"\bdata(?=[.=])", "test_data", str(error))) from None
+    with open_dict(config):
+        config.test_data, config.protocol.hold_out = node, "cohort"
+
+
+def _checked(name: str, parsed: Sequence[Override], sources: Sources, with_hydra: bool) -> DictConfig:
+    """A config with keys and choices that are there; see `compose`."""
     of_sweep = [each.input_line for each in parsed if each.key_or_group.partition(".")[0] in OF_HYDRA]
     if of_sweep and not with_hydra:
         raise InputError(f"{of_sweep[0]}: Hydra's own settings are for sweeps; give -m, or leave it out")

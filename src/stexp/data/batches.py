@@ -22,7 +22,7 @@ class SpotBatch:
     """B spots; G panel genes; L tokens of a spot's context (itself first, then its nearest neighbours).
 
     `expression` is what the spot encoder reads, `target` the observed expression on the truth scale of the
-    protocol; they differ only under ``protocol.truth="gene"``. `image` is None where no tile was asked for, or
+    protocol; they are one under ``protocol.truth="spot"``. `image` is None where no tile was asked for, or
     `features` take its place.
     """
 

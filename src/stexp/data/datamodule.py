@@ -29,6 +29,7 @@ from stexp.data.batches import (
     neighbours_within,
     part_of,
 )
+from stexp.data.cohorts import batch_effects
 from stexp.data.duplicates import copies_by_counts, copies_in_fold
 from stexp.data.features import (
     Surroundings,
@@ -191,7 +192,7 @@ class SpotDataModule(pl.LightningDataModule):
                 f"{n_without} section(s) have counts but no image; they can be retrieved from (model.reference=all)"
             )
         lines.append(f"panel: {len(self.panel)} genes; array: {self.array_size} x {self.array_size}")
-        return lines
+        return [*lines, *batch_effects(self.sections, self.panel)]
 
     def state_dict(self) -> dict:
         """Facts about the data, for checkpoints of a model that is trained on it; plain values."""
@@ -220,13 +221,11 @@ class SpotDataModule(pl.LightningDataModule):
         arrays = (self.target, self.counts, self.xy_px)
         return data_digest(self.sections, self.spots, arrays, self.tile, self.stain, self.tile_store)
 
-    # tiles and loaders
-
     def setup(self, stage: str | None = None) -> None:
         """Cut or open the tiles of all sections with an image, and compute or read their features."""
         self.open_tiles()
         if self.encoder is not None and self._features is None:
-            self._features = encode_tiles(self.encoder, self._tiled_sections(), len(self.spots))
+            self._features = encode_tiles(self.encoder, self.tiled(), len(self.spots))
 
     def open_tiles(self) -> TileBank:
         """Cut or open the tiles of all sections with an image."""
@@ -281,15 +280,16 @@ class SpotDataModule(pl.LightningDataModule):
     def surroundings(self, k: int) -> Surroundings:
         """Frozen features of the k x k tiles around every spot (k odd), computed or opened at the first call."""
         if k not in self._surroundings:
-            encoder, sections = required(self.encoder), self._tiled_sections()
+            encoder, sections = required(self.encoder), self.tiled()
             self._surroundings[k] = encode_surroundings(encoder, sections, len(self.spots), self.tile, k)
         return self._surroundings[k]
 
     def subtiles(self, k: int) -> Surroundings:
         """Frozen features of the k x k parts of every spot's own tile, computed or opened."""
-        return encode_subtiles(required(self.encoder), self._tiled_sections(), len(self.spots), k)
+        return encode_subtiles(required(self.encoder), self.tiled(), len(self.spots), k)
 
-    def _tiled_sections(self) -> Iterator[TiledSection]:
+    def tiled(self) -> Iterator[TiledSection]:
+        """Sections with an image, and their tiles as methods see them."""
         stores, section_of_spot = self.open_tiles().stores, self.spots["section"].to_numpy(str)
         return tiled_sections(self._with_image, stores, section_of_spot, self.normaliser)
 
@@ -381,7 +381,7 @@ class SpotDataModule(pl.LightningDataModule):
     @cached_property
     def _view_features(self) -> np.ndarray:
         """Frozen features of the augmented views of training tiles, (views, n_spots, F)."""
-        sections = [tiled for tiled in self._tiled_sections() if tiled.section.name in self.names("train")]
+        sections = [tiled for tiled in self.tiled() if tiled.section.name in self.names("train")]
         kind = (self.augmentation, self.hed_sigma)
         return encode_views(required(self.encoder), sections, len(self.spots), *kind, self.views or 0)
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from stexp.arguments import Positive, check
 from stexp.construct import build
+from stexp.data.cohorts import check_scales, join_cohorts
 from stexp.data.genes import read_panel
 from stexp.data.readers.formats import tables_in_one_line
 from stexp.data.section import Section
@@ -31,13 +32,27 @@ class DataSet:
     ----------
     config
         ``conf/data/<name>.yaml`` with every value in place, as plain data.
+    test
+        The same of another data set, whose sections are tested and train nothing; the settings of the data module are
+        those of `config`.
     """
 
     config: Mapping[str, Any]
+    test: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DataSet:
+        """The data set of a run's config, with the one that it tests on, if it names another."""
+        return cls(config["data"], config.get("test_data"))  # which run folders of earlier versions lack
 
     @property
     def name(self) -> str:
         return str(self.config["name"])
+
+    @property
+    def title(self) -> str:
+        """Its name beside scores, with that of the data set that is tested."""
+        return self.name if self.test is None else f"{self.name}-to-{self.test['name']}"
 
     @property
     def root(self) -> str:
@@ -77,7 +92,15 @@ class DataSet:
                 message = f"data.sections: {', '.join(unknown)} not in {self.name}; there are {', '.join(choices)}"
                 raise UnknownName(message, unknown, choices, typed="data.sections=[{}]")
             sections = [section for section in sections if section.name in wanted]
-        return self.prepare(sections)
+        sections = self.prepare(sections)
+        return sections if self.test is None else self.tested_on(sections, DataSet(self.test).read_sections(protocol))
+
+    def tested_on(self, sections: list[Section], others: list[Section]) -> list[Section]:
+        """Its own sections with those of `test`; see :func:`~stexp.data.cohorts.join_cohorts`."""
+        assert self.test is not None
+        joined = join_cohorts(sections, others, self.name, str(self.test["name"]))
+        check_scales(joined, self.config["tile_um"])
+        return joined
 
     def prepare(self, sections: list[Section]) -> list[Section]:
         """Sections at the stated scale, without the spots that are to be left out; InputError for two of one count."""

@@ -56,6 +56,10 @@ class TileEncoder(Protocol):
         """Features of the k x k tiles around each spot, (n_spots, k * k, F) float32; zero beyond the image."""
         ...
 
+    def at_random_weights(self) -> Iterator[TileEncoder]:
+        """Encoders of the same architecture at random weights, each of another seed."""
+        ...
+
     def of_subtiles(self, section: Section, store: TileStore, k: int, stain: Stain | None = None) -> np.ndarray:
         """Features of the k x k parts of each spot's own tile, (n_spots, k * k, F) float32."""
         ...

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stexp.data.cohorts import harmonised
 from stexp.data.readers.excel_dates import date_of
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.text import read_text
@@ -38,16 +39,19 @@ def normalise(
     total_counts : (N,)
         Counts per spot over the whole transcriptome.
     scaling
-        ``"spot"`` or ``"gene"``; default ``protocol.truth``.
+        ``"spot"``, ``"gene"`` or ``"residuals"``; default ``protocol.truth``.
 
     Returns
     -------
     (N, G) float32
         log(1 + target_sum x counts / total), the total being that of the spot (transcriptome or panel)
-        or of the gene over the section's spots; 0 where the total is 0.
+        or of the gene over the section's spots; 0 where the total is 0. Or :func:`pearson_residuals`.
     """
     scaling = scaling or protocol.truth
     counts = np.asarray(counts, dtype=np.float64)
+    if scaling == "residuals":
+        library = np.nansum(counts, axis=1) if protocol.library == "panel" else np.asarray(total_counts)
+        return pearson_residuals(counts, library).astype(np.float32)
     if scaling == "gene":
         total = counts.sum(axis=0, keepdims=True)
     elif protocol.library == "panel":
@@ -59,6 +63,40 @@ def normalise(
     if protocol.log == "log10":
         out /= np.log(10)
     return out.astype(np.float32)
+
+
+def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float = 100.0) -> np.ndarray:
+    """How far counts are from what depth alone would give, in standard deviations (Lause et al. 2021).
+
+    Where every spot of a section had the same share of each gene, gene g of spot i would have the mean
+    mu = total of i x share of g over all spots, and the variance mu + mu^2 / theta of a negative binomial.
+
+    Parameters
+    ----------
+    counts : (N, G)
+        Raw counts, all spots of one section; NaN columns stay NaN.
+    total_counts : (N,)
+        Counts per spot over all genes that shares are of.
+    theta
+        Overdispersion, as proposed there.
+
+    Returns
+    -------
+    (N, G) float64
+        (x - mu) / sqrt(mu + mu^2 / theta), between -sqrt(N) and sqrt(N); 0 where mu is 0.
+
+    Notes
+    -----
+    Shares are those of the section itself, also of a test section, and not of the training side: under a share that
+    is not its own, every residual of a gene would grow with the root of the spot's depth, which is what residuals are
+    to be rid of, and stain, chemistry and patient would decide how much. The price: how high a gene is in a section is
+    no part of this truth. Equal to ``scanpy.experimental.pp.normalize_pearson_residuals`` of the whole matrix.
+    """
+    counts, total = np.asarray(counts, dtype=np.float64), np.asarray(total_counts, dtype=np.float64)
+    expected = np.outer(total, counts.sum(axis=0) / max(total.sum(), 1))
+    deviation = np.sqrt(expected + expected**2 / theta)
+    residuals = (counts - expected) / np.where(deviation == 0, 1, deviation)
+    return residuals.clip(-np.sqrt(len(counts)), np.sqrt(len(counts)))
 
 
 def expression(section: Section, genes: Sequence[str], protocol: Protocol, panel: Sequence[str]) -> np.ndarray:
@@ -77,7 +115,7 @@ def expression(section: Section, genes: Sequence[str], protocol: Protocol, panel
         NaN in columns of genes that are not measured.
     """
     total = section.total_counts
-    if protocol.truth == "spot" and protocol.library == "panel":
+    if protocol.truth != "gene" and protocol.library == "panel":
         total = np.nansum(section.counts(panel).astype(np.float64), axis=1)
         protocol = replace(protocol, library="transcriptome")
     return normalise(section.counts(genes), total, protocol)
@@ -162,13 +200,23 @@ def panel_of_fold(
         A published list; None: chosen as the protocol says.
     saw_test
         Whether a published list was made with all sections in view.
+
+    Notes
+    -----
+    Of another cohort that is tested, genes which it does not measure are left out, whoever chose the panel; its counts
+    are not looked at.
     """
     names_of = {role: list(part["section"].unique()) for role, part in spots.groupby("role", sort=False)}
+    tested = [section for section in sections if section.cohort and section.name in names_of.get("test", [])]
     if panel is None:
         saw_test = protocol.panel == "all"
         choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
         referenced = [section for section in sections if section.name in names_of.get("reference", [])]
         panel = choose_panel(choosing, protocol, measured_in=referenced)
+        if tested and harmonised(panel, tested) != panel:
+            panel = choose_panel(choosing, protocol, measured_in=[*referenced, *tested])  # others take their place
+    elif tested:
+        panel = harmonised(panel, tested)
     if len(set(panel)) < len(panel):
         twice = pd.Index(panel)[pd.Index(panel).duplicated()][0]
         raise InputError(f"panel: {twice} is named twice; once would fit")
@@ -251,7 +299,7 @@ def expression_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts of a panel, what a spot encoder reads of them, and the truth, each (N, G) float32, spots in order.
 
-    The two scales differ only under ``protocol.truth="gene"``; genes not measured in a section are NaN.
+    The two scales are one under ``protocol.truth="spot"``; genes not measured in a section are NaN.
     """
     counts = [section.counts(panel) for section in sections]
     pairs = list(zip(counts, sections, strict=True))

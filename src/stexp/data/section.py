@@ -38,6 +38,8 @@ class Section:
         Micrometres per level-0 pixel; None: what the slide's file says, and None where that says nothing.
     files
         The files the section was read from; their content is the data manifest.
+    cohort
+        Name of the data set that is tested and trains nothing; empty: the one that trains.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class Section:
     slide: Slide | None = None
     um_per_px: float | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
+    cohort: str = ""
 
     def __post_init__(self) -> None:
         name = self.name

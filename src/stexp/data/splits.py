@@ -17,10 +17,13 @@ ROLES = ("train", "validation", "test", "reference", "gap")
 
 
 def folds(sections: list[Section], protocol: Protocol) -> list[str]:
-    """Names that ``fold=`` takes: patients or sections, of those with an image; or ``block1``, ``block2``, ..."""
+    """Names that ``fold=`` takes: patients, sections or the tested cohort, of those with an image; or blocks."""
     if protocol.hold_out == "block":
         return [f"block{i + 1}" for i in range(protocol.blocks)] if any(s.slide is not None for s in sections) else []
+    if protocol.hold_out == "cohort" and not any(section.cohort for section in sections):
+        raise InputError("protocol.hold_out=cohort holds out another data set, which test_data= names")
     names = list(dict.fromkeys(_unit(section, protocol) for section in sections if section.slide is not None))
+    names = [name for name in names if name]  # a cohort that trains has none
     for name in names:
         if name.lower() in ("all", "null", "none"):
             raise InputError(f"a {protocol.hold_out} is called {name}, which fold= takes for something else; rename it")
@@ -219,6 +222,8 @@ def _validation(training: list[Section]) -> dict[str, np.ndarray]:
 
 
 def _unit(section: Section, protocol: Protocol) -> str:
+    if protocol.hold_out == "cohort":
+        return section.cohort
     return section.patient if protocol.hold_out == "patient" else section.name
 
 

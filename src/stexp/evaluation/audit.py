@@ -17,7 +17,8 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         ``checkpoint``: ``best`` (on validation) or ``last``; ``k_chosen_on``: ``validation``, ``given`` or
         ``after_scoring``;
         ``published_settings``: whether k is that of a publication, which chose it on its test folds;
-        ``spot_context``: of the method, or None; ``copies``: sections across train and test that share spots, in words.
+        ``spot_context``: of the method, or None; ``copies``: sections across train and test that share spots, in words;
+        ``cohorts``: of each of two cohorts, depth, detection and scale, in words.
 
     Returns
     -------
@@ -83,6 +84,17 @@ def audit(protocol: Protocol, facts: dict) -> dict:
             _settings(facts),
         ),
     ]
+    if facts.get("cohorts"):
+        names = ", ".join(sorted(test))
+        items.append(
+            _item(
+                "another_cohort",
+                False,
+                "",
+                f"all that is tested is of another data set ({names}), and nothing of it trains, validates or chooses; "
+                f"what differs between laboratories is part of the score: {'; '.join(facts['cohorts'])}",
+            )
+        )
     if facts.get("began_at") is not None:
         of_it = f"training began at {facts['began_at']}"
         items.append(_item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
@@ -221,6 +233,8 @@ def _of_protocol(protocol: Protocol) -> list[dict]:
             "truth_scaled_by_test_section",
             protocol.truth == "gene",
             "each gene of the truth is scaled by its total over the test section: sequencing depth stays in it",
-            "each spot of the truth is scaled by its own counts alone",
+            "the truth is how far a gene is from its share in the section: how high it is there is no part of it"
+            if protocol.truth == "residuals"
+            else "each spot of the truth is scaled by its own counts alone",
         ),
     ]

@@ -11,7 +11,7 @@ import pandas as pd
 from stexp.evaluation import intervals
 from stexp.evaluation.chance import beyond_chance
 from stexp.evaluation.coverage import foreign_facts
-from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.floors import ORACLES, by_floor
 from stexp.evaluation.metrics import SCORES, mean_or_none, pearson_per_gene
 from stexp.evaluation.programmes import scored_genes, set_scores
 from stexp.evaluation.spatial import structural_similarity, structure
@@ -41,7 +41,7 @@ def evidence(
     observed : (Q, G)
         The truth.
     floors
-        Name -> (Q, G).
+        Name, with its seed -> (Q, G).
     genes
         A row a gene, as ``per_gene.csv``.
     sections
@@ -161,7 +161,10 @@ def _gene_sets(
     for n, (name, genes) in enumerate(columns.items()):
         row = {"set": name, "n_genes": len(genes), "genes": [panel[i] for i in genes[:SHOWN_GENES]]}
         row |= {"pearson": mean_or_none([each[n] for each in pearson])}
-        row |= {"floors": {floor: mean_or_none([each[n] for each in own]) for floor, own in beside.items()}}
+        row["floors"] = {
+            floor: mean_or_none([each[n] for name in names for each in beside[name]])
+            for floor, names in by_floor(beside).items()
+        }
         if outcome is not None and not np.isnan(outcome.p[n]):
             row |= {"chance_z": float(outcome.z[n]), "chance_p": float(outcome.p[n])}
         rows.append(row)

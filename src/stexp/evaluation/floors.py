@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,6 +25,10 @@ NO_SCALE = frozenset({"depth_oracle"})
 """Floors that rank spots but predict no expression: correlations only, no errors."""
 
 
+SEED = "_seed"
+"""Between the name of a floor and the number of its seed, where it has several predictions."""
+
+
 @dataclass(frozen=True)
 class SpotTable:
     """What a floor may look at: N spots of any number of sections.
@@ -41,6 +46,8 @@ class SpotTable:
         `colour_statistics` of the spots' tiles.
     features : (N, F) or None
         Tiles seen by a frozen image encoder.
+    random : sequence of (N, at most 256)
+        `probe_components` of the features of the same architecture at random weights, one for each seed.
     """
 
     expression: np.ndarray
@@ -50,12 +57,15 @@ class SpotTable:
     xy: np.ndarray
     colour: np.ndarray | None = None
     features: np.ndarray | None = None
+    random: Sequence[np.ndarray] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("log_depth", "section", "patient", "xy", "colour", "features"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self):
                 raise InputError(f"floors: {len(self)} spots have expression, {len(values)} have {name}")
+        if any(len(values) != len(self) for values in self.random):
+            raise InputError(f"floors: {len(self)} spots have expression, another number random features")
 
     def __len__(self) -> int:
         return len(self.expression)
@@ -82,6 +92,7 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
         ``knn_features`` : mean of the 50 training spots nearest in cosine of the standardised features.
         ``ridge_features`` : ridge on 256 principal components of the standardised features, the probe of
         HEST-Benchmark (arXiv 2406.16192).
+        ``random_features_seed0``, ``..._seed1``, ... : the same probe of the same encoder at random weights.
         Those that need colour or features are there when both tables have them. A gene not measured in a training
         section takes its mean over the others, or 0 without any.
 
@@ -112,7 +123,37 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
         floors["knn_features"] = _knn(x_train, x_test, expression)
         probe = RidgeProbe.fit(train.features, expression)
         floors["ridge_features"] = probe.predict(test.features)
+    for seed, (x_train, x_test) in enumerate(zip(train.random, test.random, strict=True)):
+        centre = np.asarray(x_train, dtype=np.float64).mean(axis=0)
+        floors[f"random_features{SEED}{seed}"] = _ridge(x_train - centre, x_test - centre, expression)
     return {name: np.array(values, dtype=np.float32) for name, values in floors.items()}
+
+
+def by_floor(names: Iterable[str]) -> dict[str, list[str]]:
+    """Predictions of each floor: one, or one for each of its seeds."""
+    out: dict[str, list[str]] = {}
+    for name in names:
+        out.setdefault(name.partition(SEED)[0], []).append(name)
+    return out
+
+
+def mean_over_seeds(scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Scores of each floor: of one with several seeds the mean of their scores, not the score of their mean."""
+    return {floor: mean_over_sections([scores[name] for name in own]) for floor, own in by_floor(scores).items()}
+
+
+def spread_over_seeds(scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Standard deviation (n - 1) of every score over the seeds of a floor; floors with one prediction are left out."""
+    out = {}
+    for floor, names in by_floor(scores).items():
+        if len(names) < 2:
+            continue
+        values = {key: [scores[name][key] for name in names] for key in scores[names[0]]}
+        out[floor] = {
+            key: None if None in own else float(np.std(np.array(own, dtype=np.float64), ddof=1))
+            for key, own in values.items()
+        }
+    return out
 
 
 def unit_square(xy: np.ndarray) -> np.ndarray:
@@ -290,8 +331,7 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
             if not spots.any():
                 continue
             test, tested = _table(section, genes, protocol, spots), section.take(spots)
-            ranking = test.expression if protocol.heg == "test" else together.expression
-            heg = top_genes(ranking.mean(axis=0))
+            heg = top_genes(_levels([(section, spots)] if protocol.heg == "test" else kept, genes, protocol))
             for name, predicted in predict_floors(together, test).items():
                 scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
             ceiling = ceiling_per_gene(tested.counts(genes), tested.total_counts, protocol)
@@ -299,6 +339,13 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
                 {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])}
             )
     return {name: mean_over_sections(parts) for name, parts in scores.items()}
+
+
+def _levels(kept: Sequence[tuple[Section, np.ndarray]], genes: list[str], protocol: Protocol) -> np.ndarray:
+    """Mean expression of genes over some spots of sections, (G,), that ranks them; residuals have no level."""
+    scaling = "spot" if protocol.truth == "residuals" else None
+    parts = [normalise(part.counts(genes), part.total_counts, protocol, scaling)[spots] for part, spots in kept]
+    return np.concatenate(parts).mean(axis=0)
 
 
 def _table(section: Section, genes: list[str], protocol: Protocol, spots: np.ndarray) -> SpotTable:

@@ -47,6 +47,7 @@ def make_predictions(
     counts: np.ndarray,
     xy_px: np.ndarray,
     mean_train: np.ndarray,
+    levels: np.ndarray | None = None,
     uncertainty: np.ndarray | None = None,
     obs: pd.DataFrame | None = None,
     embedding: np.ndarray | None = None,
@@ -61,7 +62,9 @@ def make_predictions(
         Observed expression and counts are NaN in columns of genes not measured in a section.
     xy_px : (Q, 2)
     mean_train : (G,)
-        Mean expression of the training spots on the scale of `observed`.
+        Mean expression of the training spots on the scale of `levels`.
+    levels : (Q, G)
+        How high genes are, which ranks the highest; None: `observed`.
     obs
         Q rows with what the method says of each prediction.
     embedding : (Q, D)
@@ -71,7 +74,10 @@ def make_predictions(
     if obs is not None:
         columns = pd.concat([columns, obs.set_index(columns.index)], axis=1)
     var = pd.DataFrame({"mean_train": mean_train.astype(np.float32)}, index=pd.Index(panel, name="gene"))
-    for name, mean in (("heg50_train", mean_train), ("heg50_test", _mean_measured(observed))):
+    for name, mean in (
+        ("heg50_train", mean_train),
+        ("heg50_test", _mean_measured(observed if levels is None else levels)),
+    ):
         var[name] = False
         var.iloc[top_genes(mean), var.columns.get_loc(name)] = True
     adata = ad.AnnData(predicted.astype(np.float32), obs=columns, var=var)

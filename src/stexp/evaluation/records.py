@@ -170,6 +170,7 @@ class Metrics(Scored):
     """``metrics.json``."""
 
     protocol: str
+    truth: NotRequired[str]
     fold: str
     model: str
     data: str
@@ -178,6 +179,7 @@ class Metrics(Scored):
     sections: Annotated[dict[str, ScoredSection], Field(min_length=1)]
     scored_as: dict[str, ScoredAs]
     oracle_floors: list[str]
+    floor_spread: NotRequired[dict[str, Scores]]
     chosen: Chosen
     elsewhere: NotRequired[ScoredForeign]
     evidence: NotRequired[Evidence]
@@ -218,6 +220,7 @@ class AuditFacts(AuditSections):
     published_settings: bool
     spot_context: str | None
     copies: NotRequired[list[str]]
+    cohorts: NotRequired[list[str]]
 
 
 class AuditItems(TypedDict):

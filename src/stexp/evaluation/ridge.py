@@ -44,6 +44,32 @@ def ridge_slope(x: np.ndarray, expression: np.ndarray, penalty: float | None = N
     return vectors @ (projected / (eigenvalues + penalty)[:, None])
 
 
+def _components(x: np.ndarray, n: int) -> tuple[StandardScaler, PCA]:
+    scaler = StandardScaler().fit(x)
+    # of fewer spots than features, whose covariance would be the larger matrix by far
+    solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"
+    return scaler, PCA(min(n, *x.shape), svd_solver=solver).fit(scaler.transform(x))
+
+
+def probe_components(training: np.ndarray, features: np.ndarray, n_components: int = 256) -> np.ndarray:
+    """What the ridge of :class:`RidgeProbe` regresses on: principal components of the standardised features.
+
+    Parameters
+    ----------
+    training : (N, F)
+        Features that mean, spread and components are of.
+    features : (M, F)
+        Features to project; NaN rows stay NaN.
+
+    Returns
+    -------
+    (M, at most `n_components`) float32
+        Those of `training` are centred.
+    """
+    scaler, pca = _components(np.asarray(training, dtype=np.float64), n_components)
+    return ((features - scaler.mean_) @ (pca.components_ / scaler.scale_).T).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class RidgeProbe:
     """Expression as a linear map of features: standardised, reduced to principal components, regressed by a ridge.
@@ -76,11 +102,8 @@ class RidgeProbe:
             or a number.
         """
         x = np.asarray(features, dtype=np.float64)
-        scaler = StandardScaler().fit(x)
+        scaler, pca = _components(x, n_components)
         x = scaler.transform(x)
-        # of fewer spots than features, whose covariance would be the larger matrix by far
-        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"
-        pca = PCA(min(n_components, *x.shape), svd_solver=solver).fit(x)
         chosen = 100 / (pca.n_components_ * expression.shape[1]) if penalty == "hest" else penalty
         slope = ridge_slope(pca.transform(x), expression, None if chosen == "gcv" else chosen)
         return cls(scaler.mean_, pca.components_.T @ slope / scaler.scale_[:, None], expression.mean(axis=0))

@@ -9,7 +9,7 @@ import pandas as pd
 from stexp.data.genes import normalise
 from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import coverage_of, foreign_facts, n_scored_genes, sentences
-from stexp.evaluation.floors import NO_SCALE, ORACLES
+from stexp.evaluation.floors import NO_SCALE, ORACLES, by_floor, mean_over_seeds, spread_over_seeds
 from stexp.evaluation.intervals import ENOUGH
 from stexp.evaluation.metrics import (
     mean_or_none,
@@ -34,7 +34,7 @@ def truth(adata: ad.AnnData, protocol: Protocol) -> np.ndarray:
 
 
 def floors_of(floors: ad.AnnData, protocol: Protocol) -> dict[str, np.ndarray]:
-    """Floors of ``floors.h5ad`` on the truth scale of a protocol: name -> (Q, G)."""
+    """Predictions of floors in ``floors.h5ad`` on the truth scale of a protocol: name, with its seed -> (Q, G)."""
     prefix = f"{protocol.name}:"
     return {key.removeprefix(prefix): np.asarray(floors.layers[key]) for key in floors.layers if key.startswith(prefix)}
 
@@ -54,7 +54,8 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     Returns
     -------
     means : dict
-        ``scores``, ``floors`` and ``ceiling``, means over sections; and ``sections``, the same of each.
+        ``scores``, ``floors`` and ``ceiling``, means over sections; and ``sections``, the same of each;
+        ``floor_spread``: of floors that several seeds drew, standard deviations of the scores in ``floors``.
     genes : DataFrame
         A row a gene: correlations, error, mean, ceiling and floors, means over sections.
     """
@@ -63,25 +64,25 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
     coverage, elsewhere = coverage_of(adata), foreign_facts(adata)
     same_scale = protocol.scale == own.scale and (elsewhere is None or elsewhere["scale"]["errors"])
     floor_of = floors_of(floors, protocol)
-    sections, columns = {}, {}
+    sections, columns, by_seed = {}, {}, []
     for name in adata.obs["section"].unique():
         of_section = (adata.obs["section"] == name).to_numpy()
         rows = of_section & coverage.spots
         if not rows.any():
             continue
-        mean = np.nan_to_num(observed[of_section]).mean(axis=0) if protocol.heg == "test" else floor_of["mean"][0]
-        heg = top_genes(mean)  # of the panel, predicted or not
+        heg = top_genes(_levels(protocol, adata[of_section], observed[of_section], floor_of["mean"][0]))
         y = np.where(coverage.genes, observed[rows], np.nan)
         depth = adata.obs["total_counts"].to_numpy()[rows]
         scores = score_section(y, predicted[rows], heg, same_scale, depth)
         floor_scores = {
-            floor: score_section(y, values[rows], heg, floor not in NO_SCALE, depth)
+            floor: _without_counts(score_section(y, values[rows], heg, floor not in NO_SCALE, depth))
             for floor, values in floor_of.items()
         }
+        by_seed.append(floor_scores)
         ceiling = np.where(coverage.genes, np.asarray(floors.uns["ceiling"][protocol.name][name]), np.nan)
         sections[name] = {
             "scores": _without_counts(scores),
-            "floors": {floor: _without_counts(values) for floor, values in floor_scores.items()},
+            "floors": mean_over_seeds(floor_scores),
             "ceiling": {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])},
             "n_spots": int(rows.sum()),
             "n_constant_genes": scores["n_constant_genes"],
@@ -90,17 +91,26 @@ def score_under(protocol: Protocol, own: Protocol, adata: ad.AnnData, floors: ad
             sections[name]["n_test_spots"] = int(of_section.sum())
         if "patient" in adata.obs:
             sections[name]["patient"] = str(adata.obs["patient"].to_numpy()[rows][0])
-        of_floors = {floor: values[rows] for floor, values in floor_of.items()}
-        columns[name] = _per_gene(y, predicted[rows], ceiling, heg, of_floors, same_scale)
+        beside = {floor: values[rows] for floor, values in floor_of.items()}
+        columns[name] = _per_gene(y, predicted[rows], ceiling, heg, beside, same_scale)
+    of_floors = {floor: mean_over_sections([scores[floor] for scores in by_seed]) for floor in floor_of}
     means = {
         "scores": mean_over_sections([section["scores"] for section in sections.values()]),
-        "floors": {
-            floor: mean_over_sections([section["floors"][floor] for section in sections.values()]) for floor in floor_of
-        },
+        "floors": mean_over_seeds(of_floors),
+        "floor_spread": spread_over_seeds(of_floors),
         "ceiling": mean_over_sections([section["ceiling"] for section in sections.values()]),
         "sections": sections,
     }
     return means, _mean_genes(list(adata.var_names), list(columns.values()))
+
+
+def _levels(protocol: Protocol, adata: ad.AnnData, observed: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """How high genes are, (G,), predicted or not: what ranks the highest of a section."""
+    if protocol.truth == "residuals":  # which have no level
+        if protocol.heg == "train":
+            return adata.var["mean_train"].to_numpy()
+        observed = normalise(adata.layers["counts"], adata.obs["total_counts"].to_numpy(), protocol, "spot")
+    return np.nan_to_num(observed).mean(axis=0) if protocol.heg == "test" else mean
 
 
 def _without_counts(scores: dict) -> dict:
@@ -125,9 +135,10 @@ def _per_gene(
         "heg50": top,
         "ceiling": ceiling,
     }
-    return pd.DataFrame(
-        columns | {f"floor_{name}": pearson_per_gene(observed, value) for name, value in floors.items()}
-    )
+    pearson = {name: pearson_per_gene(observed, value) for name, value in floors.items()}
+    for floor, names in by_floor(floors).items():
+        columns[f"floor_{floor}"] = np.mean([pearson[name] for name in names], axis=0)
+    return pd.DataFrame(columns)
 
 
 def _mean_genes(panel: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
@@ -141,6 +152,11 @@ def _mean_genes(panel: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
+def truth_of(metrics: dict) -> str:
+    """What a run is scored on, where that is not what its protocol is known for; else empty."""
+    return f", truth {metrics['truth']}" if "truth" in metrics else ""
+
+
 def summary(metrics: dict, verbose: bool = False) -> str:
     """Scores beside floors and ceiling, what they mean, and the verdict, for the terminal.
 
@@ -152,7 +168,8 @@ def summary(metrics: dict, verbose: bool = False) -> str:
         Also the scores under the other protocols.
     """
     lines = [
-        f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}, fold {metrics['fold']}: "
+        f"{metrics['data']}, {metrics['model']}, protocol {metrics['protocol']}{truth_of(metrics)}, "
+        f"fold {metrics['fold']}: "
         f"{count(metrics['n_spots'], 'spot')}, {count(n_scored_genes(metrics), 'gene')}, "
         f"{count(len(metrics['sections']), 'section')}",
         f"  {'':<34}     ACG   HEG50   depth     MSE     MAE",

@@ -191,7 +191,8 @@ def check_tiles(base: Base, data: SpotDataModule, tiles: Mapping[str, np.ndarray
 def _refuse_held_out(base: Base, data: SpotDataModule, seen: Mapping[str, str]) -> None:
     test = set(data.names("test"))
     of_patient = {section.name: section.patient for section in data.sections}
-    if data.protocol.hold_out == "patient":
+    whole_patients = data.protocol.hold_out in ("patient", "cohort")
+    if whole_patients:
         held_out = {of_patient[name] for name in test}
         leaks = sorted(name for name in seen if of_patient[name] in held_out)
     else:
@@ -199,7 +200,7 @@ def _refuse_held_out(base: Base, data: SpotDataModule, seen: Mapping[str, str]) 
     if leaks:
         raise base.refuse(
             f"it was trained on {', '.join(leaks[:5])} ({seen[leaks[0]]}), and fold={data.fold} holds out "
-            f"{'a patient of them' if data.protocol.hold_out == 'patient' else 'that'}: no score would mean anything; "
+            f"{'a patient of them' if whole_patients else 'that'}: no score would mean anything; "
             f"a fold, or a model, of other patients would fit"
         )
 

@@ -17,7 +17,7 @@ from stexp.inference.out_of_distribution import KnownTiles
 log = logging.getLogger(__name__)
 
 
-def add_intervals(adata: ad.AnnData, genes: pd.DataFrame, interval: dict | None) -> None:
+def add_intervals(adata: ad.AnnData, genes: pd.DataFrame, interval: dict | None, lowest: float = 0.0) -> None:
     """Put into a prediction how far it may be off.
 
     ``layers["lower"]``, ``layers["upper"]``; ``var["coverage_measured"]`` and ``var["interval_halfwidth"]``, its
@@ -29,13 +29,15 @@ def add_intervals(adata: ad.AnnData, genes: pd.DataFrame, interval: dict | None)
         Those of `adata`, with `CALIBRATED`.
     interval
         Of ``model.json``; None: the model was exported without.
+    lowest
+        That the truth can be.
     """
     adata.uns["stexp"]["interval"] = json.dumps(interval)
     if interval is None:
         log.info("the model was exported without intervals")
         return
     predicted, spread = adata.layers["predicted"], adata.layers["uncertainty"]
-    lower, upper = interval_of(predicted, spread, genes, interval["spread"])
+    lower, upper = interval_of(predicted, spread, genes, interval["spread"], lowest)
     adata.layers["lower"], adata.layers["upper"] = lower, upper
     adata.var = adata.var.drop(columns=["interval_quantile", "interval_offset"])
     adata.var["interval_halfwidth"] = np.median(upper - lower, axis=0) / 2

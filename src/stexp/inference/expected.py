@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from stexp.evaluation import predictions
-from stexp.evaluation.floors import ORACLES
+from stexp.evaluation.floors import ORACLES, by_floor
 from stexp.evaluation.metrics import pearson_per_gene
 from stexp.inference.intervals import PATIENTS
 from stexp.runs.finished import FinishedRun
-from stexp.runs.results import floors_under
+from stexp.runs.results import floors_under, kept_random_components
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _of_panel(run: FinishedRun) -> dict[str, pd.DataFrame]:
 
 def _outside(run: FinishedRun, genes: list[str]) -> list[str]:
     """Genes outside the panel that can be retrieved and scored."""
-    if run.embeddings is not None and run.protocol.truth == "spot" and run.protocol.library == "panel":
+    if run.embeddings is not None and run.protocol.truth != "gene" and run.protocol.library == "panel":
         log.warning("libraries are those of the panel: the accuracy of genes outside it is not measured")
     return run.outside_panel(genes)
 
@@ -149,7 +149,9 @@ def _retrieved(run: FinishedRun, genes: list[str]) -> dict[str, pd.DataFrame]:
     data = run.serve(genes)
     embeddings, how = run.for_retrieval
     prediction, _ = run.retrieve(data, how)
-    floors, _ = floors_under(run.protocol, data, embeddings.obsm["features"], embeddings.obsm["colour"])
+    features, colour = embeddings.obsm["features"], embeddings.obsm["colour"]
+    random = kept_random_components(embeddings)
+    floors, _ = floors_under(run.protocol, data, features, colour, random=random)
     section = run.predictions.obs["section"].to_numpy(str)
     return _per_section(section, genes, data.target[data.rows("test")], prediction.predicted.numpy(), floors)
 
@@ -163,13 +165,12 @@ def _per_section(
 ) -> dict[str, pd.DataFrame]:
     """Pearson of the method and of the floors, a table of genes for each held-out section."""
     columns = {"pearson": predicted, **{name: values for name, values in floors.items() if name not in ORACLES}}
-    return {
-        name: pd.DataFrame(
-            {
-                key: pearson_per_gene(observed[section == name], np.asarray(values)[section == name])
-                for key, values in columns.items()
-            },
-            index=pd.Index(genes, name="gene"),
-        )
-        for name in pd.unique(section)
-    }
+    tables = {}
+    for name in pd.unique(section):
+        rows = section == name
+        pearson = {key: pearson_per_gene(observed[rows], np.asarray(values)[rows]) for key, values in columns.items()}
+        over_seeds = {
+            key: np.mean([pearson[seed] for seed in seeds], axis=0) for key, seeds in by_floor(pearson).items()
+        }
+        tables[name] = pd.DataFrame(over_seeds, index=pd.Index(genes, name="gene"))
+    return tables

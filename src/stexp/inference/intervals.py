@@ -146,7 +146,7 @@ def measure_coverage(residual: np.ndarray, spread: np.ndarray, groups: np.ndarra
 
 
 def interval(
-    predicted: np.ndarray, spread: np.ndarray, genes: pd.DataFrame, with_spread: bool
+    predicted: np.ndarray, spread: np.ndarray, genes: pd.DataFrame, with_spread: bool, lowest: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end for predictions (N, G), float32; NaN for genes without calibration.
 
@@ -156,14 +156,13 @@ def interval(
         G rows with `COLUMNS`.
     with_spread
         Whether the calibration knows the spread.
-
-    Notes
-    -----
-    Expression is never negative, so an interval is cut at 0, which costs no coverage.
+    lowest
+        That the truth can be: 0, or minus infinity for residuals. An interval is cut there, which costs no coverage.
     """
     quantile, offset = (genes[name].to_numpy(np.float32) for name in COLUMNS[:2])
     half = quantile * (spread + offset) if with_spread else np.broadcast_to(quantile * offset, predicted.shape)
-    return np.maximum(predicted - half, 0, dtype=np.float32), np.maximum(predicted + half, 0, dtype=np.float32)
+    ends = predicted - half, predicted + half
+    return np.maximum(ends[0], lowest, dtype=np.float32), np.maximum(ends[1], lowest, dtype=np.float32)
 
 
 def group_spots(patient: np.ndarray, section: np.ndarray, xy_px: np.ndarray, hold_out: str) -> Groups:
@@ -178,7 +177,7 @@ def group_spots(patient: np.ndarray, section: np.ndarray, xy_px: np.ndarray, hol
     hold_out
         What a fold held out, see :class:`stexp.protocol.Protocol`.
     """
-    seen = "" if hold_out == "patient" else ", whose other spots or sections were trained on"
+    seen = "" if hold_out in ("patient", "cohort") else ", whose other spots or sections were trained on"
     n = len(np.unique(patient))
     if n >= PATIENTS:
         note = f"measured between {n} patients{seen}" + ("; optimistic for a new one" if seen else "")

@@ -319,7 +319,8 @@ class Model:
     ) -> None:
         """Add intervals, likeness to training, and the verdict with its checks."""
         facts = self.facts
-        confidence.add_intervals(adata, self.genes.loc[adata.var_names], facts["interval"])
+        lowest = -np.inf if facts["protocol"].get("truth") == "residuals" else 0.0
+        confidence.add_intervals(adata, self.genes.loc[adata.var_names], facts["interval"], lowest)
         checks = slide_checks.judge(
             slide_checks.look(np.stack(list(sample.values())), places.tile_um_per_px),
             list(facts["looks"].values()),

@@ -18,6 +18,11 @@ def bank_of(run: FinishedRun) -> Bank | None:
     """The references of a run that retrieves, with all genes that they and every section that trained measure."""
     if run.retrieval is None:
         return None
+    if run.protocol.truth == "residuals":
+        raise InputError(
+            f"{run.folder.path} retrieves residuals (protocol.truth), which are deviations from whole sections; what "
+            f"predicts slides holds single references: a method that does not retrieve would fit, or truth=spot"
+        )
     embeddings, how = run.for_retrieval
     data, rows = run.data, run.references(how.reference)
     spots = data.spots.iloc[rows]

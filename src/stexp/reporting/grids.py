@@ -44,6 +44,11 @@ def number(value: float | None, form: str = "{:.3f}", scale: float = 1) -> str:
     return "–" if value is None or pd.isna(value) else form.format(value * scale)
 
 
+def percent(value: float | None) -> str:
+    """A share as a whole number of percent; a dash where there is none."""
+    return "–" if value is None or pd.isna(value) else f"{round(100 * value)} %"
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, whichever reads best; a dash where there is no number."""
     if pd.isna(seconds):

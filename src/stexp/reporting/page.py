@@ -20,6 +20,8 @@ SCRIPTS = ("slide.js", "maps.js", "spot.js", "genes.js")
 
 def unit(protocol: Protocol) -> str:
     """The expression scale of a protocol, as a legend says it."""
+    if protocol.truth == "residuals":
+        return "Pearson residual of the counts, in standard deviations"
     share = "gene's counts in the section" if protocol.truth == "gene" else f"spot's {protocol.library} counts"
     return f"{'ln' if protocol.log == 'natural' else 'log10'}(1 + {protocol.target_sum:,.0f} x share of the {share})"
 

@@ -35,6 +35,7 @@ COLUMNS = [
     ("pearson_heg50", "Pearson HEG50", False),
     ("pearson_given_depth", "Pearson given depth", False),
     ("spearman_acg", "Spearman", False),
+    ("follows_depth", "Follows depth", True),
     ("mse", "MSE", True),
     ("mae", "MAE", True),
     ("rmse", "RMSE", True),
@@ -64,6 +65,7 @@ FLOORS = {
     "colour_ridge": "ridge on nine colour statistics of the tile",
     "knn_features": "mean of the 50 nearest training and validation spots in frozen features",
     "ridge_features": "ridge on frozen image features (256 principal components)",
+    "random_features": "the same ridge on the same image encoder at random weights: what texture and colour give",
 }
 
 
@@ -141,11 +143,20 @@ def _render(
         settings=settings(metrics),
         contrast=describe_contrast(metrics),
         elsewhere=sentences(metrics),
-        floor_notes=FLOORS,
+        floor_notes=FLOORS | _spreads(metrics),
         config=str(predictions.uns["stexp"]["config"]),
         manifest=hashlib.sha256(json.dumps(provenance["data_manifest"], sort_keys=True).encode()).hexdigest(),
         **content,
     )
+
+
+def _spreads(metrics: dict) -> dict[str, str]:
+    """Notes of floors that several seeds drew, with the spread of their score."""
+    return {
+        name: f"{FLOORS.get(name, 'of several seeds')}; over seeds, ACG has a spread of {spread['pearson_acg']:.4f}"
+        for name, spread in metrics.get("floor_spread", {}).items()
+        if spread.get("pearson_acg") is not None
+    }
 
 
 def _columns(genes: list[dict], best: str | None) -> list[dict[str, Any]]:

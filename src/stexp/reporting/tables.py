@@ -25,6 +25,7 @@ from stexp.evaluation.verdict import count
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import grids
 from stexp.reporting.agreement import Gap, check_agreement, find_copies, find_gaps
+from stexp.reporting.behind import EXPLAINED, SCORES, behind_grid, facts_behind
 from stexp.reporting.footnotes import footnotes, not_stated, tell_apart
 from stexp.reporting.labels import label_methods
 from stexp.reporting.rows import cost_of, scores_of, span
@@ -146,7 +147,7 @@ def tabulate(
         gap = gaps[0]
         raise InputError(f"{gap.method} lacks {gap.missing}{more} (allow_missing=true prints gaps); {gap.fill}")
     notes, marks = footnotes(runs, labels)
-    scores = scores_of(runs, labels, list(METRICS))
+    scores = scores_of(runs, labels, [*METRICS, *SCORES])
     rows, sections = _rows(scores, runs, labels, metric)
     scored = [key for key in METRICS if sections.loc[sections["kind"] == "method", key].notna().any()]
     if metric not in scored:
@@ -186,6 +187,8 @@ def _rows(
         whole = len(part[["fold", "section"]].value_counts()) == n_tested
         if whole:
             row |= summarise(part, list(METRICS))
+            of = set(part["of"])
+            row |= facts_behind(scores, part, [run for run, label in zip(runs, labels, strict=True) if label in of])
         if whole and kind == "method":
             row |= floors_beaten(scores[scores["of"] == name], metric, metric in LOWER_IS_BETTER)
         if kind == "method":
@@ -292,6 +295,8 @@ def details(table: Table) -> str:
         parts += [explain(table), grids.markdown(_comparison_grid(table))]
     else:
         parts += ["No other method has every section."]
+    if behind := behind_grid(table.rows):
+        parts += ["### What stands behind it", EXPLAINED, grids.markdown(behind)]
     parts += ["### What it took", grids.markdown(_cost_grid(table))]
     return "\n\n".join([*parts, f"### {METRICS[table.metric]} by section", grids.markdown(_section_grid(table))])
 

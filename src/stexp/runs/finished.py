@@ -72,7 +72,7 @@ class FinishedRun:
     def __init__(self, folder: RunFolder, sections: list[Section] | None = None) -> None:
         self.folder, self.config = folder.require_model(), folder.config
         construct.require_plugins(self.config.get("plugins"), folder.path)
-        self.dataset = DataSet(self.config["data"])
+        self.dataset = DataSet.of(self.config)
         path = folder.path
         self.predictions: ad.AnnData = predictions.read(path / "predictions.h5ad", *predictions.OF_RUN)
         self.provenance = read_provenance(path)
@@ -168,7 +168,7 @@ class FinishedRun:
 
     def outside_panel(self, genes: list[str]) -> list[str]:
         """Those of some genes that the panel lacks, and that can be retrieved and scored."""
-        if self.embeddings is None or (self.protocol.truth == "spot" and self.protocol.library == "panel"):
+        if self.embeddings is None or (self.protocol.truth != "gene" and self.protocol.library == "panel"):
             return []
         common = set.intersection(*(set(section.genes) for section in self.data.sections)) - set(self.panel)
         return [gene for gene in genes if gene in common]

@@ -28,8 +28,15 @@ RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
 PREDICTIONS = "predictions"
 """Key of the config of a run that only scores what another tool predicted: it has no model."""
-KEYS_OF_PLACES = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files", "from.model")
-"""How config keys begin that change nothing a run reads or computes: the folder is the one that was named."""
+KEYS_OF_PLACES = (
+    "logger",
+    "output_dir",
+    "callbacks.last.dirpath",
+    "predictions.files",
+    "from.model",
+    "random_features",
+)
+"""How config keys begin that change no training and no prediction: the folder is the one that was named."""
 
 
 Names = list[str | int] | str | int | None

@@ -31,7 +31,7 @@ from stexp.models.method import Prediction
 from stexp.protocol import Protocol
 from stexp.runs.folder import PREDICTIONS, RunFolder
 from stexp.runs.provenance import Stages, provenance
-from stexp.runs.results import colours, describe_run, quality_of_test, write_scored_files
+from stexp.runs.results import colours, describe_run, quality_of_test, random_components, write_scored_files
 from stexp.runs.scale import put_on_scale
 from stexp.runs.scoring import score_finished, score_run
 from stexp.training.duplicates import compare_tiles
@@ -179,7 +179,8 @@ def _write_results(
     """
     facts = replace(describe_run(run.config, data, {}), elsewhere=elsewhere)
     prediction = Prediction(torch.from_numpy(values), obs=quality_of_test(data, thresholds))
-    digest = write_scored_files(run.path, data, prediction, data.features, colours(data), facts)
+    random = random_components(data)
+    digest = write_scored_files(run.path, data, prediction, data.features, colours(data), facts, random)
     judged = {
         "patient_of": patient_of,
         "test": data.names("test"),

@@ -23,7 +23,7 @@ from stexp.files import write_atomically
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import command_line, now
-from stexp.runs.results import describe_run, write_scored_files
+from stexp.runs.results import describe_run, kept_random_components, write_scored_files
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     }
     folder.mkdir(parents=True, exist_ok=True)
     kept = embeddings.obsm
+    facts_of_run, random = describe_run(config, data, chosen), kept_random_components(embeddings)
     record[DIGEST] = write_scored_files(
-        folder, data, prediction, kept["features"], kept["colour"], describe_run(config, data, chosen)
+        folder, data, prediction, kept["features"], kept["colour"], facts_of_run, random
     )
     write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,30 @@ import pandas as pd
 import torch
 import yaml
 
+from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.dataset import DataSet
+from stexp.data.features import encode_tiles
 from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
 from stexp.evaluation.coverage import FOREIGN
-from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
+from stexp.evaluation.floors import SEED, SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
 from stexp.evaluation.programmes import co_expressed_modules, module_sets
+from stexp.evaluation.ridge import probe_components
 from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
 from stexp.protocol import Protocol, other_protocols
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import git_state, manifest
 
+log = logging.getLogger(__name__)
+
 TRAINING = ("train", "validation")  # what floors, like retrieval, may learn from
+RANDOM = "random_features"
+"""Beginning of the names in ``embeddings.h5ad`` under which `random_components` are kept, one for each seed."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class RunFacts:
 def describe_run(config: Mapping[str, Any], data: SpotDataModule, chosen: dict) -> RunFacts:
     """The facts of a run with a config, every value in place, and what its method chose on validation spots."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    return RunFacts(config["model"]["name"], str(data.fold), config["data"]["name"], text, chosen)
+    return RunFacts(config["model"]["name"], str(data.fold), DataSet.of(config).title, text, chosen)
 
 
 def write_results(
@@ -63,6 +72,7 @@ def write_results(
     prediction: Prediction,
     chosen: dict,
     thresholds: Thresholds,
+    random: Sequence[np.ndarray] = (),
 ) -> str:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``.
 
@@ -74,6 +84,8 @@ def write_results(
         Of the test spots, in their order.
     thresholds
         What flags a spot.
+    random
+        `random_components` of the data.
 
     Returns
     -------
@@ -90,10 +102,10 @@ def write_results(
     if references is not None:
         query = prediction.image_embedding
         assert query is not None  # a method with references embeds the tiles that search them
-        table = embedding_table(data, references, query.numpy(), data.tile_features, colour)
+        table = embedding_table(data, references, query.numpy(), data.tile_features, colour, random)
         predictions.write(table, folder.path / "embeddings.h5ad")
     facts_of_run = describe_run(folder.config, data, chosen)
-    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run)
+    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run, random)
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
         "train": data.names("train"),
@@ -107,6 +119,8 @@ def write_results(
         "spot_context": method.spot_context,
         "copies": [copy.in_words() for copy in data.copies],
     }
+    if cohorts := batch_effects(data.sections, data.panel):
+        facts["cohorts"] = cohorts
     if folder.config.get("from") is not None:
         facts["began_at"] = folder.config["from"]["model"]
     write_atomically(folder.path / "audit.json", json.dumps(audit(data.protocol, facts), indent=1))
@@ -120,6 +134,7 @@ def write_scored_files(
     features: np.ndarray | None,
     colour: np.ndarray,
     facts: RunFacts,
+    random: Sequence[np.ndarray] = (),
 ) -> str:
     """Write the two files that scoring reads, and ``pictures.h5``; returns the digest of the predictions.
 
@@ -136,7 +151,8 @@ def write_scored_files(
         predicted=prediction.predicted.numpy(),
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=data.target[train].mean(axis=0),
+        mean_train=levels(data)[train].mean(axis=0),
+        levels=levels(data)[test],
         uncertainty=_array(prediction.uncertainty),
         obs=prediction.obs,
         embedding=_array(prediction.image_embedding),
@@ -165,12 +181,17 @@ def write_scored_files(
     floors.uns["ceiling"] = {}
     unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
     for protocol in (data.protocol, *other_protocols(data.protocol).values()):
-        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted)
+        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted, random)
         floors.uns["ceiling"][protocol.name] = ceiling
         for name, values in layers.items():
             floors.layers[f"{protocol.name}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")
     return predictions.digest(adata)
+
+
+def levels(data: SpotDataModule) -> np.ndarray:
+    """How high genes are, (n_spots, G): the truth, or, of residuals, which have no level, expression per spot."""
+    return data.expression if data.protocol.truth == "residuals" else data.target
 
 
 def _array(values: torch.Tensor | None) -> np.ndarray | None:
@@ -208,6 +229,7 @@ def floors_under(
     features: np.ndarray | None,
     colour: np.ndarray | None,
     unpredicted: np.ndarray | None = None,
+    random: Sequence[np.ndarray] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
 
@@ -215,6 +237,8 @@ def floors_under(
     ----------
     unpredicted
         Rows of test spots that the ceiling is not of; None: it is of all spots.
+    random
+        `random_components` of the data; none: without the floor on them.
 
     Returns
     -------
@@ -244,9 +268,32 @@ def floors_under(
             xy=xy[rows],
             colour=None if colour is None else colour[rows],
             features=None if features is None else features[rows],
+            random=[components[rows] for components in random],
         )
 
     return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test"))), ceiling
+
+
+def random_components(data: SpotDataModule) -> list[np.ndarray]:
+    """What the floor on random features regresses on, (n_spots, at most 256) for each seed; NaN without an image.
+
+    The components are those of the training side. They are a fifth of the features or less, so that a run can keep
+    them.
+    """
+    rows, out = data.rows(*TRAINING), []
+    for encoder in () if data.encoder is None else data.encoder.at_random_weights():
+        features = encode_tiles(encoder, data.tiled(), len(data.spots))
+        with_image = ~np.isnan(features).all(axis=1)
+        if np.isfinite(features[with_image]).all():
+            out.append(probe_components(features[rows], features))
+        else:
+            log.warning("at random weights the image encoder gives infinite features; a seed of that floor is left out")
+    return out
+
+
+def kept_random_components(embeddings: ad.AnnData) -> list[np.ndarray]:
+    """`random_components` in ``embeddings.h5ad``; none in those of earlier versions."""
+    return [np.asarray(embeddings.obsm[key]) for key in sorted(embeddings.obsm) if key.startswith(RANDOM)]
 
 
 def colours(data: SpotDataModule) -> np.ndarray:
@@ -274,7 +321,12 @@ def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFram
 
 
 def embedding_table(
-    data: SpotDataModule, references: References, query: np.ndarray, features: np.ndarray, colour: np.ndarray
+    data: SpotDataModule,
+    references: References,
+    query: np.ndarray,
+    features: np.ndarray,
+    colour: np.ndarray,
+    random: Sequence[np.ndarray] = (),
 ) -> ad.AnnData:
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
@@ -289,4 +341,6 @@ def embedding_table(
         adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)
         adata.obsm[name][rows] = values
     adata.obsm["features"], adata.obsm["colour"] = features, colour
+    for seed, components in enumerate(random):
+        adata.obsm[f"{RANDOM}{SEED}{seed}"] = components
     return adata

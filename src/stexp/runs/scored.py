@@ -29,7 +29,7 @@ from stexp.runs.folder import PREDICTIONS, RunFolder
 log = logging.getLogger(__name__)
 
 NO_METHOD = (
-    *("fold", "seed", "output_dir", "overwrite", "verbose", "experiment"),
+    *("random_features", "test_data", "fold", "seed", "output_dir", "overwrite", "verbose", "experiment"),
     *("protocol.", "hardware.", "logger.", "callbacks.", "model.image_encoder.", "data.reader."),
     *("data.name", "data.root", "data.sheet", "data.cache_dir", "data.placement", "data.eval_batch_size"),
     *("data.published_", "data.panel_"),

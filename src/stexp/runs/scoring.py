@@ -56,12 +56,14 @@ def score_run(run: Path, gene_sets: Mapping[str, Sequence[str]] | None = None) -
     genes = genes.join(columns)
     metrics = {
         "protocol": own.name,
+        **({"truth": own.truth} if own.truth == "residuals" else {}),  # which no named protocol has
         "fold": str(facts["fold"]),
         "model": str(facts["model"]),
         "data": str(facts["data"]),
         "scores": mine["scores"],
         "floors": mine["floors"],
         "ceiling": mine["ceiling"],
+        **({"floor_spread": mine["floor_spread"]} if mine["floor_spread"] else {}),
         "oracle_floors": sorted(ORACLES & set(mine["floors"])),
         "n_spots": sum(section["n_spots"] for section in mine["sections"].values()),
         "n_genes": observed.n_vars,

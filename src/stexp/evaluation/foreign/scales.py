@@ -112,7 +112,7 @@ def recognise(predicted: np.ndarray, sides: Sequence[Measured]) -> str | None:
     for side in sides:
         for name, means in side.means().items():
             mean = means[measured]
-            off[name] = min(off[name], float(np.abs(own - mean).sum() / (np.abs(own) + mean).sum()))
+            off[name] = min(off[name], float(np.abs(own - mean).sum() / (np.abs(own) + np.abs(mean)).sum()))
     nearest = min(off, key=off.__getitem__)
     if off[TARGET] <= FITS_WITHIN and off[TARGET] <= off[nearest] + TIE:
         return TARGET
@@ -145,6 +145,8 @@ def why_unmapped(name: str, protocol: Protocol, n_missing: int, n_outside: int, 
         return None
     if name in UNMAPPED:
         return UNMAPPED[name]
+    if protocol.truth == "residuals":
+        return f"residuals are deviations from what a spot's depth lets expect, which {name} does not hold"
     if protocol.truth == "gene":
         if SCALES[name].total is not None:
             return f"protocol {protocol.name} scales a gene by its counts over the section, which {name} does not hold"

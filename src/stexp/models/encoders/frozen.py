@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from stexp.construct import build
 from stexp.data.augment import augment
 from stexp.data.cache import kept_array
 from stexp.data.features import Stain, View
@@ -44,6 +47,10 @@ class FrozenEncoder:
         Precision to compute in, e.g. ``torch.autocast("cuda", torch.bfloat16)``.
     batch_size
         Tiles of 224 px at once; of wider ones as many as have the same pixels.
+    twins
+        What builds the same architecture at random weights, see :func:`random_twins`.
+    about
+        Stands behind the encoder's name in the log.
 
     Notes
     -----
@@ -59,7 +66,10 @@ class FrozenEncoder:
         context: AbstractContextManager | None,
         cache_dir: str | Path,
         batch_size: int = 256,
+        twins: Sequence[Callable[[], ImageEncoder]] = (),
+        about: str = "",
     ) -> None:
+        self.twins, self.about = twins, about
         self.encoder, self.device, self.context = encoder, device, context or nullcontext()
         self.folder, self.batch_size = Path(cache_dir) / "features", batch_size
         self.key = weights_digest(encoder, self._precision())
@@ -81,6 +91,14 @@ class FrozenEncoder:
     def is_of(self, encoder: nn.Module) -> bool:
         """Whether another encoder would give the same features."""
         return isinstance(encoder, ImageEncoder) and weights_digest(encoder, self._precision()) == self.key
+
+    def at_random_weights(self) -> Iterator[FrozenEncoder]:
+        """Encoders of the same architecture at the random weights of several seeds, built one at a time."""
+        for make in self.twins:
+            about = " at random weights"
+            twin = FrozenEncoder(make(), self.device, self.context, self.folder.parent, self.batch_size, about=about)
+            if twin.key != self.key:  # an encoder of one's own may bring its weights whatever it is asked for
+                yield twin
 
     def of_tiles(
         self, section: Section, store: TileStore, stain: Stain | None = None, view: View | None = None
@@ -132,7 +150,7 @@ class FrozenEncoder:
         self, path: Path, n: int, parts: Callable, what: str, stain: Stain | None, view: View | None = None
     ) -> np.ndarray:
         def encode() -> np.ndarray:
-            log.info("%s by %s", what, self.encoder.name)
+            log.info("%s by %s%s", what, self.encoder.name, self.about)
             out = np.zeros((n, self.encoder.num_features), dtype=np.float32)
             for rows, tiles in parts():
                 n_at_once = self._at_once(tiles.shape[1]) if view is None else self.batch_size  # see Notes
@@ -163,6 +181,23 @@ class FrozenEncoder:
         with self.context:
             autocast = torch.is_autocast_enabled(self.device.type)
             return torch.get_autocast_dtype(self.device.type) if autocast else torch.float32
+
+
+def random_twins(node: Mapping[str, Any], n: int) -> list[Callable[[], ImageEncoder]]:
+    """What builds an image encoder at random weights, of the seeds 0 to n - 1 whatever the run's own seed is.
+
+    Parameters
+    ----------
+    node
+        Config of the encoder. One that has random weights already is its own control, and gets no twin.
+    """
+    return [partial(_at_random_weights, node, seed) for seed in range(n)] if node.get("pretrained") else []
+
+
+def _at_random_weights(node: Mapping[str, Any], seed: int) -> ImageEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build({**node, **UNTUNED, "pretrained": False})
 
 
 def _see(tiles: torch.Tensor, view: View | None, first: int) -> torch.Tensor:

@@ -1,0 +1,89 @@
+"""The floor on the image encoder at random weights, from the command to the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from demo_run import run
+
+from stexp.data.datamodule import SpotDataModule
+from stexp.evaluation.metrics import mean_or_none, pearson_per_gene
+from stexp.evaluation.ridge import RidgeProbe
+from stexp.models.encoders.frozen import FrozenEncoder, random_twins
+from stexp.models.encoders.image import ImageEncoder
+from stexp.runs.finished import FinishedRun
+from stexp.runs.folder import RunFolder
+from stexp.runs.rescore import predict_again
+
+CPU = torch.device("cpu")
+TINY = {"_target_": "stexp.models.encoders.image.ImageEncoder", "name": "test_resnet", "frozen": True}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    safetensors.torch.save_file(ImageEncoder("test_resnet", pretrained=False).model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(demo: Path, weights: Path, tmp_path_factory) -> Path:
+    """A run whose encoder has weights from a file."""
+    out = tmp_path_factory.mktemp("runs") / "random"
+    encoder = [f"image_encoder.{key}" for key in ("pretrained=true", f"checkpoint={weights}", "frozen=true")]
+    run(
+        demo,
+        out,
+        *encoder,
+        "data.augmentation=none",
+        "hardware.precision=32-true",
+        "trainer.max_epochs=1",
+        "random_features=2",
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> SpotDataModule:
+    return FinishedRun(RunFolder(folder)).data
+
+
+def test_the_floor_is_the_mean_score_of_a_probe_on_encoders_at_random_weights(folder, data, demo) -> None:
+    node = RunFolder(folder).config["image_encoder"]
+    train, test, scores = data.rows("train", "validation"), data.rows("test"), []
+    for make in random_twins(node, 2):
+        data.encoder, data._features = FrozenEncoder(make(), CPU, None, demo / "other"), None
+        probe = RidgeProbe.fit(data.tile_features[train], data.target[train].astype(np.float64))
+        scores.append(mean_or_none(pearson_per_gene(data.target[test], probe.predict(data.tile_features[test]))))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["floors"]["random_features"]["pearson_acg"] == pytest.approx(np.mean(scores), abs=1e-4)
+    assert metrics["floor_spread"]["random_features"]["pearson_acg"] == pytest.approx(np.std(scores, ddof=1), abs=1e-4)
+    assert set(metrics["sections"]["A1"]["floors"]) == set(metrics["floors"]) > {"ridge_features", "random_features"}
+    assert "random features" in (folder / "report.html").read_text()
+    assert "floor_random_features" in (folder / "per_gene.csv").read_text().splitlines()[0]
+
+
+def test_retrieving_again_has_the_floor_without_the_encoder(folder: Path, tmp_path: Path) -> None:
+    again = predict_again(folder, {"k": 5}, "panel", str(tmp_path / "again"))
+    before, after = (ad.read_h5ad(path / "floors.h5ad").layers for path in (folder, again))
+    assert set(before) == set(after) > {"strict:random_features_seed1"}
+    for seed in range(2):
+        name = f"strict:random_features_seed{seed}"
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5)
+
+
+def test_an_encoder_at_random_weights_has_no_other_control(weights: Path, tmp_path: Path) -> None:
+    assert random_twins({**TINY, "pretrained": False}, 3) == []
+    node = {**TINY, "pretrained": True, "checkpoint": str(weights), "mean": [0.5] * 3, "std": [0.5] * 3}
+    own = FrozenEncoder(random_twins(node, 1)[0](), CPU, None, tmp_path, twins=random_twins(node, 2))
+    assert len(list(own.at_random_weights())) == 1  # seed 0 is itself
+    torch.manual_seed(7)
+    keys = [FrozenEncoder(make(), CPU, None, tmp_path).key for make in (*random_twins(node, 2), *random_twins(node, 2))]
+    assert keys[:2] == keys[2:] and keys[0] != keys[1]
+    assert torch.initial_seed() == 7
