@@ -197,6 +197,16 @@ def test_a_gap_is_refused_with_the_command_that_fills_it(runs: list[Path], tmp_p
     assert "\n" not in str(error.value)
 
 
+def test_a_gap_of_a_run_in_python_is_filled_in_python(runs: list[Path]) -> None:
+    record = json.loads((runs[0] / "provenance.json").read_text())
+    record["command"] = f"stexp.fit('ours', SpotDataModule(...), output_dir='{runs[0]}')"
+    (runs[0] / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="lacks fold C") as error:
+        one([runs[0], *runs[3:], runs[1]])
+    assert "fit fold C in Python" in str(error.value) and "fold='C'" in str(error.value)
+    assert "fit(" not in str(error.value) and " fold=C" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_gap_is_printed_as_a_gap_and_never_averaged(runs: list[Path]) -> None:
     table = one([runs[0], runs[1], *runs[3:]], allow_missing=True)
     assert np.isnan(row(table, "ours")["pearson_acg"]) and row(table, "ours")["n_sections"] == 3
@@ -506,6 +516,6 @@ def test_what_stands_behind_a_row(tmp_path: Path) -> None:
     assert floor["share_of_ceiling"] == pytest.approx(0.15 / 0.8)
     assert method["gene_sets"] == pytest.approx(0.25) and floor["gene_sets"] == pytest.approx(0.1)
     assert method["beyond_chance"] == 0.5 and method["moran_concordance"] == pytest.approx(0.4)
-    assert method["follows_depth"] == pytest.approx(0.3) and "(patients)" in method["interval"]
+    assert method["follows_depth"] == pytest.approx(0.3) and "(3 patients, covers about 75 %)" in method["interval"]
     cells = next(line for line in markdown(table).splitlines() if "60 %" in line)
     assert "-25 %" in cells and "31 %" in cells and "50 %" in cells
