@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 from tabled import tabulate_all
@@ -20,6 +21,7 @@ from tabled import tabulate_all
 from stexp.cli.table import main as table_main
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.models.correction import Correction
 from stexp.reporting.labels import label_methods
 from stexp.reporting.tables import FILES, Table, latex, markdown
 from stexp.runs.scored import find_runs, read_scored_run
@@ -397,13 +399,14 @@ def test_golden_table(runs: list[Path]) -> None:
 
 
 def test_size_counts_what_trains_apart() -> None:
-    frozen, trained = (
-        SimpleNamespace(numel=lambda: 100, requires_grad=False),
-        SimpleNamespace(numel=lambda: 7, requires_grad=True),
-    )
-    model = SimpleNamespace(parameters=lambda: iter([frozen, trained, trained]))
-    found = size_of_training(SimpleNamespace(lightning_module=model, current_epoch=3))
-    assert found == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
+    frozen = torch.nn.Linear(19, 5).requires_grad_(False)
+    model = torch.nn.Sequential(frozen, torch.nn.Linear(6, 1), torch.nn.Linear(6, 1))
+    size = size_of_training(SimpleNamespace(lightning_module=model, current_epoch=3))
+    assert size == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
+    correction = Correction(6, 4)
+    n = sum(parameter.numel() for parameter in correction.parameters())
+    size = size_of_training(SimpleNamespace(lightning_module=model.append(correction), current_epoch=3))
+    assert size["parameters"] == {"total": 114 + n, "trained": 14 + n}, "it trains after the fit"
 
 
 def test_latex_escapes_what_it_must(tmp_path: Path) -> None:
