@@ -674,7 +674,7 @@ def test_a_search_chooses_by_validation_and_not_by_the_test_spots(tmp_path):
         ("model=stnet model.k=3", "there is no key model.k; model=bleep and model=mclstexp have it"),
         ("trainer.max_epoch=1", "did you mean trainer.max_epochs?"),
         ("modell=x", "did you mean model?"),
-        ("model=foo", "model=foo: choose bleep, "),
+        ("model=foo", "model=foo: choose "),
         ("seed=0,1", "several values need -m"),
         ("sweep=table1", "sweep= belongs to a sweep: stexp-train -m sweep=table1"),
         ("fold", "fold is no key=value"),
