@@ -210,6 +210,7 @@ class ForeignAuditFacts(AuditSections):
     genes_chosen_on: list[str] | None
     genes_by: Literal["protocol", "predictions"]
     copies: NotRequired[list[str]]
+    cohorts: NotRequired[list[str]]
 
 
 class AuditFacts(AuditSections):
