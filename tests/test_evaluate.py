@@ -534,9 +534,14 @@ def test_ids_of_genes_are_found_in_memory_as_in_files(theirs: ad.AnnData, names:
 def test_the_same_command_again_keeps_gene_sets_of_the_users(data, theirs, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     shutil.copytree(whole, folder)
-    scored = score_run(folder, {"mine": GENES[:5]})
+    scored = score_run(folder, {"mine": GENES[:12]})
     again = evaluate(theirs, data, folder, name="theirs")
     assert again == scored and [each["set"] for each in again["evidence"]["gene_sets"]] == ["mine"]
+    changed = ad.read_h5ad(folder / "predictions.h5ad")
+    changed.layers["predicted"][0] += 1
+    changed.write_h5ad(folder / "predictions.h5ad")
+    (row,) = evaluate(theirs, data, folder, name="theirs")["evidence"]["gene_sets"]
+    assert row["set"] == "mine" and sorted(row["genes"]) == sorted(GENES[:12])
 
 
 def test_copies_of_the_test_are_audited(data, theirs, tmp_path: Path, monkeypatch) -> None:

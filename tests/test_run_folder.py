@@ -19,6 +19,7 @@ from stexp.cli.fold import train
 from stexp.cli.score import main as score_main
 from stexp.data.dataset import DataSet
 from stexp.errors import InputError
+from stexp.evaluation.contrast import read_contrast
 from stexp.reporting.report import write_report
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import Stages
@@ -147,6 +148,15 @@ def test_what_is_deleted_from_a_finished_run_is_made_again(strict: Path, demo: P
     (folder / "stages.json").write_text("{")
     with pytest.raises(InputError, match=r"stages\.json cannot be read: .*; delete it and give the command that made"):
         Stages(folder)
+
+
+def test_what_a_training_learned_of_matching_goes_with_it_and_with_no_other(strict: Path, tmp_path: Path) -> None:
+    epochs = read_contrast(strict)
+    again = predict_again(strict, {"k": 7}, "panel", str(tmp_path / "again"))
+    assert epochs is not None and read_contrast(again) == epochs
+    folder = copy_of(strict, tmp_path / "run")
+    RunFolder(folder).clear()
+    assert read_contrast(folder) is None
 
 
 def test_an_output_folder_for_no_new_prediction_is_refused(strict: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -18,7 +18,6 @@ from stexp.evaluation.spatial import structural_similarity, structure
 from stexp.evaluation.strata import MEASURABLE, strata
 
 FALSE_DISCOVERIES = 0.05
-SHOWN_GENES = 8
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of a section: observed and predicted expression (Q, G), positions (Q, 2)."""
@@ -159,7 +158,7 @@ def _gene_sets(
     }
     rows = []
     for n, (name, genes) in enumerate(columns.items()):
-        row = {"set": name, "n_genes": len(genes), "genes": [panel[i] for i in genes[:SHOWN_GENES]]}
+        row = {"set": name, "n_genes": len(genes), "genes": [panel[i] for i in genes]}
         row |= {"pearson": mean_or_none([each[n] for each in pearson])}
         row["floors"] = {
             floor: mean_or_none([each[n] for name in names for each in beside[name]])

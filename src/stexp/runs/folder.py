@@ -21,6 +21,7 @@ from stexp.arguments import Count, Seed, check_fields
 from stexp.construct import build
 from stexp.documents import parse_yaml
 from stexp.errors import InputError
+from stexp.evaluation.contrast import NAME as CONTRAST
 from stexp.evaluation.records import AGAIN
 from stexp.files import write_atomically
 from stexp.protocol import Protocol
@@ -259,7 +260,7 @@ class RunFolder:
         for logged in (self.path / "logs").glob("*"):
             if logged.is_dir():
                 shutil.rmtree(logged, ignore_errors=True)
-        for name in (*RESULTS, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
+        for name in (*RESULTS, CONTRAST, "embeddings.h5ad", "metrics.json", "per_gene.csv", "stages.json"):
             (self.path / name).unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from stexp.data.genes import listed_genes
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
+from stexp.evaluation.contrast import NAME as CONTRAST
 from stexp.evaluation.predictions import DIGEST
 from stexp.evaluation.records import read_audit
 from stexp.files import write_atomically
@@ -97,6 +99,8 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))
     write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    if (run / CONTRAST).is_file():  # of the training, which is the same
+        shutil.copyfile(run / CONTRAST, folder / CONTRAST)
     return folder
 
 

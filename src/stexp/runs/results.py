@@ -281,9 +281,9 @@ def random_components(data: SpotDataModule) -> list[np.ndarray]:
     them.
     """
     rows, out = data.rows(*TRAINING), []
+    with_image = data.spots["section"].isin([each.name for each in data.sections if each.slide is not None]).to_numpy()
     for encoder in () if data.encoder is None else data.encoder.at_random_weights():
         features = encode_tiles(encoder, data.tiled(), len(data.spots))
-        with_image = ~np.isnan(features).all(axis=1)
         if np.isfinite(features[with_image]).all():
             out.append(probe_components(features[rows], features))
         else:
