@@ -51,9 +51,9 @@ def test_pixels_of_another_size_need_tiles_in_micrometres(tmp_path: Path) -> Non
     ours, theirs = make_section(tmp_path, "A1", "A"), make_section(tmp_path, "X1", "X", um_per_px=0.25)
     joined = join_cohorts([ours], [theirs], "one", "other")
     with pytest.raises(InputError, match=r"data\.tile_um="):
-        check_scales(joined, None)
-    check_scales(joined, 112)
-    check_scales(join_cohorts([ours], [replace(theirs, um_per_px=0.51)], "one", "other"), None)
+        check_scales(joined, None, 224)
+    check_scales(joined, 112, 224)
+    check_scales(join_cohorts([ours], [replace(theirs, um_per_px=0.51)], "one", "other"), None, 224)
 
 
 def test_genes_are_those_of_both_and_chosen_on_the_training_side(tmp_path: Path, caplog) -> None:

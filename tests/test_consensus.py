@@ -191,7 +191,7 @@ def test_either_kind_of_member_does_alone(table, changes):
 
 def test_many_spots_are_thinned_for_the_choice_and_all_are_searched(table, monkeypatch):
     monkeypatch.setattr(consensus, "AT_MOST", 50)
-    assert len(table.thinned(50)) <= 50 and set(table.thinned(50).section) == set(table.section)
+    assert 25 < len(table.thinned(50)) < 75 and set(table.thinned(50).section) == set(table.section)
     assert fitted(table).reference.shape == (120, 10)
 
 
@@ -211,6 +211,18 @@ def test_thinning_takes_compact_blocks_of_each_section(monkeypatch, known):
         assert (nearest[:, 1:] == 1).mean() > 0.8, "of the four that touch a spot, nearly all are there"
         centre = whole.xy_um[section == "A"].mean(axis=0)
         np.testing.assert_allclose(part.xy_um[part.section == "A"].mean(axis=0), centre, atol=8)
+
+
+@pytest.mark.parametrize("sizes", [[378] * 36, [3400] * 5, [2800] * 3, [20_000] + [300] * 4, [1_500_000, 180]])
+def test_thinning_keeps_what_it_may_of_every_section(sizes):
+    section = np.repeat([f"S{i:02d}" for i in range(len(sizes))], sizes)
+    nothing = np.zeros((len(section), 1), np.float32)
+    part = Table(nothing, nothing, np.full((len(section), 2), np.nan, np.float32), section, section).thinned(8192)
+    assert 0.85 * 8192 < len(part) < 1.15 * 8192
+    share = 8192 / len(section)
+    for name, size in zip(np.unique(section), sizes, strict=True):
+        kept = (part.section == name).sum()
+        assert kept >= min(16, size) and (abs(kept / size - share) < 0.15 * share or kept < 40)
 
 
 def test_spots_are_predicted_with_their_section_in_any_batch(tmp_path):

@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> SpotDataModule:
 def make_model(data: SpotDataModule, *, seed: int = 0, **kwargs) -> DeepSpot:
     torch.manual_seed(seed)
     model = DeepSpot(len(data.panel), data.n_features, **{"dim": 16} | kwargs).eval()
-    model._trainer = SimpleNamespace(datamodule=data)
+    model._trainer = SimpleNamespace(datamodule=data, ckpt_path=None)
     model.on_fit_start()
     model._trainer = None
     return model
@@ -114,6 +114,14 @@ def test_targets_are_standardised_by_the_training_spots(data):
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_training_that_goes_on_keeps_the_scale_of_its_weights(data):
+    model = make_model(data)
+    model.mean.fill_(7.0)  # as of a model that it began at
+    model._trainer = SimpleNamespace(datamodule=data, ckpt_path="last.ckpt")
+    model.on_fit_start()
+    assert (model.mean == 7).all()
+
+
 def test_overfits_a_few_spots_with_the_published_optimizer(data):
     model = make_model(data, dim=64, dropout=0.0, output_dropout=0.0, lr=5e-3)
     optimizer = model.configure_optimizers()

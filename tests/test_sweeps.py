@@ -565,7 +565,16 @@ def test_ray_finishes_jobs_beside_failing_killed_and_waiting_ones(tmp_path, monk
         assert set(failed) == {folder / "fails", folder / "killed", folder / "worker_killed"}
         assert failed[folder / "fails"].is_mendable and not failed[folder / "killed"].is_mendable
         assert members[0].done and members[-1].done
-        task = start(fake(folder / "long", "import time; time.sleep(600)"), slots[0])
+        assert "died" in failed[folder / "worker_killed"].message
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        absent = fake(folder / "absent")
+        assert run([absent], start, slots)[absent.output_dir].kind == "FileNotFoundError"
+        monkeypatch.undo()
+        deaf = "import pathlib, signal, sys, time; signal.signal(2, signal.SIG_IGN); "
+        deaf += "(pathlib.Path(sys.argv[1]) / 'begun').touch(); time.sleep(600)"
+        task = start(fake(folder / "long", deaf), slots[0])
+        while not (folder / "long" / "begun").exists():
+            assert task.poll() is None
         task.interrupt()
         task.end(30)
         assert task.poll() == 1

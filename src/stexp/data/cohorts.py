@@ -64,7 +64,7 @@ def _names(sections: Sequence[Section]) -> list[str]:
     return [name for section in sections for name in (section.name, section.patient)]
 
 
-def check_scales(sections: Sequence[Section], tile_um: float | None) -> None:
+def check_scales(sections: Sequence[Section], tile_um: float | None, tile_px: int) -> None:
     """InputError where tiles of as many pixels would show more tissue in one cohort than in the other."""
     if tile_um is not None:
         return
@@ -75,7 +75,7 @@ def check_scales(sections: Sequence[Section], tile_um: float | None) -> None:
         spans = [f"{min(side):.3g} to {max(side):.3g}" for side in scales]
         raise InputError(
             f"pixels cover {spans[0]} um where is trained and {spans[1]} um where is tested; data.tile_um= (such as "
-            f"{_round(np.median(scales[0]) * 224):g}) cuts tiles of one size in micrometres"
+            f"{_round(np.median(scales[0]) * tile_px):g}) cuts tiles of one size in micrometres"
         )
 
 

@@ -99,7 +99,7 @@ class DataSet:
         """Its own sections with those of `test`; see :func:`~stexp.data.cohorts.join_cohorts`."""
         assert self.test is not None
         joined = join_cohorts(sections, others, self.name, str(self.test["name"]))
-        check_scales(joined, self.config["tile_um"])
+        check_scales(joined, self.config["tile_um"], self.config["tile_px"])
         return joined
 
     def prepare(self, sections: list[Section]) -> list[Section]:

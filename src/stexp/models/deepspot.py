@@ -104,10 +104,11 @@ class DeepSpot(Method):
     def on_fit_start(self) -> None:
         """Take mean and scale of the training spots, and look at what surrounds all spots."""
         data = self.data
-        target = data.target[data.rows("train")].astype(np.float64)
-        spread = target.std(axis=0)
-        self.mean.copy_(torch.from_numpy(target.mean(axis=0)))
-        self.scale.copy_(torch.from_numpy(np.where(spread > 0, spread, 1)))
+        if self.trainer.ckpt_path is None:  # else they are those of the weights, which may have begun at a model's
+            target = data.target[data.rows("train")].astype(np.float64)
+            spread = target.std(axis=0)
+            self.mean.copy_(torch.from_numpy(target.mean(axis=0)))
+            self.scale.copy_(torch.from_numpy(np.where(spread > 0, spread, 1)))
         self.see_surroundings(data)
 
     def on_predict_start(self) -> None:

@@ -134,7 +134,7 @@ class SEPAL(Method):
         nodes, reach = local_graphs(data.xy_px, data.spots.groupby(["section", "role"], sort=False).ngroup().to_numpy())
         array_xy = data.spots[["array_x", "array_y"]].to_numpy(np.int64)
         self._nodes, self._reach, self._xy, self._array_xy = (
-            torch.tensor(table, device=self.device) for table in (nodes, reach, data.xy_px, array_xy)
+            torch.tensor(table, device=self.device) for table in (nodes, reach, data.xy_px.astype(np.float32), array_xy)
         )
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from stexp.errors import InputError
 
 BLOCKS = 4  # of the only section, each predicted by the others
 SPOTS_OF_A_BLOCK = 1024  # of those that thinned tables are made of, at most
+FEWEST_OF_A_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Table:
         return Table(*(values[rows] for values in vars(self).values()))
 
     def thinned(self, n: int) -> Table:
-        """At most about `n` spots, where there are more: compact blocks of every section, the same share of each.
+        """About `n` spots, where there are more: compact blocks of every section, the same share of each.
 
         Within a block the spots lie as densely as they did, so that a radius of smoothing is judged on what it meets.
+        Of a section of which less than a block would be left, a block is.
         """
         if len(self) <= n:
             return self
@@ -63,8 +65,9 @@ class Table:
         kept = []
         for name in np.unique(self.section):
             rows = np.flatnonzero(self.section == name)
-            n_blocks = max(-(-len(rows) // SPOTS_OF_A_BLOCK), math.ceil(1 / share), BLOCKS)
-            n_kept = int(share * n_blocks)
+            enough = min(math.ceil(8 / share), len(rows) // FEWEST_OF_A_BLOCK)  # to keep a share of them
+            n_blocks = max(-(-len(rows) // SPOTS_OF_A_BLOCK), enough, 1)
+            n_kept = max(round(share * n_blocks), 1)
             xy = self.xy_um[rows]
             if not np.isfinite(xy).all():  # nothing is smoothed: any order does
                 xy = np.column_stack([np.arange(len(rows)), np.zeros(len(rows))])

@@ -79,10 +79,12 @@ def starter(launcher: Mapping[str, Any], everything: Sequence[Job], name: str | 
         Of the sweep, which loggers group its runs by.
     """
     of_sweep = {"STEXP_SWEEP": name} if name else {}
-    if launcher.get("name") == "slurm":
-        return slurm_starter(launcher, of_sweep), [Slot()] * launcher["at_once"]
-    if launcher.get("name") == "ray":
-        return ray_starter(launcher, of_sweep), [Slot()] * launcher["at_once"]
+    cluster = {"slurm": slurm_starter, "ray": ray_starter}.get(launcher.get("name", ""))
+    if cluster is not None:
+        at_once = launcher["at_once"]
+        if not (isinstance(at_once, int) and at_once >= 1):
+            raise InputError(f"hydra.launcher.at_once={at_once}: a whole number of at least 1 would fit")
+        return cluster(launcher, of_sweep), [Slot()] * at_once
     if launcher.get("name") != "gpus":
         raise InputError(
             "hydra/launcher: gpus, slurm or ray would fit; others need hydra/sweeper=basic, which keeps no order"

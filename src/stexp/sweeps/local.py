@@ -26,21 +26,31 @@ class Local:
         return self.process.poll()
 
     def interrupt(self) -> None:
-        if os.name == "posix":
-            self.process.send_signal(signal.SIGINT)
-        else:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
+        interrupt(self.process)
 
     def end(self, within_s: float) -> None:
-        try:
-            self.process.wait(within_s)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            if os.name == "posix":
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:
-                self.process.kill()
-            self.process.wait()
+        end(self.process, within_s)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ask a job to end."""
+    if os.name == "posix":
+        process.send_signal(signal.SIGINT)
+    else:
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def end(process: subprocess.Popen[bytes], within_s: float) -> None:
+    """Return once a job has ended, by force after so many seconds."""
+    try:
+        process.wait(within_s)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
 
 
 def start_process(

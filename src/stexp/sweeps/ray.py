@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stexp.errors import InputError
+from stexp.sweeps.failure import write_failure
 from stexp.sweeps.jobs import Job
-from stexp.sweeps.local import start_process
-from stexp.sweeps.schedule import Slot, Start
+from stexp.sweeps.local import end, interrupt, start_process
+from stexp.sweeps.schedule import INTERVAL_S, PATIENCE_S, Slot, Start
 
 if TYPE_CHECKING:
     import ray
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 class Task:
     """A job that Ray has."""
 
-    def __init__(self, reference: ray.ObjectRef) -> None:
-        self.reference = reference
+    def __init__(self, reference: ray.ObjectRef, logs: Path) -> None:
+        self.reference, self.logs = reference, logs
 
     def poll(self) -> int | None:
         import ray
@@ -30,8 +32,11 @@ class Task:
             return None
         try:
             return ray.get(self.reference)
-        except ray.exceptions.RayError:  # its worker was killed, or it was cancelled
-            return 1
+        except ray.exceptions.RayTaskError as error:  # where it was put, it could not be started
+            write_failure(self.logs, error.cause, 1)
+        except ray.exceptions.RayError as error:  # its worker was killed, its machine is lost, or it was cancelled
+            write_failure(self.logs, error, 1)
+        return 1
 
     def interrupt(self) -> None:
         import ray
@@ -43,6 +48,7 @@ class Task:
 
         if not ray.wait([self.reference], timeout=within_s)[0]:
             ray.cancel(self.reference, force=True)
+            ray.wait([self.reference], timeout=PATIENCE_S)
 
 
 def ray_starter(launcher: Mapping[str, Any], environment: Mapping[str, str]) -> Start:
@@ -61,7 +67,7 @@ def ray_starter(launcher: Mapping[str, Any], environment: Mapping[str, str]) -> 
     address = launcher["address"] or os.environ.get("RAY_ADDRESS")
     options = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address, log_to_driver=False, configure_logging=False, ignore_reinit_error=True, **options)
+        ray.init(address or "local", log_to_driver=False, configure_logging=False, ignore_reinit_error=True, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"hydra.launcher.address={address}: {str(error).splitlines()[0]}") from error
     resources = _resources(launcher, ray.cluster_resources(), is_here=address is None)
@@ -69,7 +75,8 @@ def ray_starter(launcher: Mapping[str, Any], environment: Mapping[str, str]) -> 
     own = {key: value for key, value in os.environ.items() if key.startswith("STEXP_")} | dict(environment)
 
     def start(job: Job, slot: Slot) -> Task:
-        return Task(run_there.remote(job.arguments, job.typed, job.logs, own, Path.cwd()))
+        reference = run_there.remote(job.arguments, job.typed, job.logs, own, Path.cwd())
+        return Task(reference, job.logs)
 
     return start
 
@@ -93,9 +100,10 @@ def run_process(arguments: Sequence[str], typed: str, logs: Path, environment: M
     os.chdir(folder)
     process = start_process(arguments, typed, logs, environment)
     try:
-        return process.wait()
+        while (status := process.poll()) is None:
+            time.sleep(INTERVAL_S)  # Ray's interrupt does not end a wait
+        return status
     except KeyboardInterrupt:  # cancelled
-        assert process.stdin is not None
-        process.stdin.close()  # by which the job ends itself
-        process.wait()
+        interrupt(process)
+        end(process, PATIENCE_S)
         raise
