@@ -185,6 +185,7 @@ def test_the_last_choice_of_tested_data_holds() -> None:
 
 @pytest.mark.parametrize("line", [["test_data=demo", "--cfg", "job"], ["-m", "+test_data=demo"]])
 def test_what_hydra_would_compose_without_the_tested_data_is_refused(line: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["stexp-train", *line])
     with pytest.raises(SystemExit) as end:
         main()

@@ -109,7 +109,7 @@ def test_predictions_of_a_run_of_ours_get_its_numbers_to_the_last_digit(
     protocol = config.build(cfg.protocol)
     metrics = score_files(cfg, find_files([str(file)]), config.dataset_of(cfg).read_sections(protocol), protocol)
     ours = metrics_of(strict)
-    told = {"model", "chosen"}
+    told = {"model", "chosen", "contrast"}
     assert {key: metrics[key] for key in ours if key not in told} == {k: v for k, v in ours.items() if k not in told}
     assert (tmp_path / "again" / "per_gene.csv").read_bytes() == (strict / "per_gene.csv").read_bytes()
     assert metrics["elsewhere"]["scale"]["statement"].endswith("as the file says.")
