@@ -210,13 +210,66 @@ def test_plugins_of_the_tested_data_are_recorded(tmp_path: Path, monkeypatch) ->
             cached.cache_clear()
 
 
+def write_outside(folder: Path, sections: dict[str, float], **options) -> Path:
+    """A run that trained on demo and tested on the cohort C."""
+    write_run(folder, sections, **{"protocol.hold_out": "cohort"}, **options)
+    return change_metrics(folder, data="demo-to-C")
+
+
+def change_metrics(folder: Path, **changes) -> Path:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**metrics, **changes}))
+    return folder
+
+
+def shown(folders: list[Path]) -> tuple[str, dict[str, list[str]]]:
+    """Text of inside and outside, and the cells of its rows."""
+    (text,) = inside_and_outside(by_table([read_scored_run(folder) for folder in folders]))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert len({name for name, *_ in lines}) == len(lines)
+    return text, {name: cells for name, *cells in lines}
+
+
 def test_a_table_shows_inside_against_outside(tmp_path: Path) -> None:
     inside = [write_run(tmp_path / fold, {f"{fold}1": acg}) for fold, acg in (("A", 0.2), ("B", 0.4))]
-    outside = write_run(tmp_path / "outside", {"C1": 0.1}, **{"protocol.hold_out": "cohort"})
-    metrics = json.loads((outside / "metrics.json").read_text())
-    (outside / "metrics.json").write_text(json.dumps({**metrics, "data": "demo-to-C"}))
+    outside = write_outside(tmp_path / "outside", {"C1": 0.1})
+    text, rows = shown([*inside, outside])
+    assert rows["mclstexp"] == ["0.300", "0.100", "-0.200", "38 %", "12 %"] and "Gap" not in text
     groups = by_table([read_scored_run(folder) for folder in (*inside, outside)])
-    (text,) = inside_and_outside(groups)
-    method = next(line for line in text.splitlines() if line.startswith("| mclstexp"))
-    assert [cell.strip() for cell in method.split("|")[2:-1]] == ["0.300", "0.100", "-0.200", "38 %", "12 %"]
     assert inside_and_outside([group for group in groups if "to-C" not in group[0]]) == []
+
+
+def test_inside_and_outside_average_no_gap_and_no_copy(tmp_path: Path) -> None:
+    folds = (("A", 0.2), ("B", 0.4))
+    whole = [write_run(tmp_path / "x" / fold, {f"{fold}1": acg}, model="x") for fold, acg in folds]
+    outside = [write_outside(tmp_path / "out" / model, {"C1": 0.1}, model=model) for model in "xyz"]
+    gap = [write_run(tmp_path / "y" / "A", {"A1": 0.9}, model="y")]
+    copies = [write_run(tmp_path / "z" / fold, {f"{fold}1": acg}, model="z") for fold, acg in folds]
+    copies.append(write_run(tmp_path / "z" / "again", {"B1": 0.8}, model="z"))
+    text, rows = shown([*whole, *gap, *copies, *outside])
+    assert rows["x"] == ["0.300", "0.100", "-0.200", "38 %", "12 %"]
+    assert rows["y"] == rows["z"] == ["–", "0.100", "–", "–", "12 %"]
+    assert "Gap: y, seed 0, lacks fold B inside." in text and "Gap: z, seed 0, lacks fold B inside." in text
+
+
+def test_inside_and_outside_tell_a_method_from_one_of_its_name_elsewhere(tmp_path: Path) -> None:
+    ours = write_run(tmp_path / "ours", {"A1": 0.2})
+    theirs = change_metrics(
+        write_outside(tmp_path / "theirs", {"C1": 0.1}),
+        elsewhere={
+            **{"trained_on": None, "genes_chosen_on": None, "genes_by": "protocol", "left_over": {}},
+            "scale": {"named": "target", "looks_like": None, "errors": True, "statement": "On the scale of the truth."},
+            "n_renamed_genes": 0,
+            "coverage": {"n_spots": 9, "of_spots": 9, "n_genes": 2, "of_genes": 2, "missing_genes": []},
+        },
+    )
+    _, rows = shown([ours, theirs])
+    assert rows["mclstexp"][:2] == ["0.200", "–"] and rows["mclstexp (elsewhere) †"][:2] == ["–", "0.100"]
+
+
+def test_inside_and_outside_have_the_choices_that_tell_tables_apart(tmp_path: Path) -> None:
+    inside = [write_run(tmp_path / "inside", {"A1": 0.2}, **{"protocol.k": 50})]
+    text, _ = shown([*inside, write_outside(tmp_path / "auto", {"C1": 0.1})])
+    assert "1 fold(s)" in text, "k is a setting of a method, not of a table"
+    outside = write_outside(tmp_path / "gene", {"C1": 0.1}, **{"protocol.truth": "gene"})
+    assert inside_and_outside(by_table([read_scored_run(folder) for folder in (*inside, outside)])) == []

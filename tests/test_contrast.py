@@ -56,6 +56,33 @@ def test_a_training_left_chance_by_loss_or_by_matches(epochs, left):
     assert summarise(epochs)["left_chance"] == left
 
 
+def test_of_trainings_at_chance_at_most_a_few_in_a_thousand_are_said_to_have_left_it():
+    draws, left = torch.Generator().manual_seed(0), 0
+    for _ in range(100):
+        epochs = []
+        for _ in range(40):
+            image, spot = torch.randn(2, 24, 8, generator=draws)
+            matched = float(beside_chance(torch.tensor(math.log(24)), image, spot)["matched"])
+            epochs.append(epoch(math.log(24), matched, batch=24, n_spots=24))
+        left += summarise(epochs)["left_chance"]
+    assert left <= 2
+
+
+def test_soft_targets_alone_do_not_leave_chance(data, monkeypatch):
+    model = BLEEP(ImageEncoder("test_resnet", pretrained=False), len(data.panel), embedding_dim=4)
+    draws, logged = torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(model, "embed_tiles", lambda batch: (2 + torch.randn(16, 1, generator=draws) / 2).expand(16, 4))
+    monkeypatch.setattr(model, "embed_batch_spots", lambda batch: torch.ones(16, 4))  # all spots the same
+    monkeypatch.setattr(model, "log", lambda name, value, **_: logged.append((name, float(value))))
+    batch, epochs = SimpleNamespace(whole=16), []
+    for _ in range(100):
+        logged.clear()
+        loss, values = model.training_step(batch, 0), dict(logged)
+        assert values["train/loss"] == float(loss) < 0.99 * math.log(16), "below it, though spots say nothing"
+        epochs.append(epoch(values["train/mean_loss"], values["train/matched"], batch=16, n_spots=16))
+    assert not summarise(epochs)["left_chance"]
+
+
 def test_the_verdict_says_that_a_training_never_left_chance():
     part = {"pearson_acg": 0.3, "pearson_heg50": 0.3}
     floors = {"mean": {"pearson_acg": 0.0, "pearson_heg50": 0.0}}
@@ -89,7 +116,7 @@ def test_every_epoch_is_kept_with_means_over_its_spots(data, kind, tmp_path, mon
     seen, log = [], model.log_beside_chance
 
     def spy(loss, image, spot) -> None:
-        seen.append((len(image), float(loss)))
+        seen.append((len(image), float(loss.detach())))
         log(loss, image, spot)
 
     monkeypatch.setattr(model, "log_beside_chance", spy)

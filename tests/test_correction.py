@@ -43,6 +43,10 @@ def index_of(embedding: torch.Tensor) -> ReferenceIndex:
     return ReferenceIndex(embedding, names, names)
 
 
+def estimate(index: ReferenceIndex, query: torch.Tensor, k: int, expression: torch.Tensor) -> torch.Tensor:
+    return index.average(index.search(query, k, "cosine", "similarity"), expression, spread=False)[0]
+
+
 def test_a_spot_is_estimated_without_itself():
     draws = torch.Generator().manual_seed(0)
     references, own = torch.randn(20, 4, generator=draws), torch.tensor([3, 11, -1])
@@ -62,31 +66,30 @@ def task(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def learned() -> tuple[Correction, int, ReferenceIndex, torch.Tensor, Retrieved]:
+def learned() -> tuple[Correction, int, Retrieved]:
     references, expression = task(60, 0)
     index = index_of(references)
     parts = []
     for n, seed in ((200, 1), (60, 2)):
         query, target = task(n, seed)
-        parts.append(Retrieved(query, index.search(query, 50, "cosine", "similarity"), target, np.repeat("A", n)))
+        parts.append(Retrieved(query, estimate(index, query, 50, expression), target, np.repeat("A", n)))
     model = Correction(6, 4)
-    epoch = fit_correction(model, index, expression, *parts, seed=0)
-    return model, epoch, index, expression, parts[1]
+    return model, fit_correction(model, *parts, seed=0), parts[1]
 
 
 def test_the_residual_lowers_error_and_is_left_at_an_epoch(learned):
-    model, epoch, index, expression, spots = learned
-    estimate = index.average(spots.neighbours, expression, spread=False)[0]
-    before, after = ((x - spots.target).square().mean() for x in (estimate, estimate + model(spots.query)))
+    model, epoch, spots = learned
+    made = spots.estimate
+    before, after = ((x - spots.target).square().mean() for x in (made, made + model(spots.query)))
     assert 1 <= epoch <= correction.EPOCHS and float(after) < 0.7 * float(before)
     assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
 
 
 def test_a_penalty_keeps_the_residual_small(learned, monkeypatch):
-    model, _, index, expression, spots = learned
+    model, _, spots = learned
     monkeypatch.setattr(correction, "PENALTY", 100.0)
     tight = Correction(6, 4)
-    fit_correction(tight, index, expression, spots, None, seed=0)
+    fit_correction(tight, spots, None, seed=0)
     assert float(tight(spots.query).square().mean()) < 0.2 * float(model(spots.query).square().mean())
 
 
@@ -94,10 +97,10 @@ def test_nothing_is_added_where_nothing_helps_on_validation_spots():
     references, expression = task(60, 0)
     index = index_of(references)
     query, target = task(40, 1)
-    training = Retrieved(query, index.search(query, 5, "cosine", "similarity"), target.flip(0), np.repeat("A", 40))
-    exact = Retrieved(references, index.search(references, 1, "cosine", "similarity"), expression, np.repeat("A", 60))
+    training = Retrieved(query, estimate(index, query, 5, expression), target.flip(0), np.repeat("A", 40))
+    exact = Retrieved(references, estimate(index, references, 1, expression), expression, np.repeat("A", 60))
     model = Correction(6, 4)
-    assert fit_correction(model, index, expression, training, exact, seed=0) == 0
+    assert fit_correction(model, training, exact, seed=0) == 0
     assert not model(query).any()
 
 
@@ -124,6 +127,39 @@ def test_a_method_learns_its_correction_after_training_and_keeps_it(data, kind, 
     again.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
     repeated = torch.cat([part.predicted for part in trainer.predict(again.eval(), datamodule=data)])
     torch.testing.assert_close(repeated, corrected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_retrieved_for_training_spots_is_averaged_once(data, tmp_path, monkeypatch):
+    model, trainer = make_model(data, "mclstexp", correct=True), make_trainer(tmp_path)
+    trainer.predict(model, datamodule=data)  # it needs to know its trainer
+    averaged, average = [], ReferenceIndex.average
+
+    def spy(index, neighbours, *args, **kwargs):
+        averaged.append(len(neighbours.index))
+        return average(index, neighbours, *args, **kwargs)
+
+    monkeypatch.setattr(ReferenceIndex, "average", spy)
+    model.finish(data)
+    assert averaged == [len(data.rows("train")), len(data.rows("validation"))]
+
+
+def test_a_run_killed_after_its_correction_was_kept_learns_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(correction, "EPOCHS", 2)
+    data = make_data(tmp_path, Protocol("strict", validation=False))  # the last epoch is kept, so that weights moved
+    checkpoint, states, predicted = tmp_path / "last.ckpt", [], []
+    first = make_model(data, "mclstexp", correct=True)
+    torch.save({"state_dict": first.state_dict(), "SpotDataModule": {}}, checkpoint)
+    for seed in (1, 2):
+        model, trainer = make_model(data, "mclstexp", seed=seed, correct=True), make_trainer(tmp_path)
+        model.load_state_dict(load_checkpoint(checkpoint)["state_dict"])
+        trainer.predict(model, datamodule=data)  # it needs to know its trainer
+        assert model.finish(data) == {"correction_epochs": 2}
+        keep_weights(checkpoint, model.state_dict())
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+        predicted.append(torch.cat([part.predicted for part in trainer.predict(model, datamodule=data)]))
+    assert states[0]["correction.layers.4.weight"].any()
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    torch.testing.assert_close(predicted[1], predicted[0], rtol=0, atol=0)
 
 
 def test_without_correct_nothing_is_added_and_no_weight_is_there(data):

@@ -161,6 +161,7 @@ def test_strata_hold_every_scored_gene_once_and_shares_leave_out_noise():
     assert by_ceiling[0]["share"] is None and by_ceiling[0]["share_over"] is None
     for row in by_ceiling[1:]:
         assert row["share"] == pytest.approx(0.5) and row["share_over"] == "sections"
+        assert row["share_covers"] < 0.8, "three sections are few"
         assert (row["share_low"], row["share_high"]) == pytest.approx((0.45, 0.55)), "sections are drawn, 0.9 to 1.1"
     for row in strata(genes, rng.random(40), {"A": sections["A"], "B": sections["B"]}, patients):
         assert row["share_low"] is None and row["share_over"] is None, "however many genes there are"

@@ -181,6 +181,35 @@ def test_how_k_was_chosen_is_shown_where_it_was(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_following_depth_is_neither_better_nor_worse_the_more_it_is(tmp_path: Path) -> None:
+    text = write_report(write_run(tmp_path / "x", spots=20, genes=5)).read_text()
+    attributes, heading = re.search(r'<th scope="col"([^>]*)>(Follows depth.*?)</th>', text).groups()
+    assert heading == "Follows depth" and "near 0 is best" in attributes
+    assert re.search(r">MSE&nbsp;<span[^>]*less is better[^>]*>↓", text)
+
+
+def test_intervals_of_shares_say_over_what_and_where_they_are_too_narrow(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "x", spots=20, genes=5)
+    stratum = {"by": "ceiling", "n_genes": 5, "pearson": 0.1, "ceiling": 0.5, "share": 0.2}
+    bounds = {"share_low": 0.1, "share_high": 0.3}
+    evidence = {
+        **{"intervals": {}, "error": {}, "chance": None, "gene_sets": []},
+        "structure": {"moran_concordance": None},
+        "measurable": {"n_genes": 5, "pearson": 0.1},
+        "strata": [
+            {**stratum, **bounds, "stratum": "few", "share_over": "patients", "share_covers": 0.75},
+            {**stratum, **bounds, "stratum": "many", "share_over": "sections", "share_covers": 0.93},
+            {**stratum, **bounds, "stratum": "of before"},
+        ],
+    }
+    text = rewrite(folder, evidence=evidence).read_text()
+    cells = {
+        name: re.search(rf">{name}</th>.*?0\.100 to 0\.300(.*?)</td>", text)[1] for name in ("few", "many", "of before")
+    }
+    assert "over patients, covers about 75 %" in cells["few"]
+    assert "over sections" in cells["many"] and "covers" not in cells["many"] and cells["of before"] == ""
+
+
 def test_a_run_retrieved_from_again_says_what_changed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", spots=20, genes=5)
     assert "retrieved again" not in write_report(folder).read_text()

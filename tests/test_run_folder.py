@@ -226,3 +226,19 @@ def test_a_protocol_in_a_prediction_file_is_never_called(strict: Path, tmp_path:
         config.build(
             {"_target_": "pytorch_lightning.cli.instantiate_class", "args": [], "init": {"class_path": "os.system"}}
         )
+
+
+def test_what_is_retrieved_again_does_not_say_that_it_was_corrected(strict: Path, tmp_path: Path) -> None:
+    folder = copy_of(strict, tmp_path / "run")
+    text = (folder / "config.yaml").read_text()
+    assert "correct: false" in text and "weighting: inverse_square" in text
+    (folder / "config.yaml").write_text(text.replace("correct: false", "correct: true"))
+    adata = ad.read_h5ad(folder / "predictions.h5ad")
+    k = json.loads(adata.uns["stexp"]["chosen"])["k"]
+    adata.uns["stexp"]["chosen"] = json.dumps({"k": k, "correction_epochs": 3})
+    adata.write_h5ad(folder / "predictions.h5ad")
+    again = predict_again(folder, {}, ["TUMOUR02", "FAT01"], None)
+    model = yaml.safe_load((again / "config.yaml").read_text())["model"]
+    assert model["correct"] is False and model["weighting"] == "similarity"
+    chosen = json.loads(ad.read_h5ad(again / "predictions.h5ad").uns["stexp"]["chosen"])
+    assert chosen["k"] == k and "correction_epochs" not in chosen

@@ -24,7 +24,7 @@ from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import compose
 from stexp.errors import InputError
 from stexp.runs.folder import RESULTS
-from stexp.sweeps import launching, schedule
+from stexp.sweeps import launching, plan, schedule
 from stexp.sweeps.choice import choose
 from stexp.sweeps.failure import Failure, cause_of, write_failure
 from stexp.sweeps.jobs import Job, jobs, with_needs
@@ -135,6 +135,21 @@ def test_the_command_of_a_job_gives_its_settings_and_folder(name):
         assert (cfg.fold, cfg.seed) == (job.fold, job.seed)
         assert settings_of_run(OmegaConf.to_container(cfg, resolve=True)) == settings_of_run(job.settings)
         assert cfg.trainer.max_epochs == 2
+
+
+def test_what_is_corrected_is_not_retrieved_again_beside_it(monkeypatch):
+    few = ["model.correct=true", "data=her2st", "fold=B4"]
+    with pytest.raises(InputError, match=r"^model\.correct=true: model\.k=50 .*model\.correct=false would fit.*$"):
+        jobs("figS4", few)
+    (same,) = jobs("tableS6", [*few, "model.distance=l1"])
+    assert same.command == "train" and same.needs is None and "correct_True" in same.output_dir.parent.name
+    read_plan = plan.read_plan
+    axis = {"rescore": {"model.weighting": ["inverse_square", "similarity"]}}
+    monkeypatch.setattr(plan, "read_plan", lambda name: read_plan(name) | axis)
+    with pytest.raises(InputError, match=r"model\.weighting=inverse_square"):  # as the config has it, unused
+        jobs("tableS6", few)
+    assert [job.command for job in jobs("tableS6", [*few, "model.weighting=similarity"])] == ["train"]
+    assert [job.command for job in jobs("tableS6", few[1:])] == ["train", "score"]
 
 
 def test_values_on_the_command_line_take_the_place_of_the_sweeps():

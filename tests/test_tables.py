@@ -13,6 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 from tabled import tabulate_all
@@ -20,6 +21,7 @@ from tabled import tabulate_all
 from stexp.cli.table import main as table_main
 from stexp.errors import InputError
 from stexp.evaluation import predictions
+from stexp.models.correction import Correction
 from stexp.reporting.labels import label_methods
 from stexp.reporting.tables import FILES, Table, latex, markdown
 from stexp.runs.scored import find_runs, read_scored_run
@@ -195,6 +197,16 @@ def test_a_gap_is_refused_with_the_command_that_fills_it(runs: list[Path], tmp_p
         one([runs[0], runs[1], *runs[3:]])
     assert str(error.value).endswith(f"stexp-train data=demo model=ours fold=C output_dir={tmp_path}/ours/C")
     assert "\n" not in str(error.value)
+
+
+def test_a_gap_of_a_run_in_python_is_filled_in_python(runs: list[Path]) -> None:
+    record = json.loads((runs[0] / "provenance.json").read_text())
+    record["command"] = f"stexp.fit('ours', SpotDataModule(...), output_dir='{runs[0]}')"
+    (runs[0] / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="lacks fold C") as error:
+        one([runs[0], *runs[3:], runs[1]])
+    assert "fit fold C in Python" in str(error.value) and "fold='C'" in str(error.value)
+    assert "fit(" not in str(error.value) and " fold=C" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_gap_is_printed_as_a_gap_and_never_averaged(runs: list[Path]) -> None:
@@ -387,13 +399,14 @@ def test_golden_table(runs: list[Path]) -> None:
 
 
 def test_size_counts_what_trains_apart() -> None:
-    frozen, trained = (
-        SimpleNamespace(numel=lambda: 100, requires_grad=False),
-        SimpleNamespace(numel=lambda: 7, requires_grad=True),
-    )
-    model = SimpleNamespace(parameters=lambda: iter([frozen, trained, trained]))
-    found = size_of_training(SimpleNamespace(lightning_module=model, current_epoch=3))
-    assert found == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
+    frozen = torch.nn.Linear(19, 5).requires_grad_(False)
+    model = torch.nn.Sequential(frozen, torch.nn.Linear(6, 1), torch.nn.Linear(6, 1))
+    size = size_of_training(SimpleNamespace(lightning_module=model, current_epoch=3))
+    assert size == {"epochs": 3, "parameters": {"total": 114, "trained": 14}}
+    correction = Correction(6, 4)
+    n = sum(parameter.numel() for parameter in correction.parameters())
+    size = size_of_training(SimpleNamespace(lightning_module=model.append(correction), current_epoch=3))
+    assert size["parameters"] == {"total": 114 + n, "trained": 14 + n}, "it trains after the fit"
 
 
 def test_latex_escapes_what_it_must(tmp_path: Path) -> None:
@@ -506,6 +519,6 @@ def test_what_stands_behind_a_row(tmp_path: Path) -> None:
     assert floor["share_of_ceiling"] == pytest.approx(0.15 / 0.8)
     assert method["gene_sets"] == pytest.approx(0.25) and floor["gene_sets"] == pytest.approx(0.1)
     assert method["beyond_chance"] == 0.5 and method["moran_concordance"] == pytest.approx(0.4)
-    assert method["follows_depth"] == pytest.approx(0.3) and "(patients)" in method["interval"]
+    assert method["follows_depth"] == pytest.approx(0.3) and "(3 patients, covers about 75 %)" in method["interval"]
     cells = next(line for line in markdown(table).splitlines() if "60 %" in line)
     assert "-25 %" in cells and "31 %" in cells and "50 %" in cells

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import binom
 from typing_extensions import TypedDict
 
 from stexp.arguments import Count, NotNegative, Share
@@ -15,13 +16,15 @@ from stexp.evaluation.records import read_json
 NAME = "contrast.json"
 """File of a run folder, with a row an epoch."""
 BELOW = 0.99  # of log(batch)
-DEVIATIONS = 4.0  # of the number of matches by chance: once in 30,000 epochs
+LEVEL = 0.001
+"""Share of the trainings at chance that have more matches in any of their epochs than this allows."""
 
 
 class Epoch(TypedDict):
     """Means over the spots of one epoch.
 
-    ``loss`` in nats; ``log_batch``, the loss of embeddings that carry nothing; ``matched``, share of tiles whose own
+    ``loss``, InfoNCE in nats, with each tile's own spot its target, whatever the training's are; ``log_batch``, that
+    of embeddings that carry nothing; ``matched``, share of tiles whose own
     spot is the nearest of its batch, and ``chance``, that share for embeddings that carry nothing.
     """
 
@@ -60,8 +63,14 @@ def read_contrast(run: Path) -> Contrast | None:
 def summarise(epochs: Sequence[Epoch]) -> Contrast:
     """The best of some epochs, and whether any of them left chance.
 
-    An epoch did whose loss is a hundredth below log(batch), or whose matches are more than chance explains.
+    An epoch did whose loss is a hundredth below log(batch), or whose matches are more than chance explains: as many
+    have a binomial probability below `LEVEL` divided by the number of epochs (Bonferroni).
     """
+    loss, log_batch, matched, chance, n_spots = (
+        np.array([epoch[key] for epoch in epochs]) for key in ("loss", "log_batch", "matched", "chance", "n_spots")
+    )
+    tail = binom.sf(np.rint(matched * n_spots) - 1, n_spots, chance)  # of as many matches or more
+    left_chance = (loss < BELOW * log_batch) | (tail < LEVEL / len(epochs))
     lowest = min(epochs, key=lambda epoch: epoch["loss"] - epoch["log_batch"])
     most = max(epochs, key=lambda epoch: epoch["matched"] - epoch["chance"])
     return {
@@ -69,15 +78,9 @@ def summarise(epochs: Sequence[Epoch]) -> Contrast:
         "log_batch": lowest["log_batch"],
         "matched": most["matched"],
         "chance": most["chance"],
-        "left_chance": any(map(_left_chance, epochs)),
+        "left_chance": bool(left_chance.any()),
         "epochs": list(epochs),
     }
-
-
-def _left_chance(epoch: Epoch) -> bool:
-    chance = epoch["chance"]
-    deviation = math.sqrt(chance * (1 - chance) / epoch["n_spots"])
-    return epoch["loss"] < BELOW * epoch["log_batch"] or epoch["matched"] > chance + DEVIATIONS * deviation
 
 
 def describe_contrast(metrics: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from stexp.errors import InputError
 
 CORRELATIONS = ("pearson_acg", "pearson_heg50", "pearson_given_depth", "spearman_acg")
 FOLLOWS_DEPTH = "follows_depth"
-"""Says of a prediction what it shows; neither high nor low is better by itself."""
+"""Says of a prediction what it shows; neither more nor less is better, see `DEPTH_NOTE`."""
+DEPTH_NOTE = "a prediction that follows depth tells of depth; near 0 is best"
 ERRORS = ("mse", "mse_gene_mean", "mse_within_gene", "mae", "rmse", "r2", "ccc", "rvd")
 SCORES = (*CORRELATIONS, FOLLOWS_DEPTH, *ERRORS)
 

@@ -137,6 +137,7 @@ class Stratum(TypedDict):
     share_low: Finite | None
     share_high: Finite | None
     share_over: NotRequired[str | None]
+    share_covers: NotRequired[Finite | None]
 
 
 class Measurable(TypedDict):

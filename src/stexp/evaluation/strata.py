@@ -43,7 +43,8 @@ def strata(
         ``by`` (``expression`` or ``ceiling``), ``stratum``, ``n_genes``, ``pearson``, ``ceiling``,
         ``share`` of the ceiling that is reached; None where there is nothing. Genes with a ceiling below 0.1 have no
         share. ``share_low`` and ``share_high``, 95 %, with sections or patients drawn anew (``share_over``) and the
-        ceiling as it is; None of fewer than three sections. Genes are never drawn: those of a section share its spots.
+        ceiling as it is; ``share_covers``, how often they hold the truth; None of fewer than three sections. Genes are
+        never drawn: those of a section share its spots.
     """
     pearson, ceiling = (genes[key].to_numpy(dtype=np.float64) for key in ("pearson", "ceiling"))
     scored = ~np.isnan(pearson)
@@ -69,12 +70,12 @@ def _share(
     patients: Mapping[str, str | None],
 ) -> dict:
     """Share of the ceiling that some genes reach, and its interval."""
-    keys = ("share", "share_low", "share_high", "share_over")
+    keys = ("share", "share_low", "share_high", "share_over", "share_covers")
     if not rows.any():
         return dict.fromkeys(keys)
     best = ceiling[rows].mean()
     means = {name: mean_or_none(values[rows]) for name, values in of_sections.items()}
     shares = {name: None if mean is None else mean / best for name, mean in means.items()}
     interval = over_sections(shares, patients) or {}
-    bounds = (interval.get(key) for key in ("low", "high", "over"))
+    bounds = (interval.get(key) for key in ("low", "high", "over", "covers"))
     return dict(zip(keys, (float(pearson[rows].mean() / best), *bounds), strict=True))

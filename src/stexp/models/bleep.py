@@ -11,7 +11,7 @@ from stexp.data.batches import SpotBatch
 from stexp.models.blocks import ProjectionHead
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.gather import gather
-from stexp.models.losses import soft_info_nce
+from stexp.models.losses import info_nce, soft_info_nce
 from stexp.models.retrieval import Distance, Reference, Weighting
 from stexp.models.retrieval_method import RetrievalMethod
 
@@ -95,7 +95,9 @@ class BLEEP(RetrievalMethod):
         image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
         loss = soft_info_nce(image, spot, self.temperature, self.target_temperature)
-        self.log_beside_chance(loss, image, spot)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
+        # soft targets come below log(batch) where nothing is learned, too
+        self.log_beside_chance(info_nce(image.detach(), spot.detach(), self.temperature), image, spot)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

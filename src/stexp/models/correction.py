@@ -11,13 +11,16 @@ from torch import nn
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models.blocks import GeneHead
 from stexp.models.losses import correlation_loss
-from stexp.models.retrieval import Neighbours, ReferenceIndex
+from stexp.models.retrieval import Neighbours
 
 # the paper states none of these
 HIDDEN, DROPOUT = 256, 0.3
 PENALTY = 1.0  # of the mean square of the residual
 EPOCHS, BATCH, LR, WEIGHT_DECAY = 30, 128, 1e-3, 1e-3
 AT_MOST = 50_000  # training spots: every so many-th where there are more
+
+CORRECTION_EPOCHS = "correction_epochs"
+"""Key of what was chosen: the epoch that a correction is left at."""
 
 
 class Correction(nn.Module):
@@ -52,28 +55,23 @@ class Correction(nn.Module):
 
 @dataclass(frozen=True)
 class Retrieved:
-    """N spots and the references retrieved for them.
+    """N spots and what is retrieved for them.
 
     Attributes
     ----------
     query : (N, D)
         Image embeddings.
-    neighbours
-        Of the N.
+    estimate : (N, G)
+        Mean expression of their neighbours.
     target : (N, G)
         Their expression.
     section : (N,)
     """
 
     query: torch.Tensor
-    neighbours: Neighbours
+    estimate: torch.Tensor
     target: torch.Tensor
     section: np.ndarray
-
-    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, Neighbours, torch.Tensor]:
-        """Embeddings, neighbours and expression of some of them."""
-        of = self.neighbours
-        return self.query[rows], Neighbours(of.index[rows], of.distance[rows], of.weight[rows]), self.target[rows]
 
 
 def without_itself(neighbours: Neighbours, own: torch.Tensor) -> Neighbours:
@@ -90,14 +88,7 @@ def without_itself(neighbours: Neighbours, own: torch.Tensor) -> Neighbours:
     return Neighbours(kept[0], kept[1], kept[2] / kept[2].sum(dim=1, keepdim=True))
 
 
-def fit_correction(
-    correction: Correction,
-    index: ReferenceIndex,
-    expression: torch.Tensor,
-    training: Retrieved,
-    validation: Retrieved | None,
-    seed: int,
-) -> int:
+def fit_correction(correction: Correction, training: Retrieved, validation: Retrieved | None, seed: int) -> int:
     """Train the residual on what is retrieved for training spots, and leave it at its best epoch.
 
     Mean squared and absolute error and 1 - Pearson of the corrected expression, and a penalty on the mean square of the
@@ -105,8 +96,6 @@ def fit_correction(
 
     Parameters
     ----------
-    expression : (N, G)
-        Of the references of `index`.
     validation
         Spots on which an epoch is best; epoch 0 is no correction. None: the last epoch.
 
@@ -121,20 +110,20 @@ def fit_correction(
         correction.start_anew()
         correction.requires_grad_(True)
         optimizer = torch.optim.AdamW(correction.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-        best, best_score = 0, _score(correction, index, expression, validation)
+        best, best_score = 0, _score(correction, validation)
         state = {key: value.clone() for key, value in correction.state_dict().items()}
         for epoch in range(1, EPOCHS + 1):
             correction.train()
             for rows in torch.randperm(len(training.query)).split(BATCH):
-                query, neighbours, target = training.take(rows.to(training.query.device))
-                residual = correction(query)
-                predicted = index.average(neighbours, expression, spread=False)[0] + residual
+                rows = rows.to(training.query.device)
+                residual, target = correction(training.query[rows]), training.target[rows]
+                predicted = training.estimate[rows] + residual
                 error = predicted - target
                 loss = error.square().mean() + error.abs().mean() + correlation_loss(predicted, target)
                 optimizer.zero_grad()
                 (loss + PENALTY * residual.square().mean()).backward()
                 optimizer.step()
-            score = _score(correction, index, expression, validation)
+            score = _score(correction, validation)
             if validation is None or score > best_score:
                 best, best_score = epoch, score
                 state = {key: value.clone() for key, value in correction.state_dict().items()}
@@ -144,9 +133,9 @@ def fit_correction(
 
 
 @torch.no_grad()
-def _score(correction: Correction, index: ReferenceIndex, expression: torch.Tensor, spots: Retrieved | None) -> float:
+def _score(correction: Correction, spots: Retrieved | None) -> float:
     if spots is None:
         return 0.0
     correction.eval()
-    predicted = index.average(spots.neighbours, expression, spread=False)[0] + correction(spots.query)
+    predicted = spots.estimate + correction(spots.query)
     return mean_pearson(spots.target.cpu().numpy(), predicted.cpu().numpy(), spots.section)

@@ -40,13 +40,13 @@ def info_nce(
 
 
 @torch.no_grad()
-def beside_chance(loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> dict[str, torch.Tensor]:
+def beside_chance(info_nce: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a contrastive loss says beside embeddings that carry nothing.
 
     Parameters
     ----------
-    loss : Tensor, shape ()
-        Of a batch, in nats.
+    info_nce : Tensor, shape ()
+        Of a batch, in nats, with each tile's own spot its target: log(B) bounds no loss with other targets.
     image, spot : (B, D)
         Its embeddings.
 
@@ -58,9 +58,9 @@ def beside_chance(loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -
     """
     n = len(image)
     matched = (image.float() @ spot.float().T).argmax(dim=1) == torch.arange(n, device=image.device)
-    chance = loss.new_tensor(1 / n, dtype=torch.float32)
+    chance = info_nce.new_tensor(1 / n, dtype=torch.float32)
     return {
-        "mean_loss": loss.detach().float(),
+        "mean_loss": info_nce.detach().float(),
         "log_batch": -chance.log(),
         "matched": matched.float().mean(),
         "chance": chance,

@@ -177,6 +177,7 @@ class MclSTExp(RetrievalMethod):
             spot = gather(self.embed_batch_spots(batch), n)
         temperature = self.log_temperature.exp().clamp(min=0.01)
         loss = info_nce(image, spot, temperature, self.image_weight)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
         self.log_beside_chance(loss, image, spot)
         return loss
 

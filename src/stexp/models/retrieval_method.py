@@ -13,7 +13,14 @@ from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
-from stexp.models.correction import AT_MOST, Correction, Retrieved, fit_correction, without_itself
+from stexp.models.correction import (
+    AT_MOST,
+    CORRECTION_EPOCHS,
+    Correction,
+    Retrieved,
+    fit_correction,
+    without_itself,
+)
 from stexp.models.losses import beside_chance
 from stexp.models.method import Method, Prediction, References
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
@@ -74,11 +81,10 @@ class RetrievalMethod(Method):
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch to embeddings (B, D)."""
 
-    def log_beside_chance(self, loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> None:
-        """Log a contrastive loss, and means over the epoch of what :func:`~stexp.models.losses.beside_chance` says."""
+    def log_beside_chance(self, info_nce: torch.Tensor, image: torch.Tensor, spot: torch.Tensor) -> None:
+        """Log means over the epoch of what :func:`~stexp.models.losses.beside_chance` says of a batch."""
         n = len(image)
-        self.log("train/loss", loss, prog_bar=True, batch_size=n)
-        for name, value in beside_chance(loss, image, spot).items():
+        for name, value in beside_chance(info_nce, image, spot).items():
             shown = name != "mean_loss"
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=n)
 
@@ -197,8 +203,8 @@ class RetrievalMethod(Method):
                 neighbours = without_itself(neighbours, place[rows])
             else:
                 neighbours = index.search(query, k, self.distance, self.weighting)
+            estimate, _ = index.average(neighbours, expression, spread=False)
             target = torch.from_numpy(data.target[rows]).to(self.device)
-            parts[role] = Retrieved(query, neighbours, target, data.spots["section"].to_numpy(str)[rows])
-        seed = data.seed
-        epoch = fit_correction(self.correction, index, expression, parts["train"], parts.get("validation"), seed)
-        return {"correction_epochs": epoch}
+            parts[role] = Retrieved(query, estimate, target, data.spots["section"].to_numpy(str)[rows])
+        epoch = fit_correction(self.correction, parts["train"], parts.get("validation"), data.seed)
+        return {CORRECTION_EPOCHS: epoch}

@@ -67,6 +67,16 @@ def find_copies(runs: list[ScoredRun], labels: list[str]) -> dict[Gap, list[Scor
     return copies
 
 
+def leave_out_copies(runs: list[ScoredRun], labels: list[str]) -> tuple[list[ScoredRun], list[str], list[Gap]]:
+    """Runs of whose cell there is no other, with their labels; and all gaps, those of cells with copies first."""
+    copies = find_copies(runs, labels)
+    copied = {run.folder for alike in copies.values() for run in alike}
+    labels = [label for run, label in zip(runs, labels, strict=True) if run.folder not in copied]
+    runs = [run for run in runs if run.folder not in copied]
+    cells = {gap[:2] for gap in copies}
+    return runs, labels, [*copies, *(gap for gap in find_gaps(runs, labels) if gap[:2] not in cells)]
+
+
 def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
     """Folds and sections that other runs have and a method, with one of its seeds, has not."""
     cells: dict[tuple[str, int], dict[str, ScoredRun]] = {}
@@ -80,8 +90,7 @@ def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
         method = f"{label}, seed {seed},"
         for fold in sorted(tested):
             if fold not in by_fold:
-                fill = f"fill it with: {_command(next(iter(by_fold.values())), fold)}"
-                gaps.append(Gap(method, f"fold {fold}", fill))
+                gaps.append(Gap(method, f"fold {fold}", _fill(next(iter(by_fold.values())), fold)))
             elif missing := [section for section in tested[fold] if section not in by_fold[fold].sections]:
                 other = tested[fold][missing[0]].folder
                 anew = "predict them, and evaluate" if by_fold[fold].is_foreign else "train"
@@ -90,9 +99,26 @@ def find_gaps(runs: list[ScoredRun], labels: list[str]) -> list[Gap]:
     return gaps
 
 
-def _command(run: ScoredRun, fold: str) -> str:
+def describe_gaps(gaps: list[Gap]) -> list[str]:
+    """A sentence a method."""
+    missing: dict[str, list[str]] = {}
+    for gap in gaps:
+        missing.setdefault(gap.method, []).append(gap.missing)
+    return [f"Gap: {method} lacks {', '.join(parts)}." for method, parts in missing.items()]
+
+
+def _fill(run: ScoredRun, fold: str) -> str:
+    """How to fill another fold as a run filled its own: by its command, or as it was done in Python."""
+    command = run.provenance.get("trained_by", run.provenance["command"])
+    if command.startswith("stexp-"):
+        return f"fill it with: {_command(run, command, fold)}"
+    verb, done = ("evaluate", "evaluated") if run.is_foreign else ("fit", "fitted")
+    return f"{verb} fold {fold} in Python as {run.folder} was {done}, with stexp.SpotDataModule(..., fold={fold!r})"
+
+
+def _command(run: ScoredRun, command: str, fold: str) -> str:
     """The command of a run, for another fold, into a folder of its own."""
-    words = run.provenance.get("trained_by", run.provenance["command"]).split()
+    words = command.split()
     named = any(word.startswith("output_dir=") for word in words)
     dropped = ("-m", "--multirun", "fold=", "seed=", "output_dir=", "overwrite=")
     words = [word for word in words if not word.startswith(dropped)] + [f"fold={fold}"]

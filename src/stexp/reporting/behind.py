@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from stexp.evaluation.compare import per_section
-from stexp.evaluation.intervals import over_sections
-from stexp.evaluation.metrics import mean_or_none
+from stexp.evaluation.intervals import ENOUGH, over_sections
+from stexp.evaluation.metrics import DEPTH_NOTE, mean_or_none
 from stexp.evaluation.records import Evidence
 from stexp.reporting import grids
 from stexp.runs.scored import ScoredRun
@@ -28,11 +28,11 @@ COLUMNS = {
 }
 PERCENT = ("share_of_ceiling", "skill_within_gene", "skill_gene_mean", "beyond_chance")
 EXPLAINED = (
-    "Interval: over patients, sections or blocks of spots, as many as there are. Skill: the share of the training "
-    "mean's squared error that is gone, within genes (from spot to spot) and in how high they are. Gene sets: Pearson "
-    "of their scores. Beyond chance: above their own moved maps, false discovery rate 5 %. Moran concordance: 1 where "
-    "each gene is as smooth as in truth. Follows depth: correlation of a spot's mean prediction with the log of its "
-    "total counts; near 0 is best."
+    "Interval: over patients, sections or blocks of spots, as many as there are; of few it covers the truth in fewer "
+    "than 95 % of cases, as stands beside it. Skill: the share of the training mean's squared error that is gone, "
+    "within genes (from spot to spot) and in how high they are. Gene sets: Pearson of their scores. Beyond chance: "
+    "above their own moved maps, false discovery rate 5 %. Moran concordance: 1 where each gene is as smooth as in "
+    f"truth. Follows depth: correlation of a spot's mean prediction with the log of its total counts; {DEPTH_NOTE}."
 )
 
 
@@ -100,10 +100,15 @@ def _of_method(own: pd.DataFrame, behind: Sequence[Evidence], n_runs: int) -> di
     return {
         "moran_concordance": mean_or_none([np.nan if value is None else value for value in concordance]),
         "beyond_chance": sum(each["n_beyond"] for each in chance) / n_genes if n_genes else None,
-        "interval": None
-        if interval is None
-        else f"{interval['low']:.3f} to {interval['high']:.3f} ({interval['over']})",
+        "interval": None if interval is None else _interval(interval),
     }
+
+
+def _interval(interval: Mapping) -> str:
+    """``0.112 to 0.388 (3 patients, covers about 75 %)``: bounds, over what, and how sure where that is not 95 %."""
+    units = f"{interval['n_units']} {interval['over']}" if "n_units" in interval else interval["over"]
+    few = f", covers about {grids.percent(interval['covers'])}" if interval.get("covers", 1) < ENOUGH else ""
+    return f"{interval['low']:.3f} to {interval['high']:.3f} ({units}{few})"
 
 
 def behind_grid(rows: pd.DataFrame) -> list[list[str]]:

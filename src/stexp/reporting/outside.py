@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
-from stexp.evaluation.compare import per_section
 from stexp.reporting import grids
+from stexp.reporting.agreement import describe_gaps, leave_out_copies
+from stexp.reporting.footnotes import footnotes, tell_apart
 from stexp.reporting.labels import label_methods
-from stexp.reporting.rows import scores_of
+from stexp.reporting.tables import KINDS, choices_of, table_rows
 from stexp.runs.scored import ScoredRun
 
-KINDS = {"method": "", "floor": "floor: ", "oracle": "oracle: ", "ceiling": "ceiling: "}
-ACG = "pearson_acg"
+ACG, SHARE = "pearson_acg", "share_of_ceiling"
+SIDES = ("inside", "outside")
 
 
 def inside_and_outside(groups: Sequence[tuple[str, list[ScoredRun]]]) -> list[str]:
@@ -39,47 +40,42 @@ def trained_on(run: ScoredRun) -> str:
 
 
 def _is_inside(inside: ScoredRun, outside: ScoredRun) -> bool:
-    same_truth = replace(inside.protocol, hold_out="cohort") == replace(outside.protocol, hold_out="cohort")
-    is_cohort, data = inside.protocol.hold_out == "cohort", trained_on(inside)
-    return not is_cohort and same_truth and data == trained_on(outside) and inside.scored_as == outside.scored_as
+    """Whether runs, each the first of its table, are of one table but for what is held out."""
+    return inside.protocol.hold_out != "cohort" and _table_of(inside) == _table_of(outside)
+
+
+def _table_of(run: ScoredRun) -> tuple[str, str, str, dict[str, Any]]:
+    choices = {key: value for key, value in choices_of(run).items() if key not in ("hold_out", "blocks")}
+    return trained_on(run), run.protocol.name, run.scored_as, choices
 
 
 def _text(title: str, inside: list[ScoredRun], outside: list[ScoredRun]) -> str:
-    labels, _ = label_methods([run.settings for run in (*inside, *outside)])
-    of_inside, of_outside = labels[: len(inside)], labels[len(inside) :]
-    sides = [_means(inside, of_inside), _means(outside, of_outside)]
-    rows = pd.concat(sides, axis=1, keys=["inside", "outside"])
+    runs = [*inside, *outside]
+    labels = tell_apart(label_methods([run.settings for run in runs])[0], runs)
+    parts, gaps = [], []
+    n = len(inside)
+    for side, part in zip(SIDES, (slice(n), slice(n, None)), strict=True):
+        kept, names, lacking = leave_out_copies(runs[part], labels[part])
+        parts.append(table_rows(kept, names, ACG)[0].set_index(["kind", "label"]).reindex(columns=[ACG, SHARE]))
+        gaps += [f"{sentence.removesuffix('.')} {side}." for sentence in describe_gaps(lacking)]
+    marks = footnotes(runs, labels)[1]
+    rows = pd.concat(parts, axis=1, keys=SIDES)
     rows["_kind"] = [list(KINDS).index(kind) for kind, _ in rows.index]
     rows = rows.sort_values([("_kind", ""), ("outside", ACG)], ascending=[True, False], kind="stable")
     grid = [["", "inside", "outside", "outside − inside", "share of ceiling inside", "outside"]]
-    for (kind, name), row in rows.iterrows():
-        values = [row[side, ACG] for side in ("inside", "outside")]
-        shares = [row[side, "share"] if kind in ("method", "floor") else None for side in ("inside", "outside")]
-        cells = [grids.number(value) for value in values]
-        cells.append(grids.number(values[1] - values[0], "{:+.3f}"))
-        grid.append([KINDS[kind] + name, *cells, *(grids.percent(share) for share in shares)])
-    folds, tested = len({run.fold for run in inside}), sum(len(run.sections) for run in _one_seed(outside))
+    for (_, label), row in rows.iterrows():
+        values = [row[side, ACG] for side in SIDES]
+        cells = [*map(grids.number, values), grids.number(values[1] - values[0], "{:+.3f}")]
+        grid.append([label + marks.get(label, ""), *cells, *(grids.percent(row[side, SHARE]) for side in SIDES)])
+    folds = len({run.fold for run in inside})
+    tested = len({section for run in outside for section in run.sections})
     return "\n\n".join(
         [
             f"## Inside and outside: {title}",
             f"ACG. Inside: held out of {trained_on(outside[0])}, {folds} fold(s). Outside: all {tested} section(s) of "
             f"{outside[0].fold}, which trained nothing. They are other sections with another ceiling, and training "
             f"outside had all patients: a difference is not one of the method alone.",
+            *gaps,
             grids.markdown(grid),
         ]
     )
-
-
-def _one_seed(runs: list[ScoredRun]) -> list[ScoredRun]:
-    """Runs of the first run's seed and method."""
-    return [run for run in runs if (run.seed, run.settings) == (runs[0].seed, runs[0].settings)]
-
-
-def _means(runs: list[ScoredRun], labels: list[str]) -> pd.DataFrame:
-    """Mean ACG over sections of every row, and its share of the ceiling; index kind and name."""
-    scores = scores_of(runs, labels, [ACG])
-    means = {key: per_section(part, [ACG])[ACG].mean() for key, part in scores.groupby(["kind", "name"], sort=False)}
-    table = pd.DataFrame({ACG: pd.Series(means)})
-    ceiling = table[ACG].get(("ceiling", "counting noise"))
-    table["share"] = table[ACG] / ceiling if ceiling else float("nan")
-    return table

@@ -14,6 +14,7 @@ from stexp.data.slides import pictures
 from stexp.errors import InputError
 from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import covered, sentences
+from stexp.evaluation.metrics import DEPTH_NOTE
 from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
 from stexp.evaluation.records import (
     Audit,
@@ -29,13 +30,13 @@ from stexp.reporting.maps import make_maps
 from stexp.reporting.page import render_report, unit
 from stexp.reporting.plots import score_chart
 
-# columns of the score table: key, heading, whether less is better
-COLUMNS = [
+# columns of the score table: key, heading, whether less is better; None: neither less nor more is
+COLUMNS: list[tuple[str, str, bool | None]] = [
     ("pearson_acg", "Pearson ACG", False),
     ("pearson_heg50", "Pearson HEG50", False),
     ("pearson_given_depth", "Pearson given depth", False),
     ("spearman_acg", "Spearman", False),
-    ("follows_depth", "Follows depth", True),
+    ("follows_depth", "Follows depth", None),
     ("mse", "MSE", True),
     ("mae", "MAE", True),
     ("rmse", "RMSE", True),
@@ -139,6 +140,7 @@ def _render(
         charts=charts,
         columns=[(key, heg if key == "pearson_heg50" else heading, less) for key, heading, less in COLUMNS],
         heg=heg,
+        depth_note=DEPTH_NOTE,
         changes=changes(metrics),
         settings=settings(metrics),
         contrast=describe_contrast(metrics),

@@ -24,7 +24,7 @@ from stexp.evaluation.compare import (
 from stexp.evaluation.verdict import count
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import grids
-from stexp.reporting.agreement import Gap, check_agreement, find_copies, find_gaps
+from stexp.reporting.agreement import Gap, check_agreement, describe_gaps, leave_out_copies
 from stexp.reporting.behind import EXPLAINED, SCORES, behind_grid, facts_behind
 from stexp.reporting.footnotes import footnotes, not_stated, tell_apart
 from stexp.reporting.labels import label_methods
@@ -93,17 +93,17 @@ def by_table(runs: list[ScoredRun]) -> list[tuple[str, list[ScoredRun]]]:
         names = f"{run.metrics['data']}, protocol {run.protocol.name}"
         if run.scored_as != run.protocol.name:
             names += f", scored as {run.scored_as}"
-        groups.setdefault((names, json.dumps(_choices(run))), []).append(run)
+        groups.setdefault((names, json.dumps(choices_of(run))), []).append(run)
     titled = []
     for (names, _), members in groups.items():
-        choices = _choices(members[0])
-        alike = [_choices(others[0]) for (title, _), others in groups.items() if title == names]
+        choices = choices_of(members[0])
+        alike = [choices_of(others[0]) for (title, _), others in groups.items() if title == names]
         differing = [key for key in choices if any(other[key] != choices[key] for other in alike)]
         titled.append((", ".join([names, *(f"{key}={choices[key]}" for key in differing)]), members))
     return titled
 
 
-def _choices(run: ScoredRun) -> dict[str, Any]:
+def choices_of(run: ScoredRun) -> dict[str, Any]:
     """Fields of a run's protocol that tell tables apart; k and spot_context are settings of a method."""
     return {k: v for k, v in asdict(run.protocol).items() if k not in ("name", "k", "spot_context")}
 
@@ -133,22 +133,17 @@ def tabulate(
     if labels is None:
         labels, besides = label_methods([run.settings for run in runs])
         labels = tell_apart(labels, runs)
-    copies = find_copies(runs, labels)
-    copied = {run.folder for alike in copies.values() for run in alike}
-    if copied and (not allow_missing or len(copied) == len(runs)):
-        raise InputError(next(iter(copies)).fill)
-    labels = [label for run, label in zip(runs, labels, strict=True) if run.folder not in copied]
-    runs = [run for run in runs if run.folder not in copied]
+    n_runs = len(runs)
+    runs, labels, gaps = leave_out_copies(runs, labels)
+    if len(runs) < n_runs and not (allow_missing and runs):
+        raise InputError(gaps[0].fill)
     check_agreement(runs)
-    cells = {gap[:2] for gap in copies}
-    gaps = [*copies, *(gap for gap in find_gaps(runs, labels) if gap[:2] not in cells)]
     if gaps and not allow_missing:
         more = f", and {len(gaps) - 1} more," if len(gaps) > 1 else ""
         gap = gaps[0]
         raise InputError(f"{gap.method} lacks {gap.missing}{more} (allow_missing=true prints gaps); {gap.fill}")
     notes, marks = footnotes(runs, labels)
-    scores = scores_of(runs, labels, [*METRICS, *SCORES])
-    rows, sections = _rows(scores, runs, labels, metric)
+    rows, sections = table_rows(runs, labels, metric)
     scored = [key for key in METRICS if sections.loc[sections["kind"] == "method", key].notna().any()]
     if metric not in scored:
         raise InputError(f"{title}: no method has {metric}; metric={scored[0]} would do")
@@ -169,13 +164,12 @@ def tabulate(
     )
 
 
-def _rows(
-    scores: pd.DataFrame, runs: list[ScoredRun], labels: list[str], metric: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def table_rows(runs: list[ScoredRun], labels: list[str], metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of a table, best first, and the scores in every section that they are means of.
 
     A row that lacks a section has no mean.
     """
+    scores = scores_of(runs, labels, [*METRICS, *SCORES])
     n_tested = len(scores[["fold", "section"]].value_counts())
     rows, sections = [], []
     for (kind, name), part in scores.groupby(["kind", "name"], sort=False):
@@ -243,8 +237,7 @@ def _caption(
         text.append("The predictions and the audit are those of the protocol trained under.")
     if besides:
         text.append(f"Methods also differ in {', '.join(besides)}.")
-    for method in dict.fromkeys(gap.method for gap in gaps):
-        text.append(f"Gap: {method} lacks {', '.join(gap.missing for gap in gaps if gap.method == method)}.")
+    text += describe_gaps(gaps)
     changed = [str(run.folder) for run in runs if run.changed]
     if changed:
         text.append(f"Predictions changed since the run, and perhaps since they were scored: {', '.join(changed)}.")

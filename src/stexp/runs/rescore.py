@@ -22,6 +22,7 @@ from stexp.evaluation.contrast import NAME as CONTRAST
 from stexp.evaluation.predictions import DIGEST
 from stexp.evaluation.records import read_audit
 from stexp.files import write_atomically
+from stexp.models.correction import CORRECTION_EPOCHS
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import command_line, now
@@ -62,6 +63,7 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     if genes != "panel":
         in_run = set(embeddings.obs["section"])
         panel = choose_genes(genes, [section for section in source.sections if section.name in in_run])
+    uncorrected = {"correct": False} if source.corrects else {}
     if source.corrects:
         log.warning("the correction of %s (model.correct) is left out: retrieved again is what is retrieved alone", run)
     data, how = source.serve(panel), replace(as_run, **changes)
@@ -77,8 +79,11 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
         len(rows),
         folder_name(changed),
     )
-    chosen = {**({} if changes else source.chosen), "k": how.k, "rescored_from": run.resolve().name, "changed": changed}
-    config = {**source.config, "model": {**source.config["model"], **asdict(how)}}
+    chosen = {
+        **({} if changes else {key: value for key, value in source.chosen.items() if key != CORRECTION_EPOCHS}),
+        **{"k": how.k, "rescored_from": run.resolve().name, "changed": changed},
+    }
+    config = {**source.config, "model": {**source.config["model"], **asdict(how), **uncorrected}}
     facts: dict = {**read_audit(run)["facts"], "reference": list(data.spots["section"].iloc[rows].unique())}
     if changes:
         facts["k_chosen_on"] = "after_scoring"

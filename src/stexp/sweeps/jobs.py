@@ -163,12 +163,27 @@ def _trainings(
 
 
 def _retrieved(run: Job, changes: Mapping[str, str]) -> Job:
-    """A run retrieved again; the run itself where nothing would change."""
+    """A run retrieved again; the run itself where nothing would change.
+
+    Raises
+    ------
+    InputError
+        Something would, of a run that corrects: retrieved again it would stand uncorrected beside corrected ones.
+    """
     cell = {**run.cell, **changes}
     settings = flat(run.settings)
+    corrected = bool(settings.get("model.correct"))
+    if corrected:
+        settings["model.weighting"] = "similarity"  # whatever the config says
     changes = {key: value for key, value in changes.items() if unquoted(value) != str(settings.get(key))}
     if not changes:
         return replace(run, cell=cell)
+    if corrected:
+        key, value = next(iter(changes.items()))
+        raise InputError(
+            f"model.correct=true: {key}={value} is retrieved again in this sweep, which leaves the correction out; "
+            f"model.correct=false would fit, or {key}={value} without a sweep, which trains with it"
+        )
     folder = run.output_dir / "rescored" / rescored_name(changes)
     sources = typed(sources_in(dict(text.split("=", 1) for text in run.overrides)))
     texts = (f"run={quoted(run.output_dir)}", *typed(changes), *sources)

@@ -22,6 +22,7 @@ from stexp.construct import build
 from stexp.data.datamodule import SpotDataModule
 from stexp.errors import InputError
 from stexp.models.adapter import as_method
+from stexp.models.correction import Correction
 from stexp.models.method import Method, Prediction
 from stexp.training.callbacks import VALIDATION, RecordContrast
 from stexp.training.checkpoints import WholeCheckpoints, keep_weights, load_checkpoint
@@ -259,8 +260,14 @@ def in_words(chosen: Mapping[str, Any]) -> str:
 
 
 def size_of_training(trainer: Trainer) -> dict[str, Any]:
-    """Epochs of a fit, and how many numbers all parameters of its method hold, and those that train."""
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.lightning_module.parameters()]
+    """Epochs of a fit, and how many numbers all parameters of its method hold, and those that train.
+
+    A correction trains too, if only after the fit, when it asks for a gradient.
+    """
+    method = trainer.lightning_module
+    corrections = [module for module in method.modules() if isinstance(module, Correction)]
+    corrected = {id(parameter) for module in corrections for parameter in module.parameters()}
+    parameters = [(p.numel(), p.requires_grad or id(p) in corrected) for p in method.parameters()]
     return {
         "epochs": trainer.current_epoch,
         "parameters": {"total": sum(n for n, _ in parameters), "trained": sum(n for n, trains in parameters if trains)},
