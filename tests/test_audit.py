@@ -105,6 +105,13 @@ def test_each_detail_names_the_sections_and_says_the_state_it_is_in():
     assert "last checkpoint" in last["checkpoint_chosen_on_test"]
 
 
+def test_of_another_cohort_no_more_is_said_than_holds():
+    for saw, chooses in (([], True), (["A1"], False)):
+        items = audit(STRICT, FACTS | {"cohorts": ["deep", "shallow"], "panel_saw_test": saw})["items"]
+        detail = next(item["detail"] for item in items if item["name"] == "another_cohort")
+        assert ("chooses genes" in detail) == chooses and detail.endswith("deep; shallow")
+
+
 def test_every_section_of_a_held_out_patient_counts():
     assert leaks(test=["A1", "A2"]) == []
     assert leaks(test=["A1", "B1"], train=["C1"], reference=["C1", "D1"], panel_saw_test=[]) == []

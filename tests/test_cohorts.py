@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from demo_run import overrides_of
 from sections import make_section
 from test_tables import write_run
 
+from stexp import construct
 from stexp.api.data import SpotDataModule as ServedInPython
+from stexp.api.evaluate import evaluate
 from stexp.cli.fold import train
-from stexp.config import build, dataset_of
+from stexp.cli.train import main
+from stexp.config import build, dataset_of, plugins
+from stexp.config import compose as composing
 from stexp.config.compose import compose
 from stexp.data.cohorts import batch_effects, check_scales, harmonised, join_cohorts
 from stexp.data.datamodule import SpotDataModule
@@ -64,6 +69,9 @@ def test_genes_are_those_of_both_and_chosen_on_the_training_side(tmp_path: Path,
     shallow = replace(theirs[0], spots=theirs[0].spots[::-1].copy())  # other counts of the same genes choose nothing
     again = SpotDataModule(join_cohorts(ours, [shallow], "one", "other"), COHORT, "other", **sizes)
     assert again.panel == data.panel
+    few = [make_section(tmp_path, "Y1", "Y", genes=[gene for gene in genes if gene not in data.panel], seed=8)]
+    targeted = SpotDataModule(join_cohorts(ours, few, "one", "other"), replace(COHORT, n_hvg=30), "other", **sizes)
+    assert targeted.panel and set(targeted.panel).isdisjoint(data.panel)  # among what both measure
     assert harmonised(["g01", "g09", "g08"], theirs) == ["g09", "g08"]
     with pytest.raises(InputError, match="measures none"):
         harmonised(["g01"], theirs)
@@ -127,8 +135,22 @@ def test_in_python_other_sections_are_tested(demo: Path, tmp_path: Path) -> None
     assert data.fold == "theirs" and data.names("test") == ["theirs-A1x"]
     config = data.run_config({"model": "mean"}, {})
     assert config["test_data"]["name"] == "theirs" and config["protocol"]["hold_out"] == "cohort"
-    with pytest.raises(InputError, match="protocol=blocks"):
-        ServedInPython(ours, "blocks", test_data=theirs)
+    for protocol in ("blocks", "paper"):
+        with pytest.raises(InputError, match=f"protocol={protocol} .* protocol=strict would fit"):
+            ServedInPython(ours, protocol, test_data=theirs)
+
+
+def test_predictions_of_another_tool_on_another_cohort(demo: Path, tmp_path: Path) -> None:
+    ours = [make_section(tmp_path, name, name[0], n=36, seed=n) for n, name in enumerate(("A1", "B1"))]
+    theirs = [make_section(tmp_path, "X1", "X", n=36, seed=9)]
+    sizes = {"tile_px": 32, "cache_dir": tmp_path / "cache", "image_encoder": "tiny", "random_features": 0}
+    data = ServedInPython(ours, test_data=theirs, test_name="theirs", name="ours", **sizes)
+    evaluate(data.target[data.rows("test")], data, output_dir=tmp_path / "run", trained_on=[])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data"] == "ours-to-theirs"
+    config = RunFolder(tmp_path / "run").config
+    assert config["test_data"]["name"] == "theirs" and config["random_features"] == 0
+    items = {item["name"]: item for item in json.loads((tmp_path / "run" / "audit.json").read_text())["items"]}
+    assert "counts (median)" in items["another_cohort"]["detail"] and not items["another_cohort"]["leak"]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +160,54 @@ def test_in_python_other_sections_are_tested(demo: Path, tmp_path: Path) -> None
         (["test_data=dmo"], r"test_data=dmo: choose .*did you mean demo"),
         (["test_data=demo", "test_data.rot=x"], r"no key test_data\.rot; did you mean test_data\.root"),
         (["test_data=demo", "protocol=blocks"], r"protocol=strict would fit"),
+        (["test_data=demo", "protocol=paper"], r"protocol\.panel=all.* protocol=strict would fit"),
+        (["test_data=demo", "protocol.published=true"], r"protocol\.published=true.* protocol=strict would fit"),
+        (["+test_data=demo"], r"\+test_data=demo: test_data=NAME"),
+        (["++test_data=demo"], r"test_data=NAME"),
+        (["~test_data"], r"test_data=NAME"),
+        (["test_data@x=demo"], r"test_data=NAME"),
+        (["test_data=demo,her2st"], r"need -m"),
+        (["test_data=demo", "test_data.allow_duplicates=/x/data.csv"], r"^test_data\.allow_duplicates=/x/data\.csv: "),
     ],
 )
 def test_what_is_mistyped_is_said(overrides: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         compose("train", overrides)
+
+
+def test_the_last_choice_of_tested_data_holds() -> None:
     assert compose("train", ["test_data=null"]).test_data is None
+    assert compose("train", ["test_data=demo", "test_data=null"]).test_data is None
+    more = ["test_data=her2st", "test_data=demo", "+test_data.reader.more=1"]
+    config = compose("train", more)
+    assert config.test_data.name == "demo" and config.test_data.reader.more == 1
+
+
+@pytest.mark.parametrize("line", [["test_data=demo", "--cfg", "job"], ["-m", "+test_data=demo"]])
+def test_what_hydra_would_compose_without_the_tested_data_is_refused(line: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["stexp-train", *line])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "test_data=" in capsys.readouterr().err
+
+
+def test_plugins_of_the_tested_data_are_recorded(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "theirplugin"
+    (package / "conf" / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "conf" / "data" / "theirdata.yaml").write_text("defaults: [demo]\nname: theirdata\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(construct, "installed_plugins", lambda: {"theirplugin": "their-dist"})
+    caches = (plugins._installed, plugins.default_sources, composing._groups)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        config = compose("train", ["test_data=theirdata"])
+        assert config.plugins == ["theirplugin"] and config.test_data.name == "theirdata"
+    finally:
+        for cached in caches:
+            cached.cache_clear()
 
 
 def write_outside(folder: Path, sections: dict[str, float], **options) -> Path:

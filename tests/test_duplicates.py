@@ -23,7 +23,7 @@ from stexp.data.duplicates import (
 )
 from stexp.errors import InputError
 from stexp.protocol import Protocol
-from stexp.training.duplicates import compare_tiles
+from stexp.training.duplicates import compare_tiles, training_record
 
 
 class Named:
@@ -163,3 +163,13 @@ def test_a_fold_with_a_copy_is_refused_or_has_it_on_record(tmp_path):
     data.allow_duplicates = False
     with pytest.raises(InputError, match="copies by their tiles"):
         compare_tiles(data)
+
+
+def test_sections_that_are_retrieved_from_are_on_record(tmp_path: Path) -> None:
+    sections = [
+        make_section(tmp_path, name, name[0], seed=i, image=name != "D1")
+        for i, name in enumerate(("A1", "B1", "C1", "D1"))
+    ]
+    data = SpotDataModule(sections, Protocol("strict", min_spots=0.0), "A", tile_px=16, cache_dir=tmp_path / "cache")
+    assert set(training_record(data, {})) == {"B1", "C1"}
+    assert set(training_record(data, {}, ["B1", "D1"])) == {"B1", "C1", "D1"}

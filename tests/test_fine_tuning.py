@@ -162,6 +162,10 @@ def test_a_model_that_saw_what_is_held_out_is_refused(data, caplog):
         with pytest.raises(InputError, match=r"by its files"):
             check_data(base({"from": manifest(held_out)}), data)  # the model that it began at itself
         check_data(base(manifest(data.names("train")[0])), data)
+        table = by_name[held_out].image.path  # of a store, which each of its regions has among its files
+        data.sections = [replace(section, files=(table,)) for section in data.sections]
+        check_data(base(manifest(held_out)), data)
+        data.sections = list(by_name.values())
         assert not caplog.text
         check_data(base(manifest(data.names("validation")[0])), data)
         assert "now validate" in caplog.text

@@ -81,6 +81,9 @@ def test_a_file_that_is_changed_cut_or_gone_is_refused(tmp_path, name):
         with pytest.raises(InputError, match=f"{name} (was changed|is damaged)") as caught:
             model_folder.read(tmp_path / "m")
         assert "\n" not in str(caught.value)
+        with pytest.raises(InputError, match=f"{name} (was changed|is damaged)"):
+            model_folder.copy(tmp_path / "m", tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
     path.unlink()
     with pytest.raises(InputError, match=f"(lacks|has no) {name}"):
         model_folder.read(tmp_path / "m")

@@ -35,6 +35,17 @@ def test_finished_run_is_not_run_again_and_another_config_is_refused(strict: Pat
         run(demo, strict, "trainer.max_epochs=4", "model.lr=0.01")
 
 
+def test_other_random_features_of_a_finished_run_are_said(strict: Path, tmp_path: Path, caplog) -> None:
+    run_folder = RunFolder(copy_of(strict, tmp_path / "run"))
+    configs = [{**run_folder.config, "random_features": n} for n in (run_folder.config["random_features"], 1)]
+    assert run_folder.claim(configs[0], overwrite=False) and not caplog.text
+    assert run_folder.claim(configs[1], overwrite=False) and "and not 1" in caplog.text
+    assert run_folder.config["random_features"] == configs[0]["random_features"]
+    (run_folder.path / "floors.h5ad").unlink()  # what is still to be made is made as asked
+    assert not run_folder.claim(configs[1], overwrite=False)
+    assert run_folder.config["random_features"] == 1
+
+
 def test_a_finished_run_whose_data_changed_is_said_to_be_old(strict: Path, demo: Path, tmp_path, monkeypatch) -> None:
     cfg = configure(demo, strict, "trainer.max_epochs=4")
     a, b, c = config.dataset_of(cfg).read_sections(config.build(cfg.protocol))

@@ -15,7 +15,7 @@ from stexp.api.typed import typed
 from stexp.arguments import check
 from stexp.construct import build
 from stexp.data import datamodule
-from stexp.data.cohorts import refuse_blocks
+from stexp.data.cohorts import check_protocol
 from stexp.data.dataset import DataSet
 from stexp.data.features import TileEncoder
 from stexp.data.section import Section
@@ -171,8 +171,7 @@ class SpotDataModule(datamodule.SpotDataModule):
         self._named, self._changes, self._plugins = named, changes, tuple(plugins)
         self._config = run_config(self._named, self._changes, self._plugins)
         if test_data is not None:
-            of_protocol = self._config["protocol"]
-            refuse_blocks(of_protocol["name"], of_protocol["hold_out"])
+            check_protocol(self._config["protocol"])
             other, tested = _cohort(test_data, test_name)
             self._changes |= {"test_data": other, "protocol.hold_out": "cohort"}
             self._config = run_config(self._named, self._changes, self._plugins)

@@ -30,6 +30,8 @@ from stexp.runs.folder import PREDICTIONS
 
 KEPT = ("seed", "fold", "output_dir", "protocol", "data", "image_encoder", "precision", PREDICTIONS)
 """Keys of a config: what scoring depends on, and where predictions and scores are."""
+NEWER = ("test_data", "random_features")
+"""Of these, which not every config has."""
 
 
 @typed
@@ -124,7 +126,7 @@ def score_predictions(
     Parameters
     ----------
     config
-        Every value in place, as plain data; of it `KEPT` is kept.
+        Every value in place, as plain data; of it `KEPT` and `NEWER` are kept.
     gene_table
         None: that of the data set, if it has one.
     options
@@ -141,7 +143,7 @@ def score_predictions(
         metrics = foreign.evaluate(
             predicted,
             data,
-            {key: config[key] for key in KEPT},
+            {key: config[key] for key in KEPT} | {key: config[key] for key in NEWER if key in config},
             thresholds=build(of_data["quality"]),
             gene_table=gene_table or of_data.get("gene_table"),
             **options,

@@ -119,8 +119,6 @@ def section(section: Section, tile_px: int | None = None) -> Picture:
     --------
     >>> stexp.plot.section(sections[0])
     """
-    if not isinstance(section, Section):
-        raise InputError(f"section is a {type(section).__name__}; one of stexp.read_visium(...) would fit")
     return overlay.draw(section, [""] * len(section), tile_px)
 
 

@@ -194,7 +194,8 @@ def _train(
         record = provenance(data.sections, size_of_training(trainer), stages, *computed, command)
         record["hardware"]["devices"] = machine.world_size
         record[DIGEST] = digest
-        record["spots"] = training_record(data, tiles)
+        references = () if method.references is None else method.references.sections
+        record["spots"] = training_record(data, tiles, references)
         if carried is not None:
             record["from"] = carried.record()
         if folder.best_checkpoint.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from stexp.config import build, command, dataset_of, to_plain
-from stexp.config.compose import entry
+from stexp.config.compose import entry, is_of_test
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ DEMO = (
 def _sweep(arguments: list[str]) -> int:
     from stexp.sweeps.launching import sweep  # a sweep's jobs come back here
 
-    if any(argument.startswith("test_data") for argument in arguments):
+    if any(is_of_test(argument) for argument in arguments):
         raise InputError("test_data= is of a single run; give it without -m")
     return sweep(arguments)
 

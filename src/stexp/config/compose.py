@@ -111,6 +111,10 @@ def _leave_to_hydra(of_hydra: Callable[[], Any], name: str, flags: set[str]) -> 
                 key = flag.removeprefix("--").partition("=")[0].replace("-", "_")
                 raise InputError(f"{flag}: what changes is given as key=value, as in {key}=VALUE")
     with command():
+        for text in of_job:
+            if is_of_test(text) and text != "test_data=null":
+                how = ", ".join(sorted(flags)) or "a sweep"
+                raise InputError(f"{text}: Hydra itself ({how}) knows no test_data=; leave it out")
         sources, _ = split(of_job)
         if not flags & MULTIRUN and not any(text.startswith("hydra") for text in split(of_job)[1]):
             compose(name, of_job)  # what is mistyped is said as ever
@@ -178,25 +182,43 @@ def compose(name: str, overrides: Sequence[str], with_hydra: bool = False) -> Di
 
 def _apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """What changes a run, and what changes the data set that it is tested on, which is composed by itself."""
-    of_test = [text for text in overrides if re.match(r"test_data[.=]", text) and text != "test_data=null"]
-    rest = [text for text in overrides if not re.match(r"test_data[.=]", text)]
-    if of_test and not any(text.startswith("test_data=") for text in of_test):
-        raise InputError(f"{of_test[0]}: of which data set? test_data=NAME is the choice, as in data=NAME")
-    return rest, of_test
+    rest: list[str] = []
+    choice: str | None = None
+    changes: list[str] = []
+    for text in overrides:
+        if not is_of_test(text):
+            rest.append(text)
+        elif re.match(r"test_data=", text):
+            choice = None if parse([text])[0].value() is None else text  # the last one holds
+        elif re.match(r"[+~]*test_data\.", text):
+            changes.append(text)
+        else:
+            raise InputError(f"{text}: test_data=NAME is the choice, as in data=NAME")
+    if changes and choice is None:
+        raise InputError(f"{changes[0]}: of which data set? test_data=NAME is the choice, as in data=NAME")
+    return rest, [] if choice is None else [choice, *changes]
+
+
+def is_of_test(argument: str) -> bool:
+    """Whether an argument is about the data set that is tested in place of a part of the one that trains."""
+    return re.match(r"[+~]*test_data(?![\w-])", argument) is not None
 
 
 def _add_cohort(config: DictConfig, of_test: Sequence[str], sources: Sources) -> None:
     """Put another data set, which is tested as a whole, into a config."""
-    from stexp.data.cohorts import refuse_blocks  # pandas and anndata, which --help does without
+    from stexp.data.cohorts import check_protocol  # pandas and anndata, which --help does without
 
-    refuse_blocks(config.protocol.name, config.protocol.hold_out)
+    check_protocol(to_plain(config.protocol))
     try:
-        other = _checked("train", parse(text.removeprefix("test_") for text in of_test), sources, False)
+        other = _checked("train", parse(text.replace("test_", "", 1) for text in of_test), sources, False)
         node = to_plain(other.data)
-    except InputError as error:
-        raise InputError(re.sub(r"\bdata(?=[.=])", "test_data", str(error))) from None
+    except InputError as error:  # keys of it, and no name of a file
+        raise InputError(re.sub(r"(?<![^\s(])data(?=[.=])", "test_data", str(error))) from None
     with open_dict(config):
         config.test_data, config.protocol.hold_out = node, "cohort"
+        plugins = list(dict.fromkeys([*(config.get("plugins") or []), *(other.get("plugins") or [])]))
+        if plugins:
+            config.plugins = plugins
 
 
 def _checked(name: str, parsed: Sequence[Override], sources: Sources, with_hydra: bool) -> DictConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -46,13 +47,17 @@ def join_cohorts(training: list[Section], test: list[Section], name: str, test_n
     return [*training, *(replace(section, cohort=test_name) for section in test)]
 
 
-def refuse_blocks(protocol: str, hold_out: str) -> None:
-    """InputError where a protocol holds out blocks of sections, which another data set has none of."""
-    if hold_out == "block":
-        raise InputError(
-            f"protocol={protocol} holds out blocks of sections, test_data= another data set as a whole; "
-            f"protocol=strict would fit"
-        )
+def check_protocol(protocol: Mapping[str, Any]) -> None:
+    """InputError where a protocol, as its config has it, splits or chooses as no test on another data set does."""
+    if protocol["hold_out"] == "block":
+        reason = "holds out blocks of sections, test_data= another data set as a whole"
+    elif protocol["panel"] == "all":
+        reason = "chooses genes on what is tested, too (protocol.panel=all), test_data= on what trains alone"
+    elif protocol["published"]:
+        reason = "takes sections and genes of a paper (protocol.published=true), which tested on none of test_data="
+    else:
+        return
+    raise InputError(f"protocol={protocol['name']} {reason}; protocol=strict would fit")
 
 
 def _names(sections: Sequence[Section]) -> list[str]:
@@ -105,20 +110,26 @@ def batch_effects(sections: Sequence[Section], panel: Sequence[str]) -> list[str
     return lines
 
 
+def unmeasured(panel: Sequence[str], sections: Sequence[Section]) -> list[str]:
+    """Genes of a panel that a tested section does not measure, in their order; they are said."""
+    measured = set.intersection(*(set(section.genes) for section in sections))
+    dropped = [gene for gene in panel if gene not in measured]
+    if dropped:
+        few = f"{', '.join(dropped[:5])}{', ...' if len(dropped) > 5 else ''}"
+        log.warning(
+            "%d of %d genes are not measured in the tested cohort and are dropped: %s", len(dropped), len(panel), few
+        )
+    return dropped
+
+
 def harmonised(panel: Sequence[str], sections: Sequence[Section]) -> list[str]:
     """Genes of a panel that every tested section measures, in their order; what is dropped is said."""
-    measured = set.intersection(*(set(section.genes) for section in sections))
-    kept = [gene for gene in panel if gene in measured]
-    dropped = [gene for gene in panel if gene not in measured]
+    dropped = set(unmeasured(panel, sections))
+    kept = [gene for gene in panel if gene not in dropped]
     if not kept:
         section = sections[0]
         raise InputError(
             f"the tested cohort measures none of the {len(panel)} panel genes: it has genes like {section.genes[0]}, "
             f"the panel like {panel[0]}; names of one kind would fit (gene_table= of a data set maps ids to symbols)"
-        )
-    if dropped:
-        few = f"{', '.join(dropped[:5])}{', ...' if len(dropped) > 5 else ''}"
-        log.warning(
-            "%d of %d genes are not measured in the tested cohort and are dropped: %s", len(dropped), len(panel), few
         )
     return kept

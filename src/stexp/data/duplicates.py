@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 from PIL import Image
 
+from stexp.data.digests import file_digest
 from stexp.data.section import Section
 from stexp.errors import InputError
 
@@ -127,6 +128,27 @@ def spots_on_record(record: Mapping[str, Any], counts: np.ndarray, tiles: np.nda
         if _is_copy(_alike(kept, tiles[tiles.any(axis=1)]), len(kept)):
             return "tiles"
     return None
+
+
+def files_on_record(record: Mapping[str, Mapping[str, str]], sections: Sequence[Section]) -> dict[str, set[str]]:
+    """Section -> those of a record that it is by the content of a file.
+
+    Files that several sections have tell none of them, on record or here: a sheet, or the table of a SpatialData store.
+
+    Parameters
+    ----------
+    record
+        Section -> file -> :func:`~stexp.data.digests.file_digest`.
+    """
+    recorded = Counter(digest for files in record.values() for digest in set(files.values()))
+    own = {section.name: {file_digest(path) for path in section.files} for section in sections}
+    times = Counter(digest for digests in own.values() for digest in digests)
+    alone = {name: {each for each in digests if times[each] == recorded[each] == 1} for name, digests in own.items()}
+    matches = {
+        name: {other for other, files in record.items() if not digests.isdisjoint(files.values())}
+        for name, digests in alone.items()
+    }
+    return {name: others for name, others in matches.items() if others}
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

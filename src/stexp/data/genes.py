@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stexp.data.cohorts import harmonised
+from stexp.data.cohorts import harmonised, unmeasured
 from stexp.data.readers.excel_dates import date_of
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.text import read_text
@@ -172,7 +172,10 @@ def choose_panel(sections: list[Section], protocol: Protocol, measured_in: list[
     """
     common = set.intersection(*(set(section.genes) for section in [*sections, *(measured_in or [])]))
     if not common:
-        raise InputError("the sections that choose the panel have no gene in common: are their gene names of one kind?")
+        raise InputError(
+            "the sections that choose the panel, and those it is for, have no gene in common: are their gene names of "
+            "one kind?"
+        )
     parts = [part for part in (variable_genes(section, protocol.n_hvg) for section in sections) if len(part)]
     dispersion = pd.concat(parts) if parts else pd.Series(dtype=float, index=pd.Index([], dtype=object))
     dispersion = dispersion[dispersion.index.isin(common)].groupby(level=0).agg(["size", "mean"])
@@ -213,7 +216,7 @@ def panel_of_fold(
         choosing = sections if saw_test else with_roles(sections, spots, "train", "validation")
         referenced = [section for section in sections if section.name in names_of.get("reference", [])]
         panel = choose_panel(choosing, protocol, measured_in=referenced)
-        if tested and harmonised(panel, tested) != panel:
+        if tested and unmeasured(panel, tested):
             panel = choose_panel(choosing, protocol, measured_in=[*referenced, *tested])  # others take their place
     elif tested:
         panel = harmonised(panel, tested)

@@ -85,16 +85,8 @@ def audit(protocol: Protocol, facts: dict) -> dict:
         ),
     ]
     if facts.get("cohorts"):
-        names = ", ".join(sorted(test))
-        items.append(
-            _item(
-                "another_cohort",
-                False,
-                "",
-                f"all that is tested is of another data set ({names}), and nothing of it trains, validates or chooses; "
-                f"what differs between laboratories is part of the score: {'; '.join(facts['cohorts'])}",
-            )
-        )
+        chooses = "trains or validates" if saw else "trains, validates or chooses genes"
+        items.append(_another_cohort(facts, f"all that is tested is of another data set, and nothing of it {chooses}"))
     if facts.get("began_at") is not None:
         of_it = f"training began at {facts['began_at']}"
         items.append(_item("base_saw_test", False, of_it, f"{of_it}, which saw no file of what is held out"))
@@ -111,7 +103,7 @@ def audit_foreign(protocol: Protocol, facts: dict) -> dict:
         that chose the panel; ``trained_on``: sections that the method was trained, validated or tuned on, or None where
         that is not stated; ``genes_by``: ``protocol``, or ``predictions`` where which genes are scored depends on what
         was predicted; ``genes_chosen_on``: sections that these were chosen on, or None; ``copies``: pairs of a held-out
-        section and another one that share spots, ``sections`` and in ``words``.
+        section and another one that share spots, ``sections`` and in ``words``; ``cohorts``: as there.
 
     Returns
     -------
@@ -158,6 +150,8 @@ def audit_foreign(protocol: Protocol, facts: dict) -> dict:
             )
         )
     items += _of_protocol(protocol)
+    if facts.get("cohorts"):
+        items.append(_another_cohort(facts, "the floors learn from another data set than what is tested is of"))
     return {
         "protocol": protocol.name,
         "leaks": sum(item["leak"] for item in items),
@@ -165,6 +159,11 @@ def audit_foreign(protocol: Protocol, facts: dict) -> dict:
         "items": items,
         "facts": facts,
     }
+
+
+def _another_cohort(facts: dict, what: str) -> dict:
+    differences = f"what differs between laboratories is part of the score: {'; '.join(facts['cohorts'])}"
+    return _item("another_cohort", False, "", f"{what} ({', '.join(sorted(facts['test']))}); {differences}")
 
 
 def _copies_in_training(copies: list[str]) -> dict:

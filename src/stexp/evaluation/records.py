@@ -211,6 +211,7 @@ class ForeignAuditFacts(AuditSections):
     genes_chosen_on: list[str] | None
     genes_by: Literal["protocol", "predictions"]
     copies: NotRequired[list[str]]
+    cohorts: NotRequired[list[str]]
 
 
 class AuditFacts(AuditSections):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from stexp import construct
 from stexp.arguments import check_fields
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.digests import file_digest
-from stexp.data.duplicates import count_prints, spots_on_record
+from stexp.data.duplicates import count_prints, files_on_record, spots_on_record
+from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.records import SpotHashes, Spots, read_audit, read_provenance
 from stexp.inference import hub, model_facts, model_folder, training_slides
@@ -118,7 +119,7 @@ def _of_run(path: Path) -> Base:
         node["image_encoder"] = without_weights(node["image_encoder"], build_encoder(node["image_encoder"], bare=True))
     provenance = read_provenance(path)
     roles = read_audit(path)["facts"]
-    sections = {"train": roles["train"], "validation": roles["validation"], "test": roles["test"]}
+    sections = {role: roles[role] for role in ("train", "validation", "test", "reference")}
     trained = {**provenance, "sections": sections}
     digest = file_digest(folder.checkpoint)
     return Base(
@@ -162,7 +163,7 @@ def check_data(base: Base, data: SpotDataModule) -> None:
         A section that is held out, or with whole patients held out one of their sections, trained it or one of the
         models that it began at: by the content of its files, the counts of its spots, or the look of its slide.
     """
-    seen = {section.name: how for section in data.sections if (how := _seen(base, section))}
+    seen = _seen(base, data.sections)
     _refuse_held_out(base, data, seen)
     validated = sorted(set(seen) & set(data.names("validation")))
     if validated:
@@ -205,24 +206,44 @@ def _refuse_held_out(base: Base, data: SpotDataModule, seen: Mapping[str, str]) 
         )
 
 
-def _seen(base: Base, section: Any) -> str | None:
-    """How a section is known to have trained the base or a model before it; None where it is not."""
+def _seen(base: Base, sections: Sequence[Section]) -> dict[str, str]:
+    """Sections that are known to have trained the base or a model before it -> how."""
+    seen: dict[str, str] = {}
+    counts = {section.name: count_prints(section.spots.X) for section in sections}
     for record in _lineage(base.record):
-        manifest, roles = record.get("data_manifest"), record.get("sections")
-        if isinstance(manifest, dict) and isinstance(roles, dict):
-            files = {name: of for name, of in manifest.items() if isinstance(of, dict)}
-            lists = {role: names for role, names in roles.items() if isinstance(names, list)}
-            if any(training_slides.by_digest(file_digest(file), files, lists) for file in section.files):
-                return "by its files"
-        counts = count_prints(section.spots.X)
-        if any(spots_on_record(spots, counts) for spots in _spots_of(base, record)):
-            return "by the counts of its spots"
-        looks = record.get("looks")
-        if section.slide is not None and isinstance(looks, dict) and looks:
-            texts = {name: text for name, text in looks.items() if isinstance(text, str)}
-            if training_slides.by_look(training_slides.fingerprint(section.slide), texts):
-                return "by the look of its slide"
-    return None
+        spots, looks = _spots_of(base, record), record.get("looks")
+        texts = {name: text for name, text in looks.items() if isinstance(text, str)} if isinstance(looks, dict) else {}
+        trained = _trained(record)
+        for name, others in files_on_record(_files_of(record), sections).items():
+            if not others.isdisjoint(trained):
+                seen.setdefault(name, "by its files")
+        for section in sections:
+            if any(spots_on_record(of_section, counts[section.name]) for of_section in spots):
+                seen.setdefault(section.name, "by the counts of its spots")
+            elif section.name not in seen and _looks_alike(section, texts):
+                seen[section.name] = "by the look of its slide"
+    return seen
+
+
+def _looks_alike(section: Section, looks: Mapping[str, str]) -> bool:
+    if section.slide is None or not looks:
+        return False
+    return bool(training_slides.by_look(training_slides.fingerprint(section.slide), looks))
+
+
+def _files_of(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Section -> file -> digest, of all sections that were read; nothing of models of earlier versions."""
+    manifest = record.get("data_manifest")
+    if not isinstance(manifest, dict):
+        return {}
+    return {name: files for name, files in manifest.items() if isinstance(files, dict)}
+
+
+def _trained(record: Mapping[str, Any]) -> set[str]:
+    """Sections that trained, validated or were retrieved from."""
+    roles = record.get("sections")
+    lists = [roles.get(role) for role in training_slides.ROLES] if isinstance(roles, dict) else []
+    return {name for names in lists if isinstance(names, list) for name in names}
 
 
 def _spots_of(base: Base, record: Mapping[str, Any]) -> list[SpotHashes]:

@@ -97,15 +97,17 @@ def copy(source: Path, folder: Path) -> None:
     Raises
     ------
     InputError
-        One of the two folders lies in the other.
+        One of the two folders lies in the other, or the model was changed or damaged.
     """
     own, new = source.resolve(), folder.resolve()
     if own == new:
         return
     if own in new.parents or new in own.parents:
         raise InputError(f"{folder} and the model's own folder {source} lie in each other; choose another place")
+    files = _read_facts(source)["files"]
+    _check_files(source, files)
     with _new_folder(folder) as part:
-        for name in ("model.json", *read_json(source / "model.json")["files"]):
+        for name in ("model.json", *files):
             shutil.copyfile(source / name, part / name)
 
 
@@ -181,16 +183,7 @@ def read(folder: str | Path) -> ExportedModel:
         No exported model, one of another format, or a file that is missing, damaged or was changed.
     """
     folder = Path(folder)
-    path = folder / "model.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is no exported model: it has no model.json")
-    facts = read_json(path)
-    if facts.get("format") != FORMAT:
-        kind = str(facts.get("format"))[:40]
-        raise InputError(f"{path} is of format {kind!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
-    if facts.get("digest") != _digest(facts):
-        raise InputError(f"{path} was changed or damaged: its checksum is another; {AGAIN}")
-    check(facts)
+    facts = _read_facts(folder)
     files = facts["files"]
     _check_files(folder, files)
     names = facts.get("reference_tiles", [])
@@ -203,6 +196,21 @@ def read(folder: str | Path) -> ExportedModel:
         tiles=tiles,
         known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
     )
+
+
+def _read_facts(folder: Path) -> dict:
+    """``model.json``, whole and as it was written."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no exported model: it has no model.json")
+    facts = read_json(path)
+    if facts.get("format") != FORMAT:
+        kind = str(facts.get("format"))[:40]
+        raise InputError(f"{path} is of format {kind!r}, this stexp reads {FORMAT!r}; {AGAIN} with this stexp")
+    if facts.get("digest") != _digest(facts):
+        raise InputError(f"{path} was changed or damaged: its checksum is another; {AGAIN}")
+    check(facts)
+    return facts
 
 
 def _check_files(folder: Path, files: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,20 +26,16 @@ from stexp.evaluation.records import AGAIN
 from stexp.files import write_atomically
 from stexp.protocol import Protocol
 
+log = logging.getLogger(__name__)
+
 RESULTS = ("predictions.h5ad", "floors.h5ad", "audit.json", "provenance.json", "report.html")
 """Without one of these a run is not finished; the same command makes it from the checkpoints."""
 PREDICTIONS = "predictions"
 """Key of the config of a run that only scores what another tool predicted: it has no model."""
-KEYS_OF_PLACES = (
-    "logger",
-    "output_dir",
-    "callbacks.last.dirpath",
-    "predictions.files",
-    "from.model",
-    "random_features",
-)
-"""How config keys begin that change no training and no prediction: the folder is the one that was named."""
-
+KEYS_OF_PLACES = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files", "from.model")
+"""How config keys begin that change no training, prediction or score: the folder is the one that was named."""
+KEYS_OF_FLOORS = ("random_features",)
+"""Config keys that change no training and no prediction, but which floors are scored beside them."""
 
 Names = list[str | int] | str | int | None
 
@@ -212,6 +209,8 @@ class RunFolder:
         path = self.path / "config.yaml"
         if self._started and not (overwrite and path.exists()):
             self.check(config)
+            for key in KEYS_OF_FLOORS:
+                self._settle_floors(key, config.get(key))
             return self.finished
         if overwrite and path.exists():
             self.clear()
@@ -219,6 +218,20 @@ class RunFolder:
         write_atomically(path, _as_yaml(config))
         self.__dict__.pop("config", None)
         return False
+
+    def _settle_floors(self, key: str, value: Any) -> None:
+        """Say that a finished run keeps the floors it has; one that is still to be scored takes those asked for."""
+        before = self.config.get(key)
+        if before == value or not (before or value):
+            return
+        if self.finished:
+            log.warning(
+                "%s is finished, with %s=%s and not %s: it stays as it is; overwrite=true makes it anew",
+                *(self.path, key, before, value),
+            )
+        else:
+            write_atomically(self.path / "config.yaml", _as_yaml({**self.config, key: value}))
+            self.__dict__.pop("config", None)
 
     @property
     def _started(self) -> bool:
@@ -233,7 +246,7 @@ class RunFolder:
                 f"{self.path} holds checkpoints or predictions, but no config.yaml; choose another output_dir"
             )
         differing = sorted(differing_keys(self.config, yaml.safe_load(_as_yaml(config))))
-        differing = [key for key in differing if not key.startswith(KEYS_OF_PLACES)]
+        differing = [key for key in differing if not key.startswith((*KEYS_OF_PLACES, *KEYS_OF_FLOORS))]
         if differing:
             raise InputError(
                 f"{self.path} holds a run with another config ({', '.join(differing[:5])}); choose another "

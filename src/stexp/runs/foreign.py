@@ -14,6 +14,7 @@ import anndata as ad
 import numpy as np
 import torch
 
+from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.quality import Thresholds
 from stexp.data.section import Section, check_name
@@ -188,6 +189,8 @@ def _write_results(
         "copies": [{"sections": [copy.first, copy.second], "words": copy.in_words()} for copy in data.copies],
         **{key: elsewhere[key] for key in ("trained_on", "genes_chosen_on", "genes_by")},
     }
+    if cohorts := batch_effects(data.sections, data.panel):
+        judged["cohorts"] = cohorts
     write_atomically(run.path / "audit.json", json.dumps(audit_foreign(data.protocol, judged), indent=1))
     return digest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,9 +39,17 @@ def compare_tiles(data: SpotDataModule) -> dict[str, np.ndarray]:
     return prints
 
 
-def training_record(data: SpotDataModule, tiles: Mapping[str, np.ndarray]) -> dict[str, dict[str, list[str]]]:
-    """Hashes of spots of each section that trains or validates, by which a later training knows it again."""
-    names = data.names("train", "validation")
+def training_record(
+    data: SpotDataModule, tiles: Mapping[str, np.ndarray], references: Sequence[str] = ()
+) -> dict[str, dict[str, list[str]]]:
+    """Hashes of spots of each section that trains, validates or is retrieved from, by which it is known again later.
+
+    Parameters
+    ----------
+    references
+        Sections that the method retrieves from.
+    """
+    names = {*data.names("train", "validation"), *references}
     return {
         section.name: record_spots(count_prints(section.spots.X), tiles.get(section.name))
         for section in data.sections

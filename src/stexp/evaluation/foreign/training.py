@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -10,8 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from stexp.data.digests import file_digest
-from stexp.data.duplicates import count_prints, spots_on_record
+from stexp.data.duplicates import FEWEST_SPOTS, count_prints, files_on_record, spots_on_record
 from stexp.data.section import Section
 from stexp.evaluation.records import Manifest, Spots
 
@@ -21,7 +19,10 @@ ROLES = ("train", "validation", "reference")
 
 
 class Training(TypedDict):
-    """The sections that one training read, their files and hashes of their spots."""
+    """The sections that one training learnt, validated or retrieved from, and hashes of their spots.
+
+    ``data_manifest``: files of all sections that it read, by which a file of several is known as one.
+    """
 
     sections: list[str]
     data_manifest: Manifest
@@ -51,8 +52,8 @@ def training_record(trained: Mapping[str, Any], fold: str | None = None) -> Trai
     for step in _lineage(trained):
         roles, files, spots = (step.get(key) or {} for key in ("sections", "data_manifest", "spots"))
         names = list(dict.fromkeys(name for role in ROLES for name in roles.get(role) or []))
-        of_files, of_spots = ({name: held[name] for name in names if name in held} for held in (files, spots))
-        trainings.append({"sections": names, "data_manifest": of_files, "spots": of_spots})
+        of_spots = {name: spots[name] for name in names if name in spots}
+        trainings.append({"sections": names, "data_manifest": dict(files), "spots": of_spots})
     return {"fold": fold, "trainings": trainings}
 
 
@@ -73,27 +74,24 @@ def sections_of_training(
     Returns
     -------
     list of str or None
-        None where no section of the training is on record, or one without a file or spot to know it by.
+        None where a section of the training is none of these by its files, which proves nothing of files that were
+        changed, and has too few spots on record to be known by them; or where no section is on record.
     """
     counts: dict[str, np.ndarray] = {}
     names: set[str] = set()
     for training in trainings:
-        files, spots = training["data_manifest"], training["spots"]
-        on_record = [
-            bool(files.get(name) or spots.get(name, {"counts": []})["counts"]) for name in training["sections"]
-        ]
-        if not on_record or not all(on_record):
-            return None
-        shared = Counter(digest for of_section in files.values() for digest in set(of_section.values()))
+        trained, spots = set(training["sections"]), training["spots"]
+        by_files = files_on_record(training["data_manifest"], sections)
+        matches = {section.name: by_files.get(section.name, set()) & trained for section in sections}
         for section in sections:
-            if any(shared[file_digest(path)] == 1 for path in section.files):
-                names.add(section.name)
-                continue
             if section.name not in counts:
                 counts[section.name] = count_prints(section.spots.X)
             own = counts[section.name], tiles.get(section.name)
-            if any(spots_on_record(of_section, *own) for of_section in spots.values()):
-                names.add(section.name)
+            matches[section.name] |= {name for name, of_section in spots.items() if spots_on_record(of_section, *own)}
+        names |= {name for name, others in matches.items() if others}
+        telling = {name for name, of_section in spots.items() if len(of_section["counts"]) >= FEWEST_SPOTS}
+        if not trained or not trained <= telling.union(*matches.values()):
+            return None
     return [section.name for section in sections if section.name in names]
 
 
