@@ -563,12 +563,35 @@ def test_sections_of_a_training_are_known_by_content_and_never_by_name(data: Spo
     assert sections_of_training(training_record({})["trainings"], data.sections, {}) is None
 
 
+def test_another_file_proves_no_other_section(data: SpotDataModule, tmp_path: Path) -> None:
+    (tmp_path / "a1.csv").write_text("rows in another order")
+    manifest = {"A1": {"a1.csv": file_digest(tmp_path / "a1.csv")}}
+    few = {"A1": {"counts": record_spots(count_prints(data.sections[0].spots.X), None)["counts"][:4]}}
+    for spots in ({}, few):
+        record = training_record({"sections": {"train": ["A1"]}, "data_manifest": manifest, "spots": spots})
+        assert sections_of_training(record["trainings"], data.sections[1:], {}) is None
+    same = [replace(data.sections[0], name="x", files=(tmp_path / "a1.csv",))]
+    assert sections_of_training(record["trainings"], same, {}) == ["x"]
+
+
 def test_files_that_sections_share_tell_none_of_them(data: SpotDataModule, tmp_path: Path) -> None:
     (tmp_path / "sheet.csv").write_text("name")
     (tmp_path / "own.csv").write_text("1,2")
     shared, own = (file_digest(tmp_path / name) for name in ("sheet.csv", "own.csv"))
-    manifest = {"A1": {"sheet.csv": shared, "own.csv": own}, "A2": {"sheet.csv": shared}}
-    record = training_record({"sections": {"train": ["A1", "A2"]}, "data_manifest": manifest})
+    spots = {section.name: record_spots(count_prints(section.spots.X), None) for section in data.sections[:2]}
     files = {"B1": (tmp_path / "sheet.csv",), "B2": (tmp_path / "sheet.csv", tmp_path / "own.csv")}
-    sections = [replace(section, files=files.get(section.name, ())) for section in data.sections]
-    assert sections_of_training(record["trainings"], sections, {}) == ["B2"]
+    sections = [replace(section, files=files.get(section.name, ())) for section in data.sections[2:]]
+
+    def trained(manifest: dict, names: list[str], sections: list = sections) -> list[str] | None:
+        facts = {
+            "sections": {"train": names},
+            "data_manifest": manifest,
+            "spots": {name: spots[name] for name in names},
+        }
+        return sections_of_training(training_record(facts)["trainings"], sections, {})
+
+    manifest = {"A1": {"sheet.csv": shared, "own.csv": own}, "A2": {"sheet.csv": shared}}
+    assert trained(manifest, ["A1", "A2"]) == ["B2"]
+    # a store has one table: its other region, here or held out there, trained nothing
+    assert trained({"A1": {"table": shared}}, ["A1"]) == []
+    assert trained({"A1": {"table": shared}, "r2": {"table": shared}}, ["A1"], sections[:1]) == []
