@@ -55,6 +55,7 @@ def record(run: Path) -> dict:
         )
     }
     kept |= of_sections(metrics["sections"])
+    kept |= {"intervals": metrics["evidence"]["intervals"], "floor_spread": metrics.get("floor_spread", {})}
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
@@ -101,7 +102,8 @@ def tables() -> str:
         panel = re.search(r"data\.panel_file=(\S+)", run["provenance"]["command"])
         title = f"{run['data']}, `protocol={run['protocol']}`" + (f", genes of {panel[1]}" if panel else "")
         groups.setdefault(title, []).append(run)
-    return "\n\n".join([*(_table(title, members) for title, members in groups.items()), by_section(runs)])
+    parts = [*(_table(title, members) for title, members in groups.items()), by_section(runs), sure(runs)]
+    return "\n\n".join(filter(None, parts))
 
 
 def by_section(runs: list[dict]) -> str:
@@ -123,6 +125,21 @@ def by_section(runs: list[dict]) -> str:
             )
     head = [f"| record | section | {' | '.join(OF_SECTIONS.values())} |", "|---|---|---|---|---|"]
     return "\n".join(["Section by section, the method and the best floor there:", "", *head, *rows])
+
+
+def sure(runs: list[dict]) -> str:
+    """Of records that keep them: the interval of the mean over all genes, and what it is over."""
+    rows = []
+    for run in runs:
+        interval = run.get("intervals", {}).get("pearson_acg")
+        if interval:
+            over = f"{interval['n_units']} {interval['over']}" if "n_units" in interval else interval["over"]
+            rows.append(
+                f"| [{run['name']}](../experiments/results/{run['name']}.json) | {run['scores']['pearson_acg']:.3f} | "
+                f"{interval['low']:.3f} to {interval['high']:.3f} | {over} |"
+            )
+    head = ["| record | all genes | 95 % interval | over |", "|---|---|---|---|"]
+    return "\n".join(["How sure the mean over all genes is:", "", *head, *rows]) if rows else ""
 
 
 def _table(title: str, runs: list[dict]) -> str:
@@ -165,7 +182,7 @@ def _floor(name: str, run: dict) -> str:
     if name.endswith("_features"):
         named = re.findall(r"image_encoder(?:\.name)?=(\w+)", run["provenance"]["command"])
         reads += [encoder for encoder in named if encoder != "timm"]
-    if name in ("colour_ridge", "knn_features", "ridge_features") and run["model"] == "consensus":
+    if name in ("colour_ridge", "knn_features", "ridge_features", "random_features") and run["model"] == "consensus":
         reads.append("tiles of consensus")
     return name.replace("_", " ") + (f" ({', '.join(reads)})" if reads else "")
 
