@@ -215,7 +215,7 @@ def test_slides_are_found_by_name_folder_pattern_and_list(tmp_path):
     assert list(find_slides(str(tmp_path))) == ["a", "b", "c"]
     assert find_slides(str(tmp_path / "a.svs")) == {"a": tmp_path / "a.svs"}
     assert list(find_slides([str(tmp_path / "*.TIF"), str(tmp_path / "a.svs")])) == ["b", "a"]
-    with pytest.raises(InputError, match=r"slide=.*z.svs: there is no image"):
+    with pytest.raises(InputError, match=r"slide=.*z.svs: there is no such file"):
         find_slides(str(tmp_path / "z.svs"))
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(InputError, match="have one name"):

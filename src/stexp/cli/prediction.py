@@ -298,8 +298,9 @@ def find_slides(slide: str | list[str]) -> dict[str, Path]:
             matches = sorted(path for path in matches if path.is_file() and not is_litter(path))
             paths = [path for path in matches if path.suffix.lower() in SUFFIXES] or matches
         if not paths:
+            absent = "there is no such file or folder" if not place.exists() else "there is no image"
             raise InputError(
-                f"slide={item}: there is no image; name one, a folder of them, or a pattern in quotes"
+                f"slide={item}: {absent}; name one, a folder of them, or a pattern in quotes"
                 + (f"; images end with {', '.join(sorted(SUFFIXES))}" if place.is_dir() else "")
             )
         for path in paths:

@@ -34,8 +34,8 @@ def join_cohorts(training: list[Section], test: list[Section], name: str, test_n
         few = ", ".join(clashes[:5])
         if name == test_name:
             raise InputError(
-                f"data and test_data are both {name}, and both have {few}: whether that is the same tissue is not to "
-                f"be told; data.sections= and test_data.sections= take some of each, test_data.name= names another set"
+                f"data and test_data are both {name}, and both have {few}: this would test on what it is trained on; "
+                f"data.sections= and test_data.sections= take some of each, test_data.name= names another set"
             )
         log.info("%s and %s both have %s; those of %s are called %s-...", name, test_name, few, test_name, test_name)
         test = [replace(part, name=f"{test_name}-{part.name}", patient=f"{test_name}-{part.patient}") for part in test]
