@@ -191,17 +191,19 @@ def lines(table: dict[str, dict]) -> list[str]:
         "|---" * (len(shown) + 2) + "|",
     ]
     for name, part in table.items():
-        cells = []
-        for side, score in shown:
-            value = part[side][score]
-            cell = f"{value['mean']:.4f}"
-            if "difference" in value:
-                cell += f", {value['difference']:+.4f}"
-            if value.get("low") is not None:
-                cell += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
-            cells.append(cell)
+        cells = [cell(part[side][score]) for side, score in shown]
         rows.append(f"| {name} | " + " | ".join(cells) + f" | {part['seconds']:.1f} |")
     return rows
+
+
+def cell(value: dict[str, float | None]) -> str:
+    """A mean, and behind it the paired difference with its interval where there are these."""
+    text = f"{value['mean']:.4f}"
+    if "difference" in value:
+        text += f", {value['difference']:+.4f}"
+    if value.get("low") is not None:
+        text += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
+    return text
 
 
 def main() -> None:

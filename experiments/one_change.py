@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ablation
 import numpy as np
 
 from stexp import hardware
@@ -138,15 +139,7 @@ def lines(table: dict[str, dict]) -> list[str]:
     heads = [f"{name}, difference" for name in SCORES] + ["loss / log(batch)", "matched / chance", "left chance", "s"]
     rows = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, part in table.items():
-        cells = []
-        for score in SCORES:
-            value = part[score]
-            cell = f"{value['mean']:.4f}"
-            if "difference" in value:
-                cell += f", {value['difference']:+.4f}"
-            if value.get("low") is not None:
-                cell += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
-            cells.append(cell)
+        cells = [ablation.cell(part[score]) for score in SCORES]
         cells.append(f"{part['loss']:.3f} / {part['log_batch']:.3f}")
         cells.append(f"{part['matched']:.4f} / {part['chance']:.4f}")
         cells += [f"{part['left_chance']} of {part['runs']}", f"{part['seconds']:.1f}"]

@@ -20,7 +20,7 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
     Parameters
     ----------
     data
-        One fold; its image encoder computes the features of two of the floors.
+        One fold; its image encoder computes the features of three of the floors.
 
     Returns
     -------

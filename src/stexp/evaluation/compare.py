@@ -151,9 +151,9 @@ def bootstrap_interval(
 
     Notes
     -----
-    Davison and Hinkley 1997, section 3.8. In a thousand simulations each, with equal variance between and within
-    patients and three sections each, it covered the truth in 0.82 of cases for 3 patients, 0.87 for 4, 0.91 for 6
-    and 0.93 for 12: from few patients it is too narrow.
+    Davison and Hinkley 1997, section 3.8. In 4000 simulations each of normal values, with equal variance between and
+    within patients and three sections each, it covered the truth in 0.85 of cases for 3 patients, 0.88 for 4, 0.90 for
+    6, 0.92 for 8 and 0.94 for 12: from few patients it is too narrow.
     """
     sections_of = [differences[patients == name] for name in np.unique(patients)]
     largest, n = max(map(len, sections_of)), len(sections_of)
