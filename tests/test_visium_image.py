@@ -38,7 +38,7 @@ def test_without_one_the_cytassist_s_picture_is_refused_unless_asked_for(tmp_pat
     assert section.slide.path == own and len(section) == int(positions["in_tissue"].sum())
     assert section.um_per_px == pytest.approx(2.5, rel=1e-2) and "eosin alone" in caplog.text
     fake.picture().resize((900, 700)).save(tmp_path / "he.png")
-    with pytest.raises(InputError, match="positions are pixels of cytassist_image.tiff, and nothing says where"):
+    with pytest.raises(InputError, match=r"positions are pixels of cytassist_image.tiff, and nothing says where"):
         read_visium(tmp_path / "S", image=tmp_path / "he.png")
     with pytest.raises(InputError, match="leave one out"):
         read_visium(tmp_path / "S", image=tmp_path / "he.png", cytassist=True)

@@ -103,11 +103,13 @@ def read_section(
     gene_table: str | Path | None = None,
     labels: pd.Series | None = None,
     cytassist: bool = False,
+    pictures: Path | None = None,
 ) -> Section:
     """One section from its counts, its folder ``spatial``, and its full-resolution image where there is one.
 
     `labels`, by barcode, become ``spots.obs["label"]``; for `cytassist` see
-    :func:`~stexp.data.readers.visium_image.slide_of`.
+    :func:`~stexp.data.readers.visium_image.slide_of`. `pictures` is the folder of SpaceRanger's pictures, where that
+    is not `spatial`.
     """
     where = f"section {name}"
     positions_file = find_positions(spatial)
@@ -115,7 +117,7 @@ def read_section(
     factors = read_factors(spatial / FACTORS)
     bin_um = bin_size_um(positions, factors, Path(os.path.abspath(spatial)).parent, where)
     um_per_px = fit_um_per_px(positions, factors, bin_um, where)
-    slide, scale = slide_of(image, spatial, factors, um_per_px, where, cytassist)
+    slide, scale = slide_of(image, pictures or spatial, factors, um_per_px, where, cytassist)
     spots = join(harmonise(read_10x_counts(counts), gene_table, where), positions, where, complete=True)
     if labels is not None:
         spots.obs["label"] = labels.reindex(spots.obs_names)
