@@ -73,7 +73,7 @@ def xenium_section(root: Path) -> None:
 
 
 OTHER_SPOTS = {
-    "aggr": ("visium", lambda root: visium.write_aggr(root / "agg" / "outs"), []),
+    "aggr": ("visium", lambda root: visium.write_aggr(root / "agg" / "outs"), ["data.sections=[LB2]"]),
     "cytassist": (
         "visium",
         lambda root: visium.write_cytassist(root / "A", microscope=False),
