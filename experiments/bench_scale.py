@@ -4,7 +4,7 @@ Generated sections: smooth random images, tiles of 16 px, 2,000 genes of which 1
 drawn gene by gene, some 350 of them, so that nine values of ten are zero, as in HEST-1k. Two sections are of one
 patient; one patient is held out, so that what is predicted stays the same while what is learnt from grows.
 
-Each command runs in a process of its own, with one thread. ``memory_gb`` is the peak of its resident memory and counts
+Each command runs in a process of its own, with one thread; ``cpu_s`` is what it computed, whatever else the machine did. ``memory_gb`` is the peak of its resident memory and counts
 pages of mapped files, which the system takes back when it needs them; ``own_gb`` is the peak without these.
 """
 
@@ -35,6 +35,7 @@ N_SPOTS, SIDE, PITCH_PX, TILE_PX = 1250, 36, 20, 16
 N_GENES, N_PANEL, DEPTH = 2000, 1000, 350
 COMMON = (f"data.tile_px={TILE_PX}", "hardware.precision=32-true", "hardware.threads=1", "trainer.accelerator=cpu")
 FROZEN = ("image_encoder=tiny", "image_encoder.frozen=true", "data.augmentation=none", "trainer.max_epochs=1")
+MEMORY = ("memory_gb", "own_gb")
 AIM_GB, AIM_S = 6.0, 60.0
 
 
@@ -67,24 +68,35 @@ def write_cohort(folder: Path, n_sections: int) -> None:
     pd.DataFrame(rows, columns=list(samplesheet.COLUMNS)).to_csv(folder / "sheet.csv", index=False)
 
 
-def measure(arguments: list[str], log: Path, stages: Path | None = None) -> dict[str, Any]:
-    """Seconds and peak memory of a command; with the folder of a run also its stages, and when its training began."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start, begun = time.perf_counter(), None
-    peak = {"VmHWM": 0, "RssAnon": 0}
+def measure(arguments: list[str], log: Path, run: Path | None = None, stop: bool = False) -> dict[str, Any]:
+    """Seconds and peak memory of a command; with the folder of a run also its stages, and when its training began.
+
+    Parameters
+    ----------
+    stop
+        End the command when its training begins.
+    """
+    start, began = time.perf_counter(), None
+    peak, ended, status, usage = {"VmHWM": 0, "RssAnon": 0}, 0, 0, None
     with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=file, stderr=file, env=environment)
-        while process.poll() is None:
+        while not ended:
             peak = {key: max(peak[key], value) for key, value in _memory_kb(process.pid, *peak).items()}
-            if begun is None and stages is not None and "model" in _stages(stages):
-                begun = time.perf_counter() - start
+            if began is None and run is not None and "model" in _stages(run):
+                began = time.perf_counter() - start
+                if stop:
+                    process.kill()
             time.sleep(0.1)
-    if process.returncode:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode and not (stop and began):
         raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
-    memory, own = (round(value * 1024 / 1e9, 3) for value in peak.values())
-    told = {"seconds": round(time.perf_counter() - start, 1), "memory_gb": memory, "own_gb": own}
-    if stages is not None:
-        told |= {"training_began_s": begun and round(begun, 1), "stages": _stages(stages)}
+    told: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1)}
+    told["cpu_s"] = round(usage.ru_utime + usage.ru_stime, 1) if usage else None
+    told |= {name: round(value * 1024 / 1e9, 3) for name, value in zip(MEMORY, peak.values(), strict=True)}
+    if run is not None:
+        told |= {"training_began_s": began and round(began, 1), "stages": _stages(run)}
     return told
 
 
@@ -105,8 +117,8 @@ def _memory_kb(process: int, *keys: str) -> dict[str, int]:
     return {key: int(values.get(key, 0)) for key in keys}
 
 
-def steps(folder: Path, n_sections: int) -> dict[str, dict]:
-    """Every command on one cohort, in order."""
+def steps(folder: Path, n_sections: int, skipped: list[str]) -> dict[str, dict]:
+    """Every command on one cohort, in order; the second start of a training ends when it trains."""
     data = ["data=samplesheet", f"data.sheet={folder}/sheet.csv", f"data.panel_file={folder}/panel.txt"]
     data += [f"data.cache_dir={folder}/cache", f"fold=P{n_sections // 4:03}", *COMMON]
     stnet = ["model=stnet", "model.symmetries=false", "model.input_scale=image_encoder", *FROZEN]
@@ -114,10 +126,7 @@ def steps(folder: Path, n_sections: int) -> dict[str, dict]:
     plan: dict[str, tuple[list[str], Path | None]] = {
         "prepare": (["stexp.cli.prepare", *data[:4], COMMON[0], "features=tiny", f"output_dir={folder}/qc"], None),
         "train": (["stexp.cli.train", *data, *stnet, f"output_dir={run}"], run),
-        "second start": (
-            ["stexp.cli.train", *data, *stnet, "trainer.limit_train_batches=1", f"output_dir={again}"],
-            again,
-        ),
+        "second start": (["stexp.cli.train", *data, *stnet, f"output_dir={again}"], again),
         "ridge": (
             ["stexp.cli.train", *data, "model=hest_ridge", *FROZEN, f"output_dir={folder}/ridge"],
             folder / "ridge",
@@ -126,15 +135,17 @@ def steps(folder: Path, n_sections: int) -> dict[str, dict]:
         "report": (["stexp.cli.report", f"run={run}"], None),
     }
     told = {}
-    for name, (arguments, stages) in plan.items():
-        told[name] = measure(arguments, folder / f"{name}.log", stages)
+    for name, (arguments, run_folder) in plan.items():
+        if name in skipped:
+            continue
+        told[name] = measure(arguments, folder / f"{name}.log", run_folder, stop=name == "second start")
         print(f"{n_sections:>6}  {name:<14}" + _cells(told[name]), flush=True)
     return told
 
 
 def _cells(told: dict) -> str:
     began = told.get("training_began_s")
-    text = f"{told['seconds']:>9.1f} s {told['memory_gb']:>7.2f} GB {told['own_gb']:>7.2f} GB own"
+    text = f"{told['seconds']:>9.1f} s {told['cpu_s']:>9.1f} s CPU {told['memory_gb']:>7.2f} GB {told['own_gb']:>7.2f} GB own"
     return text + ("" if began is None else f", training began after {began:.1f} s")
 
 
@@ -142,9 +153,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=int, nargs="+", default=[10, 100], help="sizes, such as 10 100 1200")
     parser.add_argument("--folder", type=Path, required=True, help="where cohorts are written, and removed again")
+    parser.add_argument("--skip", nargs="+", default=[], help="steps to leave out, such as prepare")
     parser.add_argument("--output", type=Path, help="default experiments/results/bench-scale.json")
     args = parser.parse_args()
-    record = {"command": "python experiments/bench_scale.py --sections " + " ".join(map(str, args.sections))}
+    skipped = " --skip " + " ".join(args.skip) if args.skip else ""
+    sizes = " ".join(map(str, args.sections))
+    record = {"command": f"python experiments/bench_scale.py --sections {sizes}{skipped} --folder FOLDER"}
     record |= {**git_state(), "date": now(), "hardware": hardware.describe(), "versions": versions()}
     record |= {"spots_of_a_section": N_SPOTS, "genes": N_GENES, "panel": N_PANEL, "tile_px": TILE_PX, "threads": 1}
     record["sections"] = {}
@@ -154,7 +168,7 @@ def main() -> None:
         start = time.perf_counter()
         write_cohort(folder, n_sections)
         print(f"{n_sections:>6}  made after {time.perf_counter() - start:.0f} s", flush=True)
-        record["sections"][str(n_sections)] = steps(folder, n_sections)
+        record["sections"][str(n_sections)] = steps(folder, n_sections, args.skip)
         record["ratios"] = ratios(record["sections"])
         output.write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder)
@@ -169,7 +183,7 @@ def ratios(sections: dict[str, dict]) -> dict[str, dict]:
     for before, after in itertools.pairwise(sizes):
         own = {}
         for step, told in sections[after].items():
-            keys = ("seconds", "memory_gb", "own_gb")
+            keys = ("seconds", "cpu_s", *MEMORY)
             own[step] = {key: round(told[key] / sections[before][step][key], 2) for key in keys}
         out[f"{after} to {before}"] = own
     return out
