@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
+import scipy.sparse as sp
 from pydantic import Field
 
 from stexp.arguments import Positive, check
@@ -15,6 +19,7 @@ from stexp.data.cohorts import check_scales, join_cohorts
 from stexp.data.genes import read_panel
 from stexp.data.readers.formats import tables_in_one_line
 from stexp.data.section import Section
+from stexp.data.section_index import read_once
 from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
 
@@ -84,7 +89,7 @@ class DataSet:
         if "sections" in reader:
             reader["sections"] = names
         with tables_in_one_line(self.name):
-            sections = build(reader)
+            sections = read_once(reader, self.config["cache_dir"], lambda: build(reader))
         if names is not None:
             choices, wanted = {section.name: section for section in sections}, set(names)
             unknown = [name for name in names if name not in choices]
@@ -176,10 +181,17 @@ BEFORE_THE_MODULE = {
 
 def _refuse_copies(sections: list[Section]) -> None:
     """A section listed twice could train and be tested, and no split by name would see it."""
-    seen: dict[tuple, str] = {}
+    seen: dict[bytes, str] = {}
     for section in sections:
-        counts = section.spots.X
-        key = (counts.shape, float(counts.sum()), hash(counts.data.tobytes()), hash(counts.indices.tobytes()))
-        if key in seen and counts.nnz:
+        key = section.made("digest", partial(_digest, section.spots.X))["digest"].tobytes()
+        if key in seen and section.total_counts.any():
             raise InputError(f"sections {seen[key]} and {section.name} hold the same counts; list them once")
         seen[key] = section.name
+
+
+def _digest(counts: sp.csr_matrix) -> dict[str, np.ndarray]:
+    """Hash of counts, whatever their spots and genes are called: 16 bytes."""
+    digest = hashlib.blake2b(f"{counts.shape} {counts.sum()}".encode(), digest_size=16)
+    for values in (counts.data, counts.indices):
+        digest.update(np.ascontiguousarray(values).data)
+    return {"digest": np.frombuffer(digest.digest(), dtype=np.uint8)}

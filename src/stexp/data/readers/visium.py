@@ -10,7 +10,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.formats import TEXT
 from stexp.data.readers.paths import choose_sections, user_path
 from stexp.data.readers.spaceranger import (
@@ -82,8 +82,9 @@ def read_visium(
     folders = _section_folders(root)
     names = choose_sections(sorted(folders), sections, root)
     patients = read_patients(root / "patients.csv", names)
-    return [
-        read_section(
+
+    def read(name: str) -> Section:
+        return read_section(
             name,
             patients[name],
             find_counts(folders[name]),
@@ -91,8 +92,8 @@ def read_visium(
             _given_image(user_path(image), name, len(names)) if image else _find_image(root, folders[name], name),
             gene_table,
         )
-        for name in track(names, len(names), "reading sections")
-    ]
+
+    return read_each(names, len(names), "reading sections", read)
 
 
 def read_section(
