@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAST_OVERLAP = 0.005
+"""Share of a tile's pixels, in half per cent, from which on their overlap is said."""
+
 offer_features()
 
 
@@ -60,6 +63,7 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
 
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
+    from stexp.data.slides.spacing import shared_with_nearest
     from stexp.data.slides.store import file_of
     from stexp.data.slides.tiles import TileSpec, open_tiles, warn_of_scales
     from stexp.reporting import overlay
@@ -77,6 +81,7 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
         if tiles is not None:
             facts = json.loads(file_of(tiles).with_suffix(".json").read_text())
             row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
+            row |= {"tile_overlap": shared_with_nearest(section.xy_px, facts["side_px"])}
         if panel is not None:
             row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
         rows.append(row)
@@ -189,6 +194,14 @@ def lines(summary: pd.DataFrame, cfg: DictConfig) -> list[str]:
     if flagged:
         counts = ", ".join(f"{n} {flag}" for flag, n in flagged.items())
         out.append(f"flagged spots: {counts}; they stay, unless data.leave_out names their flag")
+    shared = summary["tile_overlap"].dropna() if "tile_overlap" in summary else ()
+    if len(shared) and max(shared) >= LEAST_OVERLAP:
+        low, high = (f"{100 * share:.0f}" for share in (min(shared), max(shared)))
+        share = low if low == high else f"{low} to {high}"
+        out.append(
+            f"tiles overlap: a spot's shares {share} % of its pixels with that of the nearest spot; protocol=blocks "
+            f"leaves spots out, so that no pixel is both trained on and tested"
+        )
     with_image = int(summary["image_width"].notna().sum())
     out.append(
         f"{cfg.data.name}: {len(summary)} sections of {summary['patient'].nunique()} patients, "
