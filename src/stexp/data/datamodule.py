@@ -69,8 +69,8 @@ class SpotDataModule(pl.LightningDataModule):
         All sections of the data set; those without an image serve as references.
     protocol, fold
         What is held out, and what may be seen; see :class:`~stexp.protocol.Protocol`.
-    tile_px, tile_um, scales
-        See :class:`~stexp.data.slides.tiles.TileSpec`, and its ``wide`` for the last.
+    tile_px, tile_um, scales, scales_um
+        See :meth:`stexp.data.slides.tiles.TileSpec.of`.
     batch_size, eval_batch_size
         Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
@@ -127,6 +127,7 @@ class SpotDataModule(pl.LightningDataModule):
         tile_px: Pixels = 224,
         tile_um: Positive | None = None,
         scales: list[Positive] | None = None,
+        scales_um: list[Positive] | None = None,
         batch_size: _BatchSize = 128,
         eval_batch_size: Count = 256,
         augmentation: Augmentation = "paper",
@@ -147,7 +148,8 @@ class SpotDataModule(pl.LightningDataModule):
         if stain is not None:
             check_method(stain)
         self.protocol, self.fold, self.seed = protocol, fold, seed
-        self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um).wide(scales), cache_dir, placement
+        self.tile = TileSpec.of(tile_px, tile_um, scales, scales_um)
+        self.cache_dir, self.placement = cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store, self.views = hed_sigma, stain, tile_store, views
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
@@ -297,14 +299,11 @@ class SpotDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Training spots in a random order: this device's part of each batch, or whole sections."""
-        order: SectionBatches | ShuffledBatches
+        own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
+        image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
         if self._batching == "section":
-            order = SectionBatches(self._by_section("train"), self.seed)
-        else:
-            own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
-            image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image)
-        return index_loader(order)
+            return index_loader(SectionBatches(self._by_section("train"), self.seed, image=image))
+        return index_loader(ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image))
 
     def val_dataloader(self) -> DataLoader | list:
         """This device's part of the validation spots; no loader where there are none."""
