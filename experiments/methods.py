@@ -72,6 +72,16 @@ METHODS = {
         "MSE of standardised expression",
         "6 neighbours on a hexagonal array, absent ones do not count; spots are drawn evenly, not by clusters",
     ),
+    "m2ort": (
+        "Wang et al. 2024, [arXiv 2401.10608](https://arxiv.org/abs/2401.10608)",
+        "MSE",
+        "tiles of any size that a patch divides; turned by right angles, not by any; expression of the protocol",
+    ),
+    "stflow": (
+        "Huang et al. 2025, [arXiv 2506.05361](https://arxiv.org/abs/2506.05361)",
+        "MSE of the end of a flow, at a random time",
+        "whole sections train, not windows of them; places in spacings of the array; regular arrays have frames, too",
+    ),
     "hest_ridge": (
         "Jaume et al. 2024, [arXiv 2406.16192](https://arxiv.org/abs/2406.16192)",
         "ridge, closed form",
@@ -86,7 +96,7 @@ METHODS = {
 }
 """Method -> source, loss, what differs from the original."""
 
-FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "consensus", "mean"}
+FROM_A_TILE = {"mclstexp", "bleep", "stnet", "m2ort", "hest_ridge", "consensus", "mean"}
 """Methods that predict from a tile alone, which is what `stexp-export` takes."""
 
 

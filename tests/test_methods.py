@@ -48,8 +48,16 @@ SHORT = {
         *("model.hidden=64", "model.start_from_mean=true", "model.dropout=0.0", "model.lr=3e-3"),
         "trainer.max_epochs=90",
     ],
+    "m2ort": [
+        *("model.patch_px=8", "model.dim=48", "model.depth=1", "model.heads=2", "model.head_dim=16", "model.hidden=32"),
+        *("model.start_from_mean=true", "model.lr=2e-3", "trainer.max_epochs=8"),
+    ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
+    "stflow": [
+        *("model.dim=64", "model.depth=2", "model.dropout=0.0", "model.start_from_mean=true", "model.lr=3e-3"),
+        *("data.augmentation=none", "trainer.max_epochs=60"),
+    ],
     "stnet": ["model.lr=0.01"],
     "thitogene": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
