@@ -36,6 +36,7 @@ SHORT = {
         *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
         *("data.batch_size=8", "trainer.max_epochs=8"),
     ],
+    "heclip": ["trainer.max_epochs=4"],
     "hest_ridge": ["model.penalty=3000"],
     "hist2st": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
@@ -50,6 +51,7 @@ SHORT = {
     ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
+    "stgchb": ["trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
     "thitogene": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
