@@ -215,6 +215,7 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
         bleep,
         deepspot,
         egn,
+        heclip,
         hest_ridge,
         hist2st,
         histogene,
@@ -222,6 +223,7 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
         mclstexp,
         sepal,
         stflow,
+        stgchb,
         stnet,
         thitogene,
         triplex,
@@ -233,6 +235,7 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
     methods = (bleep.BLEEP, egn.EGN, hest_ridge.HestRidge, hist2st.Hist2ST, histogene.HisToGene, mclstexp.MclSTExp)
     methods += (deepspot.DeepSpot, m2ort.M2ORT, sepal.SEPAL, stflow.STFlow, stnet.STNet, thitogene.THItoGene)
     methods += (triplex.Triplex,)
+    methods += (heclip.HECLIP, stgchb.STGCHB)
     for checked_class in (*methods, SpotDataModule, ImageEncoder, Protocol, WandbRun):
         init = inspect.unwrap(checked_class.__init__)
         hints = inspect.get_annotations(init, eval_str=True)

@@ -36,6 +36,7 @@ SHORT = {
         *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
         *("data.batch_size=8", "trainer.max_epochs=8"),
     ],
+    "heclip": ["trainer.max_epochs=4"],
     "hest_ridge": ["model.penalty=3000"],
     "hist2st": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
@@ -58,6 +59,7 @@ SHORT = {
         *("model.dim=64", "model.depth=2", "model.dropout=0.0", "model.start_from_mean=true", "model.lr=3e-3"),
         *("data.augmentation=none", "trainer.max_epochs=60"),
     ],
+    "stgchb": ["trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
     "thitogene": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
