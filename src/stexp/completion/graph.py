@@ -1,0 +1,275 @@
+"""A masked graph model: expression that is hidden is filled in from the spot's own image or genes and its neighbours."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import nn
+from torch.nn import functional as F
+
+from stexp.completion.tasks import Completed, GeneTask, SpotTask, error_per_gene, relative_error
+from stexp.data.progress import track
+
+NEIGHBOURS = 6
+EPOCHS, LOOK_EVERY = 60, 5
+COMPONENTS = 64
+"""Principal components of features or genes that are read, and of genes that are written."""
+DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Spots around each spot."""
+
+    rows: torch.Tensor  # (N, k), k may be 0
+    weights: torch.Tensor  # (N, k), rows sum to 1
+
+    @classmethod
+    def of(cls, xy: np.ndarray | None, n: int) -> Neighbours:
+        """The nearest of each of n spots, itself not among them, all alike; none where there are no places."""
+        k = 0 if xy is None else min(NEIGHBOURS, n - 1)
+        if xy is None or k < 1:
+            return cls(torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0))
+        rows = torch.from_numpy(cKDTree(xy).query(xy, k=k + 1)[1][:, 1:].astype(np.int64))
+        return cls(rows, torch.full((n, k), 1 / k))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D); 0 without neighbours."""
+        return torch.einsum("nk,nkd->nd", self.weights, values[self.rows])
+
+
+class MaskedGraph(nn.Module):
+    """Layers that each add, to a spot, what an MLP makes of it and of the mean of its neighbours."""
+
+    def __init__(self, n_in: int, n_out: int, dim: int = 128, depth: int = 2, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.read = nn.Linear(n_in, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+            for _ in range(depth)
+        )
+        self.write = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, n_out))
+        nn.init.zeros_(self.write[2].weight)  # the mean, at first
+        nn.init.zeros_(self.write[2].bias)
+
+    def forward(self, x: torch.Tensor, neighbours: Neighbours) -> torch.Tensor:
+        """(N, I) and the neighbours of each spot to (N, O)."""
+        h = self.read(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            own = norm(h)
+            h = h + layer(torch.cat([own, neighbours.mean(own)], dim=1))
+        return self.write(h)
+
+
+class FilledGraph(nn.Module):
+    """A `MaskedGraph` beside a share, by component, of the weighted mean of the neighbours that show expression."""
+
+    def __init__(self, n_given: int, n_components: int) -> None:
+        super().__init__()
+        self.graph = MaskedGraph(n_given + 2 * n_components + 1, n_components)
+        self.share = nn.Parameter(torch.full((n_components,), 0.5))
+        self.rate = nn.Parameter(torch.zeros(()))  # log of how fast neighbours count less with distance, per pitch
+
+    def forward(self, section: _Section, kept: torch.Tensor) -> torch.Tensor:
+        """Scores of all spots of a section, (N, C), from the expression of those `kept`."""
+        flag = torch.zeros(len(section.given), 1)
+        flag[kept] = 1
+        rows, distance = section.nearest(kept)
+        neighbours = Neighbours(rows, (-distance * self.rate.exp()).softmax(dim=1))
+        around = neighbours.mean(section.scores)
+        root = section.scores.shape[1] ** 0.5
+        x = torch.cat([section.given, section.scores * flag / root, around / root, flag], dim=1)
+        return self.share * around + self.graph(x, neighbours)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of standardised values."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    axes: np.ndarray  # (C, G)
+
+    @classmethod
+    def of(cls, values: np.ndarray, most: int = COMPONENTS) -> Components:
+        mean, sd = values.mean(axis=0), values.std(axis=0)
+        sd = np.where(sd > 0, sd, 1)
+        _, _, axes = np.linalg.svd((values - mean) / sd, full_matrices=False)
+        return cls(mean, sd, axes[:most])
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        return ((values - self.mean) / self.sd) @ self.axes.T
+
+
+def _float(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Spots of a section: what is read of each besides expression, expression that may be read, and the truth."""
+
+    given: torch.Tensor  # (N, I)
+    scores: torch.Tensor  # (N, C), 0 where hidden
+    truth: torch.Tensor  # (N, G), standardised
+    measured: torch.Tensor  # rows
+    xy: torch.Tensor  # (N, 2)
+
+    def nearest(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the spots `kept` those nearest to each, itself not among them: rows and distances, (N, at most 6) each."""
+        distance = torch.cdist(self.xy, self.xy[kept])
+        distance[kept, torch.arange(len(kept))] = torch.inf
+        nearest = distance.topk(min(NEIGHBOURS, len(kept) - 1), largest=False)
+        return kept[nearest.indices], nearest.values
+
+
+def masked_graph(task: SpotTask, epochs: int = EPOCHS) -> Completed:
+    """Expression of hidden spots from their tiles, their neighbours' tiles, and their neighbours' expression.
+
+    Trained on the shown spots and on other sections, of whose spots as many are masked, to give masked spots back; a
+    fifth of the shown spots chooses when to stop.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        genes = Components.of(np.concatenate([task.expression, task.references]).astype(np.float64))
+        own, others = _graphs(task, genes)
+        axes = _float(genes.axes)
+        model = FilledGraph(own.given.shape[1], len(axes))
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2)
+        fold = torch.from_numpy(task.folds[0])
+        validation, training = own.measured[fold], own.measured[~fold]
+        share = float(task.shown.mean())
+
+        def written(section: _Section, kept: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            return model(section, kept)[at] @ axes
+
+        def predict(kept: torch.Tensor, at: torch.Tensor) -> np.ndarray:
+            model.eval()
+            with torch.no_grad():
+                return written(own, kept, at).double().numpy() * genes.sd + genes.mean
+
+        best: tuple[float, dict, np.ndarray, int] | None = None
+        for epoch in track(range(epochs + 1), epochs + 1, "masked graph model"):
+            if epoch % LOOK_EVERY == 0 or epoch == epochs:
+                held_out = np.full(task.expression.shape, np.nan)
+                held_out[fold.numpy()] = predict(training, validation)
+                error = relative_error(task, held_out)
+                print(epoch, error)
+                if best is None or error < best[0]:
+                    best = error, copy.deepcopy(model.state_dict()), held_out, epoch
+            model.train()
+            for section in [*others, *[own] * (1 + len(others))]:
+                among = training if section is own else section.measured
+                order = among[torch.randperm(len(among))]
+                # of the section itself half is masked, since most of it is hidden already
+                n_kept = min(max(2, round((0.5 if section is own else share) * len(order))), len(order) - 1)
+                masked = order[n_kept:]
+                loss = F.mse_loss(written(section, order[:n_kept], masked), section.truth[masked])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        assert best is not None
+        model.load_state_dict(best[1])
+        hidden, n = torch.from_numpy(np.flatnonzero(~task.shown)), len(own.measured)
+        mean = predict(own.measured, hidden)
+        draws = [predict(own.measured[torch.randperm(n)[: max(2, round(0.8 * n))]], hidden) for _ in range(DRAWS)]
+    error_of = error_per_gene(task.expression, best[2])
+    return Completed(mean, np.sqrt(np.var(draws, axis=0) + error_of**2), best[2], {"epoch": best[3]})
+
+
+def _graphs(task: SpotTask, genes: Components) -> tuple[_Section, list[_Section]]:
+    """The section of a task, and the sections of its references."""
+    seen = task.features if task.features is not None else np.zeros((len(task.xy), 0))
+    others = task.reference_features if task.reference_features is not None else np.zeros((len(task.references), 0))
+    components = Components.of(np.concatenate([seen, others]).astype(np.float64)) if seen.shape[1] else None
+
+    def section(features: np.ndarray, expression: np.ndarray, shown: np.ndarray, xy: np.ndarray) -> _Section:
+        scores = np.zeros((len(xy), len(genes.axes)))
+        truth = np.zeros((len(xy), len(genes.mean)))
+        scores[shown], truth[shown] = genes.scores(expression), (expression - genes.mean) / genes.sd
+        given = components.scores(features) / len(components.axes) ** 0.5 if components else features
+        return _Section(
+            _float(given),
+            _float(scores),
+            _float(truth),
+            torch.from_numpy(np.flatnonzero(shown)),
+            _float(xy),
+        )
+
+    graphs = []
+    for name in np.unique(task.reference_section):
+        rows = task.reference_section == name
+        every = np.ones(int(rows.sum()), dtype=bool)
+        graphs.append(section(others[rows], task.references[rows], every, task.reference_xy[rows]))
+    return section(seen, task.expression, task.shown, task.xy), [graph for graph in graphs if len(graph.measured) > 3]
+
+
+def masked_genes(task: GeneTask, epochs: int = EPOCHS // 2) -> Completed:
+    """Hidden genes from the shown genes of a spot and of its neighbours, learned on the reference.
+
+    A fifth of the shown genes is masked at random in every step. A section of the reference, or a fifth of its cells
+    where it has one section alone, is held out and chooses when to stop.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        names = task.reference_section.copy()
+        if len(np.unique(names)) == 1:  # parts of it by chance, which know nothing of each other's places
+            names = np.char.add("part", np.random.default_rng(task.seed).integers(0, 5, len(names)).astype(str))
+        per_section = {name: np.flatnonzero(names == name) for name in np.unique(names)}
+        held = list(per_section)[task.seed % len(per_section)]
+        training_rows = np.concatenate([rows for name, rows in per_section.items() if name != held])
+        genes = Components.of(task.reference_hidden[training_rows].astype(np.float64))
+        axes = _float(genes.axes)
+        graphs = {}
+        for name, rows in per_section.items():
+            xy = None if task.reference_xy is None else task.reference_xy[rows]
+            truth = _standardised(task.reference_hidden[rows])
+            graphs[name] = (_float(_standardised(task.reference_shown[rows])), Neighbours.of(xy, len(rows)), truth)
+        own = _float(_standardised(task.expression))
+        neighbours = Neighbours.of(None if task.reference_xy is None else task.xy, len(own))
+        scale = own.shape[1] ** -0.5
+        model = MaskedGraph(own.shape[1], len(axes))
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2)
+
+        def predict(x: torch.Tensor, around: Neighbours) -> np.ndarray:
+            model.eval()
+            with torch.no_grad():
+                return (model(x * scale, around) @ axes).double().numpy()
+
+        training = [name for name in graphs if name != held and len(graphs[name][0]) > 1]
+        best: tuple[float, dict, np.ndarray, int] | None = None
+        for epoch in track(range(epochs + 1), epochs + 1, "masked graph model of genes"):
+            if epoch % LOOK_EVERY == 0 or epoch == epochs:
+                x, around, truth = graphs[held]
+                residual = predict(x, around) - truth
+                error = float(residual.var(axis=0).mean())
+                if best is None or error < best[0]:
+                    best = error, copy.deepcopy(model.state_dict()), np.sqrt(np.square(residual).mean(axis=0)), epoch
+            model.train()
+            for name in (training[i] for i in torch.randperm(len(training)).tolist()):
+                x, around, truth = graphs[name]
+                kept = (torch.rand(x.shape[1]) < 0.8).float() / 0.8
+                loss = F.mse_loss(model(x * kept * scale, around) @ axes, _float(truth))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        assert best is not None
+        model.load_state_dict(best[1])
+        mean = predict(own, neighbours)
+        draws = [predict(own * ((torch.rand(own.shape[1]) < 0.8).float() / 0.8), neighbours) for _ in range(DRAWS)]
+    level, spread = task.reference_hidden.mean(axis=0), task.reference_hidden.std(axis=0)
+    sd = np.sqrt(np.var(draws, axis=0) + best[2] ** 2)
+    nothing = np.full(task.expression.shape, np.nan)
+    return Completed(level + mean * spread, sd * spread, nothing, {"epoch": best[3]})
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Each gene of one section without its mean, in its standard deviations; 0 where it does not vary."""
+    values = np.asarray(values, dtype=np.float64)
+    sd = values.std(axis=0)
+    return (values - values.mean(axis=0)) / np.where(sd > 0, sd, 1)
