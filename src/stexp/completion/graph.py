@@ -15,7 +15,7 @@ from stexp.completion.tasks import Completed, GeneTask, SpotTask, error_per_gene
 from stexp.data.progress import track
 
 NEIGHBOURS = 6
-EPOCHS, LOOK_EVERY = 60, 5
+EPOCHS, LOOK_EVERY = 40, 5
 COMPONENTS = 64
 """Principal components of features or genes that are read, and of genes that are written."""
 DRAWS = 8
@@ -140,7 +140,7 @@ def masked_graph(task: SpotTask, epochs: int = EPOCHS) -> Completed:
         own, others = _graphs(task, genes)
         axes = _float(genes.axes)
         model = FilledGraph(own.given.shape[1], len(axes))
-        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2)
+        optimiser = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.1)
         fold = torch.from_numpy(task.folds[0])
         validation, training = own.measured[fold], own.measured[~fold]
         share = float(task.shown.mean())
@@ -159,11 +159,10 @@ def masked_graph(task: SpotTask, epochs: int = EPOCHS) -> Completed:
                 held_out = np.full(task.expression.shape, np.nan)
                 held_out[fold.numpy()] = predict(training, validation)
                 error = relative_error(task, held_out)
-                print(epoch, error)
                 if best is None or error < best[0]:
                     best = error, copy.deepcopy(model.state_dict()), held_out, epoch
             model.train()
-            for section in [*others, *[own] * (1 + len(others))]:
+            for section in [*others, own]:
                 among = training if section is own else section.measured
                 order = among[torch.randperm(len(among))]
                 # of the section itself half is masked, since most of it is hidden already
@@ -234,7 +233,7 @@ def masked_genes(task: GeneTask, epochs: int = EPOCHS // 2) -> Completed:
         neighbours = Neighbours.of(None if task.reference_xy is None else task.xy, len(own))
         scale = own.shape[1] ** -0.5
         model = MaskedGraph(own.shape[1], len(axes))
-        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-2)
+        optimiser = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.1)
 
         def predict(x: torch.Tensor, around: Neighbours) -> np.ndarray:
             model.eval()
