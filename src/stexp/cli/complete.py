@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     with command():
         if OmegaConf.is_missing(cfg, "known"):
-            raise InputError("known is not given: what is measured, as in stexp-complete known=spots share=0.1; or genes")
+            raise InputError(
+                "known is not given: known=spots or known=genes, as in stexp-complete known=spots share=0.1"
+            )
         from stexp.completion.problem import check_scale
         from stexp.data.dataset import DataSet
         from stexp.errors import UnknownName
@@ -88,14 +90,14 @@ def check_options(config: dict[str, Any]) -> None:
     reference = str(config["reference"])
     is_file = reference.endswith(".h5ad")
     if reference not in OTHERS and not is_file:
-        choices = [*OTHERS, "FILE.h5ad"]
-        raise InputError(f"reference={reference}: choose {', '.join(choices)}{did_you_mean(reference, choices)}")
+        fitting = [*OTHERS, "FILE.h5ad"]
+        raise InputError(f"reference={reference}: choose {', '.join(fitting)}{did_you_mean(reference, fitting)}")
     if is_file and known == "spots":
         raise InputError(f"reference={reference}: a file teaches genes; known=genes, or {', '.join(OTHERS)} would fit")
     if is_file and not Path(reference).is_file():
         raise InputError(f"reference={reference} is no file; an h5ad of raw counts would fit")
     if known == "genes" and reference == "none":
-        raise InputError("reference=none: hidden genes are learned from a reference; patients, sections or FILE.h5ad would fit")
+        raise InputError("reference=none: genes need one to learn from; patients, sections or FILE.h5ad would fit")
     if config["data"].get("stain") is not None:
         raise InputError(f"data.stain={config['data']['stain']}: completion reads tiles as they are; null would fit")
 
@@ -128,7 +130,7 @@ def complete_section(
         machine.set_threads()
         stages = Stages(None)
         problem, read = pose(section, sections, protocol, dataset, config, machine, stages)
-        log.info("%s", problem.statement(protocol))
+        log.info("%s", problem.statement())
         result = complete_into(
             problem,
             protocol,

@@ -69,7 +69,7 @@ def ridge_genes(task: GeneTask) -> Completed:
 
 
 def ridge_neighbours(task: GeneTask) -> Completed:
-    """The same ridge, which also reads the mean of the six spots around; of a reference that has places."""
+    """Ridge from the shown genes of a spot and of the six around it, fitted on a reference that has places."""
     return _ridge_of(task, around=True)
 
 

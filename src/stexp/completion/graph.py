@@ -1,4 +1,4 @@
-"""A masked graph model: expression that is hidden is filled in from the spot's own image or genes and its neighbours."""
+"""A masked graph model: hidden expression is filled in from the spot's own image or genes and its neighbours'."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ class MaskedGraph(nn.Module):
             nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
             for _ in range(depth)
         )
-        self.write = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, n_out))
-        nn.init.zeros_(self.write[2].weight)  # the mean, at first
-        nn.init.zeros_(self.write[2].bias)
+        last = nn.Linear(dim, n_out)
+        nn.init.zeros_(last.weight)  # the mean, at first
+        nn.init.zeros_(last.bias)
+        self.write = nn.Sequential(nn.LayerNorm(dim), nn.Dropout(dropout), last)
 
     def forward(self, x: torch.Tensor, neighbours: Neighbours) -> torch.Tensor:
         """(N, I) and the neighbours of each spot to (N, O)."""
@@ -208,7 +209,7 @@ def _graphs(task: SpotTask, genes: Components) -> tuple[_Section, list[_Section]
     return section(seen, task.expression, task.shown, task.xy), [graph for graph in graphs if len(graph.measured) > 3]
 
 
-def masked_genes(task: GeneTask, epochs: int = EPOCHS // 2) -> Completed:
+def masked_genes(task: GeneTask, epochs: int = EPOCHS) -> Completed:
     """Hidden genes from the shown genes of a spot and of its neighbours, learned on the reference.
 
     A fifth of the shown genes is masked at random in every step. A section of the reference, or a fifth of its cells

@@ -62,9 +62,7 @@ def retrieval(task: SpotTask) -> Completed:
     error = error_per_gene(task.expression, held_out)
     # the spread among neighbours says where, the errors of held-out spots how much
     typical = np.sqrt(np.square(spread).mean(axis=0))
-    return Completed(
-        mean, spread * (error / np.where(typical > 0, typical, 1)), held_out, {"k": k, "bank": bank}
-    )
+    return Completed(mean, spread * (error / np.where(typical > 0, typical, 1)), held_out, {"k": k, "bank": bank})
 
 
 def ridge_features(task: SpotTask) -> Completed:
@@ -81,19 +79,17 @@ def _ridge(task: SpotTask) -> np.ndarray:
 
 
 def retrieval_kriging(task: SpotTask) -> Completed:
-    """`retrieval`, and its errors at the shown spots kriged to the others."""
+    """Retrieval, and its errors at the shown spots kriged to the others."""
     (k, bank), held_out = _best_bank(task)
     return _kriged(task, lambda own: _retrieve(own, k, bank)[0], held_out, {"k": k, "bank": bank})
 
 
 def ridge_kriging(task: SpotTask) -> Completed:
-    """`ridge_features`, and its errors at the shown spots kriged to the others."""
+    """Ridge from frozen features, and its errors at the shown spots kriged to the others."""
     return _kriged(task, _ridge, out_of_fold(task, _ridge), {})
 
 
-def _kriged(
-    task: SpotTask, trend: Callable[[SpotTask], np.ndarray], held_out: np.ndarray, settings: dict
-) -> Completed:
+def _kriged(task: SpotTask, trend: Callable[[SpotTask], np.ndarray], held_out: np.ndarray, settings: dict) -> Completed:
     """Regression kriging (Odeh et al. 1995): a trend, and kriging of what it leaves.
 
     Parameters

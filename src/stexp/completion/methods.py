@@ -55,16 +55,19 @@ def chosen_methods(known: Known, names: list[str] | None, task: SpotTask | GeneT
     InputError
         A name that is no method, or of one that the task does not allow.
     """
-    lacking = OF_IMAGES if isinstance(task, SpotTask) and task.features is None else ()
+    lacking: tuple[str, ...] = OF_IMAGES if isinstance(task, SpotTask) and task.features is None else ()
     if isinstance(task, GeneTask) and task.reference_xy is None:
         lacking = OF_PLACES
     choices = METHODS[known]
     for name in names or ():
         if name not in choices:
-            raise InputError(f"methods: {name} completes no {known}; choose {', '.join(choices)}{did_you_mean(name, choices)}")
+            meant = did_you_mean(name, choices)
+            raise InputError(f"methods={name}: none that completes {known}; choose {', '.join(choices)}{meant}")
         if name in lacking:
             needs = "a section with an image" if name in OF_IMAGES else "a reference whose spots have places"
-            raise InputError(f"methods: {name} needs {needs}; {', '.join(set(choices) - set(lacking))} would fit")
+            raise InputError(
+                f"methods={name} needs {needs}; {', '.join(own for own in choices if own not in lacking)} would fit"
+            )
     wanted = list(choices) if names is None else names
     return [name for name in [*FLOORS[known], *wanted] if name not in lacking]
 

@@ -75,19 +75,23 @@ class Problem:
         """Spots of which something is shown, (N,) bool: all, where genes are asked for."""
         return self.task.shown if isinstance(self.task, SpotTask) else np.ones(len(self.section), dtype=bool)
 
-    def statement(self, protocol: Protocol) -> str:
+    @property
+    def has_features(self) -> bool:
+        """Whether methods get what tiles look like."""
+        return isinstance(self.task, SpotTask) and self.task.features is not None
+
+    def statement(self) -> str:
         """What methods were given, in words."""
-        scale = f"the truth is ln or log10 of 1 + {protocol.target_sum:,.0f} x the share of a spot's counts"
         if self.known == "spots":
             return (
-                f"Methods get the counts of {int(self.shown.sum())} of {len(self.shown)} spots, the places and tiles of "
-                f"all, and {_names(self.references, 'whole section')}; nothing of the other spots' counts, their totals "
-                f"neither."
+                f"Methods get the counts of {int(self.shown.sum())} of {len(self.shown)} spots, the places "
+                f"{'and tiles ' if self.has_features else ''}of all, and {_names(self.references, 'whole section')}; "
+                f"nothing of the other spots' counts, nor of their totals."
             )
         return (
             f"Methods get {len(self.shown_genes)} genes of every spot, as shares of the counts of these genes alone, "
-            f"since the total over the transcriptome is not measured, and {_names(self.references, 'reference')}; {scale} "
-            f"over the transcriptome, which only scoring knows."
+            f"since the total over the transcriptome is not measured, and {_names(self.references, 'reference')}; the "
+            f"truth is relative to that total, which only scoring knows."
         )
 
 
@@ -219,7 +223,10 @@ def gene_problem(
         genes = _measured(genes, tables[0], "reference")
         whole = [tables[0]]
     shown = shown_genes(len(genes), share, seed)
-    names, asked = [g for g, s in zip(genes, shown, strict=True) if s], [g for g, s in zip(genes, shown, strict=True) if not s]
+    names, asked = (
+        [g for g, s in zip(genes, shown, strict=True) if s],
+        [g for g, s in zip(genes, shown, strict=True) if not s],
+    )
 
     def of_shown(table: Section) -> np.ndarray:
         counts = table.counts(names)
@@ -247,7 +254,7 @@ def _measured(genes: list[str], section: Section, what: str) -> list[str]:
     kept = [gene for gene in genes if gene in section.genes]
     missing = sorted(set(genes) - set(kept))
     if not kept:
-        raise InputError(f"{what} {section.name} measures none of the {len(genes)} genes of the panel ({genes[0]}, ...)")
+        raise InputError(f"{what} {section.name} measures none of the {len(genes)} panel genes ({genes[0]}, ...)")
     if missing:
         log.warning("%s %s lacks %d genes of the panel: %s", what, section.name, len(missing), listed(missing))
     return kept

@@ -24,7 +24,7 @@ from stexp.data.section import Section
 from stexp.documents import parse_yaml
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.predictions import add_images, make_predictions, write
-from stexp.files import alone_in, write_atomically, write_csv
+from stexp.files import write_atomically, write_csv
 from stexp.protocol import Protocol
 from stexp.runs.folder import differing_keys
 from stexp.runs.provenance import Stages, provenance
@@ -126,10 +126,10 @@ def complete_into(
         "section": problem.section.name,
         "patient": problem.section.patient,
         "protocol": asdict(protocol),
-        "image_encoder": config["image_encoder"]["name"] if _reads_features(problem) else None,
+        "image_encoder": config["image_encoder"]["name"] if problem.has_features else None,
         **sizes(problem),
         "references": problem.references,
-        "given": problem.statement(protocol),
+        "given": problem.statement(),
         "ceiling": of_hidden,
         "floors": floors,
         "methods": own,
@@ -161,10 +161,6 @@ def sizes(problem: Problem) -> dict[str, int]:
     return {"n_spots": len(problem.section), "n_genes_shown": len(problem.shown_genes), "n_genes_asked": genes}
 
 
-def _reads_features(problem: Problem) -> bool:
-    return isinstance(problem.task, SpotTask) and problem.task.features is not None
-
-
 def _on_shown(problem: Problem, completed: Completed) -> float | None:
     """Error on what is shown while it was held out; of methods that hold out a part, of that part."""
     return relative_error(problem.task, completed.held_out) if np.isfinite(completed.held_out).any() else None
@@ -179,7 +175,7 @@ def _shown_table(problem: Problem) -> pd.DataFrame:
 
 
 def _predictions(problem: Problem, completed: Mapping[str, Completed], show: str, protocol: Protocol) -> ad.AnnData:
-    """What was asked for, observed and predicted: by one in ``predicted`` and ``uncertainty``, by each in its layers."""
+    """What was asked for, observed and predicted: by one in ``predicted``, by each in a layer of its own."""
     section, truth = problem.section, problem.truth
     spots = section.spots.obs.iloc[truth.rows][["array_x", "array_y"]].copy()
     spots.insert(0, "spot", spots.index.astype(str))
@@ -202,7 +198,7 @@ def _predictions(problem: Problem, completed: Mapping[str, Completed], show: str
         adata.layers[f"uncertainty_{name}"] = own.sd.astype(np.float32)
     add_images(adata, [section])
     facts = {"kind": "completion", "known": problem.known, "predicted_by": show}
-    adata.uns["stexp"] = facts | {"protocol": json.dumps(asdict(protocol)), "given": problem.statement(protocol)}
+    adata.uns["stexp"] = facts | {"protocol": json.dumps(asdict(protocol)), "given": problem.statement()}
     return adata
 
 
@@ -226,7 +222,8 @@ def summary(result: Mapping[str, Any]) -> str:
     for name, scores in [("ceiling: counting noise", result["ceiling"]), *rows]:
         cells = (scores.get(key) for key in keys)
         lines.append(
-            f"  {name.replace('_', ' '):<28}" + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
+            f"  {name.replace('_', ' '):<28}"
+            + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
         )
     lines += ["  within: share of the truth inside the stated intervals of 95 %.", result["verdict"]]
     return "\n".join(lines)

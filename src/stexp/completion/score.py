@@ -13,7 +13,7 @@ from stexp.completion.tasks import Completed, relative_error
 from stexp.evaluation.floors import ceiling_per_gene
 from stexp.evaluation.intervals import difference_over_blocks
 from stexp.evaluation.metrics import mean_or_none, pearson_per_gene, score_section, top_genes
-from stexp.evaluation.verdict import label, number
+from stexp.evaluation.verdict import count, label, number
 from stexp.protocol import Protocol
 
 SCORE = "pearson_acg"
@@ -66,7 +66,10 @@ def judge(
         return {"best_floor": floor, "best_method": None, "difference": None, "outcome": "unclear", "verdict": text}
     method, truth = best_of(methods), problem.truth
     ours, theirs = methods[method][SCORE], floors[floor][SCORE]
-    beside = f"The best method, {label(method)}, has Pearson {number(ours)}, the best floor, {label(floor)}, {number(theirs)}"
+    beside = (
+        f"The best of {count(len(methods), 'method')}, {label(method)}, has Pearson {number(ours)}, the best of "
+        f"{count(len(floors), 'floor')}, {label(floor)}, {number(theirs)}"
+    )
     if ours is None or theirs is None:
         text, outcome, difference = f"{beside}.", "unclear", None
     else:
@@ -86,7 +89,10 @@ def _in_words(difference: Mapping[str, Any], beside: str) -> tuple[str, str]:
         return "win", f"{beside} ({interval}, over blocks of spots)."
     if difference["high"] < 0:
         return "loss", f"{beside}: no method here is as good as that floor ({interval})."
-    return "unclear", f"{beside}: no better than the floor, for all that can be told ({interval}, over blocks of spots)."
+    return (
+        "unclear",
+        f"{beside}: no better than the floor, as far as can be told ({interval}, over blocks of spots).",
+    )
 
 
 def per_gene(

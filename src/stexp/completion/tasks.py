@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -165,7 +166,7 @@ def out_of_fold(task: Task, predict: Predict[Task]) -> np.ndarray:
     return out
 
 
-def relative_error(task: Task, held_out: np.ndarray) -> float:
+def relative_error(task: SpotTask | GeneTask, held_out: np.ndarray) -> float:
     """Variance of the error as a share of each gene's variance over spots, mean over genes; 1 knows nothing."""
     scored = np.isfinite(held_out).any(axis=1)
     observed = np.asarray(task.expression[scored], dtype=np.float64)
@@ -182,18 +183,20 @@ class Choice(Generic[Setting]):
     held_out: np.ndarray
 
 
-def choose(
-    task: Task, settings: Sequence[Setting], predict: Callable[[Task, Setting], np.ndarray]
-) -> Choice[Setting]:
+def choose(task: Task, settings: Sequence[Setting], predict: Callable[[Task, Setting], np.ndarray]) -> Choice[Setting]:
     """The setting with the least `relative_error` on what is shown; the first of equals."""
     best: tuple[float, Choice[Setting]] | None = None
     for setting in settings:
-        held_out = out_of_fold(task, lambda inner, setting=setting: predict(inner, setting))
+        held_out = out_of_fold(task, partial(_with, predict, setting))
         error = relative_error(task, held_out)
         if best is None or error < best[0]:
             best = error, Choice(setting, held_out)
     assert best is not None
     return best[1]
+
+
+def _with(predict: Callable[[Task, Setting], np.ndarray], setting: Setting, task: Task) -> np.ndarray:
+    return predict(task, setting)
 
 
 def error_per_gene(expression: np.ndarray, held_out: np.ndarray) -> np.ndarray:

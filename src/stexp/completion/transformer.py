@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stexp.completion.tasks import Completed, SpotTask, error_per_gene, relative_error
 from stexp.data.progress import track
 
-STEPS, LOOK_EVERY = 400, 50
+STEPS, LOOK_EVERY = 400, 100
 GENES = 48
 """Maps of a step."""
 PATCH = 4
@@ -87,12 +87,18 @@ class GridMaps:
 
     @torch.no_grad()
     def predict(
-        self, model: GridTransformer, spots: torch.Tensor, at: torch.Tensor, generator: torch.Generator, share: float
+        self,
+        model: GridTransformer,
+        spots: torch.Tensor,
+        at: torch.Tensor,
+        generator: torch.Generator,
+        n: int,
+        share: float = 1,
     ) -> np.ndarray:
-        """Expression of all genes at spots `at` of the section, (`DRAWS`, len(at), G), each from a share of `spots`."""
+        """Expression of all genes at spots `at` of the section, (n, len(at), G), each time from a share of `spots`."""
         model.eval()
         draws = []
-        for _ in range(DRAWS):
+        for _ in range(n):
             cells = self.placed(generator)
             kept = spots[torch.randperm(len(spots), generator=generator)[: max(2, round(share * len(spots)))]]
             parts = [
@@ -123,7 +129,7 @@ def train_transformer(task: SpotTask, maps: GridMaps, steps: int) -> tuple[GridT
     for step in track(range(steps + 1), steps + 1, "transformer on the section's grid"):
         if step % LOOK_EVERY == 0 or step == steps:
             held_out = np.full(task.expression.shape, np.nan)
-            held_out[fold.numpy()] = maps.predict(model, training, maps.shown[validation], generator, 1.0).mean(axis=0)
+            held_out[fold.numpy()] = maps.predict(model, training, maps.shown[validation], generator, 2).mean(axis=0)
             error = relative_error(task, held_out)
             if best is None or error < best[0]:
                 best = error, copy.deepcopy(model.state_dict()), held_out, step
@@ -152,8 +158,8 @@ def grid_transformer(task: SpotTask, steps: int = STEPS) -> Completed:
     As published: one map a gene, patches of it as tokens, trained on the section alone to give its own grid back from a
     thinned one, Adam with 1e-3 and betas of 0.5 and 0.6. Differences: 4 layers of 64 dimensions (there 12), so that a
     CPU trains it in a minute; thinned at random to 30 to 80 % (there every second spot), so that any pattern can be
-    completed; the grid is turned, mirrored and moved on its canvas by chance, in training and prediction, since cells of
-    hidden spots have no truth to learn from; a second channel says which cells are given; maps are standardised; a
+    completed; the grid is turned, mirrored and moved on its canvas by chance, in training and prediction, since cells
+    of hidden spots have no truth to learn from; a second channel says which cells are given; maps are standardised; a
     fifth of the shown spots chooses when to stop.
     """
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +168,7 @@ def grid_transformer(task: SpotTask, steps: int = STEPS) -> Completed:
         model, held_out, step = train_transformer(task, maps, steps)
         hidden, every = torch.from_numpy(np.flatnonzero(~task.shown)), torch.arange(len(maps.shown))
         generator = torch.Generator().manual_seed(task.seed)
-        mean = maps.predict(model, every, hidden, generator, 1.0).mean(axis=0)
-        draws = maps.predict(model, every, hidden, generator, 0.8)
+        mean = maps.predict(model, every, hidden, generator, DRAWS).mean(axis=0)
+        draws = maps.predict(model, every, hidden, generator, DRAWS // 2, 0.8)
     error = error_per_gene(task.expression, held_out)
     return Completed(mean, np.sqrt(np.var(draws, axis=0) + error**2), held_out, {"step": step})

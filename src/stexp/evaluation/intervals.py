@@ -89,7 +89,12 @@ def over_blocks(
 
 
 def difference_over_blocks(
-    observed: np.ndarray, predicted: np.ndarray, other: np.ndarray, xy: np.ndarray, n_draws: int = N_DRAWS, seed: int = 0
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    other: np.ndarray,
+    xy: np.ndarray,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
 ) -> dict | None:
     """Interval of how much higher one prediction of a section scores than another, in the draws of `over_blocks`.
 

@@ -95,7 +95,7 @@ def _parts(result: Mapping[str, Any], hidden: ad.AnnData, between: ad.AnnData | 
         named = {"between the spots, by kriging": between, **named}
     layers = {key: np.concatenate([own.layers[key] for own in named.values()]) for key in (*FINE, "uncertainty")}
     names = np.repeat(list(named), [own.n_obs for own in named.values()])
-    spots = np.concatenate([own.obs["spot"] if "spot" in own.obs else own.obs_names for own in named.values()]).astype(str)
+    spots = np.concatenate([own.obs.get("spot", own.obs_names) for own in named.values()]).astype(str)
     obs = pd.DataFrame({"section": names, "spot": spots}, index=[str(i) for i in range(len(names))])
     parts = ad.AnnData(layers["predicted"], obs=obs, var=pd.DataFrame(index=hidden.var_names), layers=layers)
     parts.obsm["spatial"] = np.concatenate([np.asarray(own.obsm["spatial"]) for own in named.values()])

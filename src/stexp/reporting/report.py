@@ -20,7 +20,7 @@ def write_report(folder: str | Path) -> Path:
     ----------
     folder
         With predictions.h5ad, metrics.json, per_gene.csv, audit.json and provenance.json; of a predicted slide with
-        predictions.h5ad and provenance.json; of a completed section with result.json, predictions.h5ad and per_gene.csv.
+        predictions.h5ad and provenance.json; of a completed section with result.json, predictions.h5ad, per_gene.csv.
 
     Returns
     -------
