@@ -11,6 +11,7 @@ from scipy.spatial import cKDTree
 from torch import nn
 from torch.nn import functional as F
 
+from stexp.completion.genes import a_fifth, within_section
 from stexp.completion.tasks import Completed, GeneTask, SpotTask, error_per_gene, relative_error
 from stexp.data.progress import track
 
@@ -19,6 +20,8 @@ EPOCHS, LOOK_EVERY = 40, 5
 COMPONENTS = 64
 """Principal components of features or genes that are read, and of genes that are written."""
 DRAWS = 8
+AT_ONCE, FOR_AXES = 512, 5000
+"""Cells without places in a step; rows that principal axes are of."""
 
 
 @dataclass(frozen=True)
@@ -212,60 +215,78 @@ def _graphs(task: SpotTask, genes: Components) -> tuple[_Section, list[_Section]
 def masked_genes(task: GeneTask, epochs: int = EPOCHS) -> Completed:
     """Hidden genes from the shown genes of a spot and of its neighbours, learned on the reference.
 
-    A fifth of the shown genes is masked at random in every step. A section of the reference, or a fifth of its cells
-    where it has one section alone, is held out and chooses when to stop.
+    A fifth of the shown genes is masked at random in every step. A fifth of the sections of the reference, or of its
+    cells where it has one section alone, is left out and chooses when to stop.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        names = task.reference_section.copy()
-        if len(np.unique(names)) == 1:  # parts of it by chance, which know nothing of each other's places
-            names = np.char.add("part", np.random.default_rng(task.seed).integers(0, 5, len(names)).astype(str))
-        per_section = {name: np.flatnonzero(names == name) for name in np.unique(names)}
-        held = list(per_section)[task.seed % len(per_section)]
-        training_rows = np.concatenate([rows for name, rows in per_section.items() if name != held])
-        genes = Components.of(task.reference_hidden[training_rows].astype(np.float64))
-        axes = _float(genes.axes)
-        graphs = {}
-        for name, rows in per_section.items():
-            xy = None if task.reference_xy is None else task.reference_xy[rows]
-            truth = _standardised(task.reference_hidden[rows])
-            graphs[name] = (_float(_standardised(task.reference_shown[rows])), Neighbours.of(xy, len(rows)), truth)
+        left_out = a_fifth(task)
+        groups = _groups(task, left_out)
+        hidden = _by_section(task.reference_hidden, task.reference_section)
+        shown = _float(_by_section(task.reference_shown, task.reference_section))
+        places = [None if task.reference_xy is None else task.reference_xy[rows] for rows in groups]
+        neighbours = [Neighbours.of(xy, len(rows)) for xy, rows in zip(places, groups, strict=True)]
+        axes = _float(Components.of(hidden[~left_out][:: max(1, len(hidden) // FOR_AXES)]).axes)
         own = _float(_standardised(task.expression))
-        neighbours = Neighbours.of(None if task.reference_xy is None else task.xy, len(own))
+        around = Neighbours.of(None if task.reference_xy is None else task.xy, len(own))
         scale = own.shape[1] ** -0.5
         model = MaskedGraph(own.shape[1], len(axes))
         optimiser = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.1)
 
-        def predict(x: torch.Tensor, around: Neighbours) -> np.ndarray:
+        def masked(values: torch.Tensor) -> torch.Tensor:
+            return values * ((torch.rand(values.shape[1]) < 0.8).float() / 0.8)
+
+        def predict(x: torch.Tensor, beside: Neighbours) -> np.ndarray:
             model.eval()
             with torch.no_grad():
-                return (model(x * scale, around) @ axes).double().numpy()
+                return (model(x * scale, beside) @ axes).double().numpy()
 
-        training = [name for name in graphs if name != held and len(graphs[name][0]) > 1]
+        judging = [i for i, rows in enumerate(groups) if left_out[rows[0]]]
+        training = [i for i in range(len(groups)) if i not in judging]
         best: tuple[float, dict, np.ndarray, int] | None = None
         for epoch in track(range(epochs + 1), epochs + 1, "masked graph model of genes"):
             if epoch % LOOK_EVERY == 0 or epoch == epochs:
-                x, around, truth = graphs[held]
-                residual = predict(x, around) - truth
-                error = float(residual.var(axis=0).mean())
+                rest = np.concatenate([predict(shown[groups[i]], neighbours[i]) - hidden[groups[i]] for i in judging])
+                error = float(rest.var(axis=0).mean())
                 if best is None or error < best[0]:
-                    best = error, copy.deepcopy(model.state_dict()), np.sqrt(np.square(residual).mean(axis=0)), epoch
+                    best = error, copy.deepcopy(model.state_dict()), np.sqrt(np.square(rest).mean(axis=0)), epoch
             model.train()
-            for name in (training[i] for i in torch.randperm(len(training)).tolist()):
-                x, around, truth = graphs[name]
-                kept = (torch.rand(x.shape[1]) < 0.8).float() / 0.8
-                loss = F.mse_loss(model(x * kept * scale, around) @ axes, _float(truth))
+            for i in (training[j] for j in torch.randperm(len(training)).tolist()):
+                written = model(masked(shown[groups[i]]) * scale, neighbours[i]) @ axes
+                loss = F.mse_loss(written, _float(hidden[groups[i]]))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
         assert best is not None
         model.load_state_dict(best[1])
-        mean = predict(own, neighbours)
-        draws = [predict(own * ((torch.rand(own.shape[1]) < 0.8).float() / 0.8), neighbours) for _ in range(DRAWS)]
-    level, spread = task.reference_hidden.mean(axis=0), task.reference_hidden.std(axis=0)
+        mean = predict(own, around)
+        draws = [predict(masked(own), around) for _ in range(DRAWS)]
+    spread = within_section(task.reference_hidden, task.reference_section).std(axis=0)
     sd = np.sqrt(np.var(draws, axis=0) + best[2] ** 2)
     nothing = np.full(task.expression.shape, np.nan)
-    return Completed(level + mean * spread, sd * spread, nothing, {"epoch": best[3]})
+    return Completed(task.reference_hidden.mean(axis=0) + mean * spread, sd * spread, nothing, {"epoch": best[3]})
+
+
+def _groups(task: GeneTask, left_out: np.ndarray) -> list[np.ndarray]:
+    """Rows of the reference that are read together: sections, or, of cells without places, a few hundred at a time."""
+    rng = np.random.default_rng([task.seed, 24])
+    groups = []
+    for name in np.unique(task.reference_section):
+        for side in (False, True):
+            rows = np.flatnonzero((task.reference_section == name) & (left_out == side))
+            if task.reference_xy is None:
+                groups += np.array_split(rng.permutation(rows), -(-len(rows) // AT_ONCE)) if len(rows) else []
+            elif len(rows):
+                groups.append(rows)
+    return groups
+
+
+def _by_section(values: np.ndarray, section: np.ndarray) -> np.ndarray:
+    """`_standardised` within every section, (R, G)."""
+    out = np.empty(values.shape)
+    for name in np.unique(section):
+        out[section == name] = _standardised(values[section == name])
+    return out
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

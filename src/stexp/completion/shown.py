@@ -85,7 +85,7 @@ def _enough(shown: np.ndarray, what: str) -> np.ndarray:
     n_shown, n_hidden = int(shown.sum()), int((~shown).sum())
     if n_shown < FEWEST_SHOWN or n_hidden < FEWEST_HIDDEN:
         raise InputError(
-            f"share: of {len(shown)} {what}, {n_shown} would be shown and {n_hidden} asked for; {FEWEST_SHOWN} and {FEWEST_HIDDEN} at "
-            f"least would fit"
+            f"share: of {len(shown)} {what}, {n_shown} would be shown and {n_hidden} asked for; "
+            f"{FEWEST_SHOWN} and {FEWEST_HIDDEN} at least would fit"
         )
     return shown
