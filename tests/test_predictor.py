@@ -74,14 +74,13 @@ def test_at_the_spots_of_the_held_out_section_it_predicts_what_the_run_did(overr
     equal(found.obsm["spatial"], before.obsm["spatial"])
     if "image_embedding" in before.obsm:
         np.testing.assert_allclose(found.obsm["image_embedding"], before.obsm["image_embedding"], rtol=1e-4, atol=1e-4)
-        names_references = "model=consensus" not in overrides  # whose exports hold no names of spots
-        if "neighbours" in before.obsm and names_references:
+        if "neighbours" in before.obsm:
             named = [table.uns["references"].index[table.obsm["neighbours"][:, 0]] for table in (found, before)]
             assert (named[0] == named[1]).mean() > 0.98  # but for ties
             assert set(found.uns["references"]["section"]) <= {"B1", "C1"}
         columns = [name for name in before.obs if name.startswith("neighbour_")]
         assert len(columns) == 6
-        for name in columns if names_references else ["neighbour_distance", "neighbour_effective_k"]:
+        for name in columns:
             if before.obs[name].dtype.kind == "f":
                 equal(found.obs[name], before.obs[name])
             else:
