@@ -4,8 +4,9 @@ Generated sections: smooth random images, tiles of 16 px, 2,000 genes of which 1
 drawn gene by gene, some 350 of them, so that nine values of ten are zero, as in HEST-1k. Two sections are of one
 patient; one patient is held out, so that what is predicted stays the same while what is learnt from grows.
 
-Each command runs in a process of its own, with one thread; ``cpu_s`` is what it computed, whatever else the machine did. ``memory_gb`` is the peak of its resident memory and counts
-pages of mapped files, which the system takes back when it needs them; ``own_gb`` is the peak without these.
+Each command runs in a process of its own, with one thread; ``cpu_s`` is what it computed, whatever else was running.
+``memory_gb`` is the peak of its resident memory and counts pages of mapped files, which the system takes back when it
+needs them; ``own_gb`` is the peak without these.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def steps(folder: Path, n_sections: int, skipped: list[str]) -> dict[str, dict]:
 
 def _cells(told: dict) -> str:
     began = told.get("training_began_s")
-    text = f"{told['seconds']:>9.1f} s {told['cpu_s']:>9.1f} s CPU {told['memory_gb']:>7.2f} GB {told['own_gb']:>7.2f} GB own"
+    text = f"{told['seconds']:>9.1f} s {told['cpu_s']:>9.1f} s CPU {told['memory_gb']:>7.2f} GB"
+    text += f" {told['own_gb']:>7.2f} GB own"
     return text + ("" if began is None else f", training began after {began:.1f} s")
 
 

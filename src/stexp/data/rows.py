@@ -103,8 +103,9 @@ def some_rows(table: Rows, rows: np.ndarray) -> Rows:
     return SomeRows(table, rows) if isinstance(table, RowTable) else table[rows]
 
 
-def blocks(n: int, at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Slices that cover n rows."""
+def blocks(n: int, at_once: int | None = None) -> Iterator[slice]:
+    """Slices that cover n rows, `AT_ONCE` or another number in each."""
+    at_once = at_once or AT_ONCE
     return (slice(start, min(start + at_once, n)) for start in range(0, n, at_once))
 
 
