@@ -96,6 +96,7 @@ def test_what_is_learnt_by_blocks_is_what_is_learnt_at_once(monkeypatch):
 
     train, test = table(330), table(60)
     at_once = predict_floors(train, test), co_expressed_modules(train.expression, train.section)
+    monkeypatch.setattr(tables, "WHOLE", 64)
     monkeypatch.setattr(tables, "AT_ONCE", 64)
     floors, modules = predict_floors(train, test), co_expressed_modules(train.expression, train.section)
     assert list(floors) == list(at_once[0])
