@@ -4,8 +4,9 @@ Generated sections: smooth random images, tiles of 16 px, 2,000 genes of which 1
 drawn gene by gene, some 350 of them, so that nine values of ten are zero, as in HEST-1k. Two sections are of one
 patient; one patient is held out, so that what is predicted stays the same while what is learnt from grows.
 
-Each command runs in a process of its own, with one thread; ``cpu_s`` is what it computed, whatever else the machine did. ``memory_gb`` is the peak of its resident memory and counts
-pages of mapped files, which the system takes back when it needs them; ``own_gb`` is the peak without these.
+Each command runs in a process of its own, with one thread; ``cpu_s`` is what it computed, whatever else was running.
+``memory_gb`` is the peak of its resident memory and counts pages of mapped files, which the system takes back when it
+needs them; ``own_gb`` is the peak without these.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,14 @@ def _memory_kb(process: int, *keys: str) -> dict[str, int]:
     return {key: int(values.get(key, 0)) for key in keys}
 
 
-def steps(folder: Path, n_sections: int, skipped: list[str]) -> dict[str, dict]:
+def steps(folder: Path, n_sections: int, skipped: list[str]) -> Iterator[tuple[str, dict]]:
     """Every command on one cohort, in order; the second start of a training ends when it trains."""
     data = ["data=samplesheet", f"data.sheet={folder}/sheet.csv", f"data.panel_file={folder}/panel.txt"]
     data += [f"data.cache_dir={folder}/cache", f"fold=P{n_sections // 4:03}", *COMMON]
     stnet = ["model=stnet", "model.symmetries=false", "model.input_scale=image_encoder", *FROZEN]
     run, again = folder / "stnet", folder / "again"
     plan: dict[str, tuple[list[str], Path | None]] = {
-        "prepare": (["stexp.cli.prepare", *data[:4], COMMON[0], "features=tiny", f"output_dir={folder}/qc"], None),
+        "prepare": (["stexp.cli.prepare", *data[:4], *COMMON[:2], "features=tiny", f"output_dir={folder}/qc"], None),
         "train": (["stexp.cli.train", *data, *stnet, f"output_dir={run}"], run),
         "second start": (["stexp.cli.train", *data, *stnet, f"output_dir={again}"], again),
         "ridge": (
@@ -134,18 +136,17 @@ def steps(folder: Path, n_sections: int, skipped: list[str]) -> dict[str, dict]:
         "score": (["stexp.cli.score", f"run={run}"], None),
         "report": (["stexp.cli.report", f"run={run}"], None),
     }
-    told = {}
     for name, (arguments, run_folder) in plan.items():
-        if name in skipped:
-            continue
-        told[name] = measure(arguments, folder / f"{name}.log", run_folder, stop=name == "second start")
-        print(f"{n_sections:>6}  {name:<14}" + _cells(told[name]), flush=True)
-    return told
+        if name not in skipped:
+            told = measure(arguments, folder / f"{name}.log", run_folder, stop=name == "second start")
+            print(f"{n_sections:>6}  {name:<14}" + _cells(told), flush=True)
+            yield name, told
 
 
 def _cells(told: dict) -> str:
     began = told.get("training_began_s")
-    text = f"{told['seconds']:>9.1f} s {told['cpu_s']:>9.1f} s CPU {told['memory_gb']:>7.2f} GB {told['own_gb']:>7.2f} GB own"
+    text = f"{told['seconds']:>9.1f} s {told['cpu_s']:>9.1f} s CPU {told['memory_gb']:>7.2f} GB"
+    text += f" {told['own_gb']:>7.2f} GB own"
     return text + ("" if began is None else f", training began after {began:.1f} s")
 
 
@@ -168,9 +169,11 @@ def main() -> None:
         start = time.perf_counter()
         write_cohort(folder, n_sections)
         print(f"{n_sections:>6}  made after {time.perf_counter() - start:.0f} s", flush=True)
-        record["sections"][str(n_sections)] = steps(folder, n_sections, args.skip)
-        record["ratios"] = ratios(record["sections"])
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        own = record["sections"][str(n_sections)] = {}
+        for name, told in steps(folder, n_sections, args.skip):
+            own[name] = told
+            record["ratios"] = ratios(record["sections"])
+            output.write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder)
     for line in lines(record):
         print(line)

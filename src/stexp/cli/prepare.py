@@ -61,6 +61,7 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     # these bring torch and pandas, which --help does without
     import pandas as pd
 
+    from stexp.data.parallel import on_all_cores
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
     from stexp.data.slides.spacing import shared_with_nearest
@@ -70,7 +71,9 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
 
     folder, thresholds = Path(cfg.output_dir), build(cfg.data.quality)
     spec, kept = dataset_of(cfg).tile, (cfg.data.cache_dir, cfg.data.tile_store)
-    warn_of_scales([section for section in sections if section.slide is not None], spec)
+    with_image = [section for section in sections if section.slide is not None]
+    warn_of_scales(with_image, spec)
+    on_all_cores(with_image, len(with_image), "sections with tiles", lambda section: open_tiles(section, spec, *kept))
     (folder / "overlay").mkdir(parents=True, exist_ok=True)
     rows, spots, pictures = [], [], []
     for number, section in enumerate(sections, start=1):

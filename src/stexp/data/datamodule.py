@@ -36,6 +36,7 @@ from stexp.data.features import (
 from stexp.data.genes import drop_unmeasured, panel_of_fold
 from stexp.data.identity import check_checkpoint, check_stain, data_digest
 from stexp.data.loaders import SpotLoaders
+from stexp.data.parallel import on_all_cores
 from stexp.data.rows import Rows
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser, check_method
@@ -240,7 +241,9 @@ class SpotDataModule(SpotLoaders):
         if self.bank is not None:
             return self.bank
         warn_of_scales(self._with_image, self.tile)
-        stores = [open_tiles(section, self.tile, self.cache_dir, self.tile_store) for section in self._with_image]
+        kept = (self.tile, self.cache_dir, self.tile_store)
+        n, what = len(self._with_image), "sections with tiles"
+        stores = on_all_cores(self._with_image, n, what, lambda section: open_tiles(section, *kept))
         has_tile = self.spots["section"].isin([section.name for section in self._with_image]).to_numpy()
         self._bank_row[has_tile] = np.arange(has_tile.sum())
         self.bank = TileBank(stores, self.placement)

@@ -302,7 +302,7 @@ def _threads_kept() -> Iterator[None]:
             torch.set_num_threads(n)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def variable_genes(section: Section, n: int) -> pd.Series:
     """Normalised dispersion of the `n` most variable genes: scanpy, flavour ``seurat``, on ln(1 + 1e4 x share)."""
     kept = section.made(f"variable{n}", lambda: _most_variable(section, n))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -19,10 +18,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from stexp import hardware
 from stexp.data.cache import write_whole
 from stexp.data.kept_counts import KeptCounts
-from stexp.data.progress import track
+from stexp.data.parallel import on_all_cores
 from stexp.data.section import Section
 from stexp.errors import InputError
 
@@ -46,27 +44,14 @@ def keeping(folder: Path | None) -> Iterator[None]:
 
 
 def read_each(items: Iterable[Item], total: int, what: str, read: Callable[[Item], Section]) -> list[Section]:
-    """Sections of a data set, in order: as many at once as there are cores; the first error of their order is raised.
-
-    Parameters
-    ----------
-    total
-        Number of items.
-    what
-        Is done, for the progress.
-    """
+    """Sections of a data set, in order, by :func:`~stexp.data.parallel.on_all_cores`; kept where `keeping` says so."""
     folder = _folder.get()
 
     def read_one(item: Item) -> Section:
         section = read(item)
         return section if folder is None else keep(section, folder)
 
-    with ThreadPoolExecutor(min(hardware.usable_cores(), max(1, total))) as pool:
-        waiting = [pool.submit(read_one, item) for item in items]
-        try:
-            return [each.result() for each in track(waiting, total, what)]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return on_all_cores(items, total, what, read_one)
 
 
 def keep(section: Section, folder: Path) -> Section:
@@ -97,7 +82,7 @@ def _file_image(name: str, spots: ad.AnnData) -> bytes:
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": counts.shape})
         for part in ("data", "indices", "indptr"):
             group.create_dataset(part, data=getattr(counts, part))  # contiguous, to be mapped
-        file["stexp_total"] = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        group["total"] = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
         genes = hashlib.blake2b(pd.util.hash_pandas_object(var).to_numpy().tobytes(), digest_size=16)
         genes.update(json.dumps([*var.columns, *var.index]).encode())
         facts = {"uns": dict(spots.uns), "text": text, "genes": genes.hexdigest()}
@@ -122,8 +107,10 @@ def open_counts(path: Path) -> tuple[ad.AnnData, KeptCounts]:
         if facts["genes"] not in _genes:
             _genes[facts["genes"]] = ad.io.read_elem(file["var"])
         obsm, layers = (ad.io.read_elem(file[key]) for key in ("obsm", "layers"))
-        arrays = [_mapped(path, file["X"][name]) for name in ("data", "indices", "indptr")]
-        matrix, total = sp.csr_matrix(tuple(arrays), shape=tuple(file["X"].attrs["shape"])), file["stexp_total"][:]
+        group = file["X"]
+        matrix, total = sp.csr_matrix(tuple(group.attrs["shape"]), dtype=group["data"].dtype), group["total"][:]
+        for part in ("data", "indices", "indptr"):
+            setattr(matrix, part, _mapped(path, group[part]))  # its constructor would read or copy some of them
     matrix.has_canonical_format = True
     spots = ad.AnnData(matrix, obs=obs, var=_genes[facts["genes"]], obsm=obsm, layers=layers, uns=facts["uns"])
     return spots, KeptCounts(path, matrix, total)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-AT_ONCE = 16_384
-"""Rows of a block: 1,000 genes in 64 bits take 131 MB. Data of fewer spots is calculated with as one block."""
+WHOLE, AT_ONCE = 16_384, 4_096
+"""Rows up to which a table is one block, and is calculated with as an array is; rows of a block of larger ones."""
 
 
 class Rows(Protocol):
@@ -103,14 +103,15 @@ def some_rows(table: Rows, rows: np.ndarray) -> Rows:
     return SomeRows(table, rows) if isinstance(table, RowTable) else table[rows]
 
 
-def blocks(n: int, at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Slices that cover n rows."""
+def blocks(n: int, at_once: int | None = None) -> Iterator[slice]:
+    """Slices that cover n rows: all of them up to `WHOLE`, else `AT_ONCE`; or another number in each."""
+    at_once = at_once or (max(n, 1) if n <= WHOLE else AT_ONCE)
     return (slice(start, min(start + at_once, n)) for start in range(0, n, at_once))
 
 
 def column_means(table: Rows, dtype: Any = None) -> np.ndarray:
     """Mean over the rows (C,): that of NumPy where they are one block, else by sums in 64 bits."""
-    if len(table) <= AT_ONCE:
+    if len(table) <= WHOLE:
         return np.asarray(table[:]).mean(axis=0, dtype=dtype)
     total = sum(np.asarray(table[block]).sum(axis=0, dtype=np.float64) for block in blocks(len(table)))
     return (total / len(table)).astype(dtype or table[:1].dtype)

@@ -255,6 +255,8 @@ def ceiling_per_gene(
 def _fill(expression: Rows) -> Rows:
     """Expression in 64 bits, with the mean over the others in the place of what is not measured."""
     n_measured, total = np.zeros((2, expression.shape[1]))
+    if not any(np.isnan(expression[block]).any() for block in blocks(len(expression))):
+        return MappedRows(expression, np.asarray, len(total))
     for block in blocks(len(expression)):
         part = np.asarray(expression[block], dtype=np.float64)
         n_measured += (~np.isnan(part)).sum(axis=0)

@@ -34,10 +34,12 @@ def _most_similar(queries: np.ndarray, bank: Rows, k: int, chunk: int) -> np.nda
         units = normalize(bank[block])
         for part in blocks(len(queries), chunk):
             similarity = queries[part] @ units.T
-            index = np.broadcast_to(np.arange(block.start, block.stop), similarity.shape)
             if block.start:
                 similarity = np.hstack([best[part], similarity])
-                index = np.hstack([nearest[part], index])
             top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-            best[part], nearest[part] = (np.take_along_axis(values, top, axis=1) for values in (similarity, index))
+            best[part] = np.take_along_axis(similarity, top, axis=1)
+            if block.start:
+                before = np.take_along_axis(nearest[part], np.minimum(top, k - 1), axis=1)
+                top = np.where(top < k, before, block.start + top - k)
+            nearest[part] = top
     return nearest
