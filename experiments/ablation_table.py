@@ -15,10 +15,17 @@ def lines(table: dict[str, dict]) -> list[str]:
         "| | " + " | ".join(f"{score} ({side})" for side, score in shown) + " | s |",
         "|---" * (len(shown) + 2) + "|",
     ]
-    for name, part in table.items():
+    for name in sorted(table, key=_place):
+        part = table[name]
         cells = [cell(part[side][score]) for side, score in shown]
         rows.append(f"| {name} | " + " | ".join(cells) + f" | {part['seconds']:.0f} |")
     return rows
+
+
+def _place(name: str) -> tuple[int, str]:
+    """What is left out first, as it was measured; then parts alone, then other inputs and random weights."""
+    kinds = ("plain", "whole,", "random")
+    return next(((place + 1, name) for place, kind in enumerate(kinds) if name.startswith(kind)), (0, ""))
 
 
 def cell(value: dict[str, float | None]) -> str:
