@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from ablation_table import SCORES, SIDES, lines
+from ablation_table import cell as cell
 
 from stexp import hardware
 from stexp.config import build, dataset_of, to_plain
@@ -44,8 +46,6 @@ from stexp.models.table import Table
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.training.machine import Machine
 
-SIDES = ("training side, left out", "test side, decides nothing")
-SCORES = ("pearson_acg", "pearson_given_depth", "mse")
 WHOLE, PLAIN = "whole", "plain"
 FULL_RANK: dict[str, Any] = {"ranks": [1024]}
 UNSMOOTHED: dict[str, Any] = {"radii_um": [0]}
@@ -115,25 +115,25 @@ def left_out(table: Table, sizes: tuple[int, int], arguments: dict[str, Any]) ->
 def score(data: SpotDataModule, kept: np.ndarray, arguments: dict[str, Any]) -> dict[str, dict[str, dict]]:
     """Scores by `SCORES` of each section of each of `SIDES`, from the columns `kept` of the features."""
     learnt, test = data.rows(*LEARNT_FROM), data.rows("test")
-    features, sizes = data.tile_features, (len(data.panel), len(kept))
-    if len(kept) < features.shape[1]:
-        features = features[:, kept]
-    table = replace(Table.of(data, learnt), features=features)
+    used, sizes = np.concatenate([learnt, test]), (len(data.panel), len(kept))
+    features, expression = data.tile_features[used][:, kept], data.target[used]
+    rows = np.split(np.arange(len(used)), [len(learnt)])
+    table = replace(Table.of(data, learnt), features=features, expression=expression, rows=rows[0])
     method = Consensus(*sizes, **arguments)
     method.fit_table(table)
     spots = data.spots.iloc[test]
     names = spots["section"].to_numpy(str)
-    of_test = Table(features, data.target, data.xy_um[test], names, names, test)
+    of_test = Table(features, expression, data.xy_um[test], names, names, rows[1])
     heg = top_genes(table.read(table.expression).mean(axis=0))
     scores: dict[str, dict[str, dict]] = {}
-    for side, rows, own, predicted in (
+    for side, places, own, predicted in (
         (SIDES[0], learnt, table, left_out(table, sizes, arguments)),
         (SIDES[1], test, of_test, predict(method, of_test)),
     ):
         scores[side], observed = {}, own.read(own.expression)
         for name in np.unique(own.section):
             mine = own.section == name
-            spots = data.spots.iloc[rows[mine]]
+            spots = data.spots.iloc[places[mine]]
             depth = spots["total_counts"].to_numpy()
             all_scores = score_section(observed[mine], predicted[mine], heg, total_counts=depth)
             scores[side][name] = {key: all_scores[key] for key in SCORES} | {"patient": str(spots["patient"].iloc[0])}
@@ -220,29 +220,6 @@ def _of_sections(scores: dict[str, dict]) -> pd.DataFrame:
     """Mean over folds of each section, whose fits share most of what they learn from: (patient, section) -> scores."""
     table = pd.DataFrame(scores.values(), index=[key.partition(":")[2] for key in scores]).rename_axis("section")
     return table.reset_index().groupby(["patient", "section"])[list(SCORES)].mean()
-
-
-def lines(table: dict[str, dict]) -> list[str]:
-    """The table in Markdown; its heading says which side judges."""
-    shown = [(SIDES[0], score) for score in SCORES] + [(SIDES[1], "pearson_acg")]
-    rows = [
-        "| | " + " | ".join(f"{score} ({side})" for side, score in shown) + " | s |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for name, part in table.items():
-        cells = [cell(part[side][score]) for side, score in shown]
-        rows.append(f"| {name} | " + " | ".join(cells) + f" | {part['seconds']:.0f} |")
-    return rows
-
-
-def cell(value: dict[str, float | None]) -> str:
-    """A mean, and behind it the paired difference with its interval where there are these."""
-    text = f"{value['mean']:.4f}"
-    if "difference" in value:
-        text += f", {value['difference']:+.4f}"
-    if value.get("low") is not None:
-        text += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
-    return text
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import ablation
+import ablation_table
 import numpy as np
 import pytest
 from encoders import MadeUpFeatures
@@ -23,6 +24,13 @@ SMALL = {"n_components": 6, "penalties": [1.0], "neighbours": [3], "ranks": [1, 
 def test_columns_of_a_scale_are_those_of_its_view():
     np.testing.assert_array_equal(ablation.columns([0.5, 1, 2], 12, [1]), np.arange(4, 8))
     np.testing.assert_array_equal(ablation.columns([0.5, 1, 2], 12, [0.5, 2]), np.r_[0:4, 8:12])
+
+
+def test_the_page_of_results_has_a_table_of_each_record():
+    part = {"seconds": 1.4, **{side: {score: {"mean": 0.1} for score in ablation.SCORES} for side in ablation.SIDES}}
+    command = "python experiments/ablation.py --folds B C --seeds 0 1 data=her2st"
+    page = ablation_table.tables({"ablation-x": {"command": command, "table": {"whole": part}}})
+    assert "(../experiments/results/ablation-x.json), folds B C:" in page and "| whole | 0.1000 |" in page
 
 
 def test_differences_are_to_the_whole_method_in_the_same_section():

@@ -23,7 +23,7 @@ from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
 from stexp.training.checkpoints import load_checkpoint
 
-CONSENSUS = ("model=consensus",)
+CONSENSUS = ("model=consensus", "image_encoder.output=levels", "data.stain=macenko")  # any features and colours do
 UM = 2.0
 
 

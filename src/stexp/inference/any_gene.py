@@ -54,7 +54,7 @@ def any_gene(run: FinishedRun) -> AnyGene | None:
     if bank is None:
         return None
     model = TrainedMethod(facts, weights, bank)
-    return AnyGene(lambda data: predict_together(run, model, data.panel), lambda: _inputs(run, facts, weights))
+    return AnyGene(lambda data: predict_together(run, model, data.panel), lambda: _inputs(run, model, weights))
 
 
 def predict_together(run: FinishedRun, model: TrainedMethod, genes: list[str]) -> Prediction:
@@ -70,12 +70,12 @@ def predict_together(run: FinishedRun, model: TrainedMethod, genes: list[str]) -
     return Prediction(torch.from_numpy(predicted), torch.from_numpy(uncertainty))
 
 
-def _inputs(run: FinishedRun, facts: dict, weights: dict[str, torch.Tensor]) -> Inputs:
+def _inputs(run: FinishedRun, model: TrainedMethod, weights: dict[str, torch.Tensor]) -> Inputs:
     """Features as the run cached them, computed where they are gone; without those of random weights."""
-    data, encoder = run.data, rebuild_encoder(facts["features_by"], weights)
+    data, encoder = run.data, rebuild_encoder(model.facts["features_by"], weights)
     assert isinstance(encoder, ImageEncoder)  # of a method that reads frozen features
-    mixed = facts["precision"] == "bf16-mixed" and torch.cuda.is_available()
-    device = torch.device("cuda" if mixed else "cpu")
-    context = torch.autocast("cuda", torch.bfloat16) if mixed else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mixed = model.precision(device) == "bf16-mixed"
+    context = torch.autocast(device.type, torch.bfloat16) if mixed else None
     data.encoder = FrozenEncoder(encoder, device, context, data.cache_dir, data.eval_batch_size)
     return data.tile_features, colours(data), ()
