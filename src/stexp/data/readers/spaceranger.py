@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,6 +285,7 @@ def read_visium_positions(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     table = _read_positions_table(path)
     missing = [name for name in POSITIONS if name not in table.columns]
+    refuse_xenium(table.columns, f"positions {path}")
     if missing:
         raise InputError(
             f"positions {path} lack {', '.join(missing)}; {', '.join(POSITIONS)} would fit, or six columns in this "
@@ -327,6 +328,15 @@ def _read_positions_table(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors
         raise InputError(f"positions {path} cannot be read as a table: {' '.join(str(error).split())}") from error
     return table
+
+
+def refuse_xenium(columns: Iterable[object], subject: str) -> None:
+    """InputError for the columns of a table of Xenium's cells, which lie in micrometres beside any image."""
+    if {"x_centroid", "y_centroid"} <= set(columns):
+        raise InputError(
+            f"{subject} are cells of Xenium in micrometres, of which only the matrix of the H&E image makes pixels; "
+            f"data=xenium data.spots=cells reads both"
+        )
 
 
 def flags(column: pd.Series) -> pd.Series:

@@ -72,11 +72,11 @@ def read_visium(
     """
     root = _folder_around(user_path(root))
     image = user_path(image) if image else None
-    for folder in (root, root / "outs"):
-        if is_aggr(folder):
-            if cytassist:
-                raise InputError(f"data.cytassist=true, but {folder} of aggr keeps no picture by the CytAssist")
-            return read_aggr(folder, sections, image, gene_table)
+    joint = _joint(root)
+    if joint is not None:
+        if cytassist:
+            raise InputError(f"data.cytassist=true, but {joint} of aggr keeps no picture by the CytAssist")
+        return read_aggr(joint, sections, image, gene_table)
     folders = _section_folders(root)
     names = choose_sections(sorted(folders), sections, root)
     patients = read_patients(root / "patients.csv", names)
@@ -138,15 +138,31 @@ def _folder_around(root: Path) -> Path:
     return folder
 
 
+def _places(root: Path) -> list[Path]:
+    """Where ``outs`` may be: a folder, those in it, and each one's ``outs``."""
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [each for folder in (root, *inside) for each in (folder, folder / "outs")]
+
+
+def _has_spatial(folder: Path) -> bool:
+    return (folder / "spatial").is_dir()
+
+
+def _joint(root: Path) -> Path | None:
+    """``outs`` of aggr, where there is nothing else; None where there is none."""
+    folders = list(dict.fromkeys(filter(_has_spatial, _places(root))))
+    joint = [folder for folder in folders if is_aggr(folder)]
+    if folders and folders[0] in (root, root / "outs"):
+        folders = folders[:1]  # what lies deeper belongs to it
+        joint = joint[:1] if joint[:1] == folders else []
+    if joint and folders != joint:
+        raise InputError(f"{joint[0]} is of spaceranger aggr, beside others; read it alone: data.root={joint[0]}")
+    return joint[0] if joint else None
+
+
 def _section_folders(root: Path) -> dict[str, Path]:
     """Folders that hold ``spatial``, by the section's name."""
-    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    candidates = [root, root / "outs"] + [path for folder in inside for path in (folder, folder / "outs")]
-    candidates = [_only_bins(folder) for folder in dict.fromkeys(candidates)]
-    with_spatial = [folder for folder in dict.fromkeys(candidates) if (folder / "spatial").is_dir()]
-    joint = [folder for folder in with_spatial if is_aggr(folder)]
-    if joint:
-        raise InputError(f"{joint[0]} is of spaceranger aggr, beside others; read it alone: data.root={joint[0]}")
+    with_spatial = list(dict.fromkeys(folder for folder in map(_only_bins, _places(root)) if _has_spatial(folder)))
     for own in (_only_bins(root), _only_bins(root / "outs")):
         if own in with_spatial:
             with_spatial = [own]  # what lies deeper belongs to it

@@ -97,7 +97,7 @@ def _outs(root: Path) -> dict[str, Path]:
     if not root.exists():
         raise InputError(f"folder {root} does not exist (data.root=)")
     folder = root if root.is_dir() else root.absolute().parent
-    while folder.name in (BINS, CELLS, "spatial", "analysis") or BIN_FOLDER.fullmatch(folder.absolute().name):
+    while _is_within(folder.absolute().name):
         folder = folder.absolute().parent
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     for candidates in ((folder,), (folder / "outs",), [each for path in inside for each in (path, path / "outs")]):
@@ -115,6 +115,15 @@ def _outs(root: Path) -> dict[str, Path]:
             raise InputError(f"{folders[name]} and {path} would both be section {name}; rename one")
         folders[name] = path
     return folders
+
+
+def _is_within(name: str) -> bool:
+    """Whether a folder of this name lies in ``outs``."""
+    return (
+        name in (BINS, CELLS, "spatial", "analysis")
+        or BIN_FOLDER.fullmatch(name) is not None
+        or name.endswith(("_feature_bc_matrix", "_feature_cell_matrix"))
+    )
 
 
 def _sizes(outs: Path) -> dict[int, Path]:
