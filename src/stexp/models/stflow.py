@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from stexp.arguments import Count, Depth, OpenShare, Positive, Rate, Seed, Whole, Width, checked
 from stexp.data.batches import SpotBatch
+from stexp.data.datamodule import SpotDataModule
 from stexp.data.features import TileEncoder
 from stexp.errors import InputError
 from stexp.models.blocks import GeneHead, start_as_mean
@@ -66,6 +67,8 @@ class STFlow(Method):
         Of Adam.
     start_from_mean
         The last layers' biases start as the mean expression of the training spots (published: at random).
+    standardise
+        Features enter with mean 0 and deviation 1 over the training spots (published: as they are).
 
     Notes
     -----
@@ -79,6 +82,8 @@ class STFlow(Method):
 
     batching = "section"
     predicts_slides = False
+    centre: torch.Tensor  # (F,), of the training spots
+    scale: torch.Tensor  # (F,)
 
     @checked("model")
     def __init__(
@@ -100,6 +105,7 @@ class STFlow(Method):
         clip: Positive = 1.0,
         lr: Rate = 5e-4,
         start_from_mean: bool = False,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads or dim % 2:
@@ -109,7 +115,9 @@ class STFlow(Method):
         self.blocks = nn.ModuleList(Block(dim, n_genes, heads, dropout) for _ in range(depth))
         self.n_neighbours, self.prior = n_neighbours, Prior(total_count, logits, zero_logits)
         self.n_times, self.draws, self.seed = n_times, draws, seed
-        self.clip, self.lr, self.start_from_mean = clip, lr, start_from_mean
+        self.clip, self.lr, self.start_from_mean, self.standardise = clip, lr, start_from_mean, standardise
+        self.register_buffer("centre", torch.zeros(n_features))
+        self.register_buffer("scale", torch.ones(n_features))
         self._around: dict[bytes, Surrounding] = {}  # of sections that were seen, by their places
 
     def reads_features_of(self, encoder: TileEncoder) -> bool:
@@ -118,7 +126,7 @@ class STFlow(Method):
 
     def forward(self, y: torch.Tensor, t: torch.Tensor, features: torch.Tensor, around: Surrounding) -> torch.Tensor:
         """The guess (N, G) of a section's expression from a state `y` (N, G) at time `t` (), and features (N, F)."""
-        x = self.of_features(features) + self.of_time(frequencies(t))
+        x = self.of_features((features - self.centre) / self.scale) + self.of_time(frequencies(t))
         guesses = []
         for block in self.blocks:
             x, y = block(x, y, around)
@@ -136,10 +144,21 @@ class STFlow(Method):
 
     def on_fit_start(self) -> None:
         self._around.clear()
-        if self.start_from_mean and self.trainer.ckpt_path is None:
+        if self.trainer.ckpt_path is None:  # else the weights are those of a training that did so
+            self.start_from(self.data)
+
+    @torch.no_grad()
+    def start_from(self, data: SpotDataModule) -> None:
+        """Take from the training spots what `start_from_mean` and `standardise` ask for."""
+        if self.standardise:
+            features = data.tile_features[data.rows("train")].astype(np.float64)
+            spread = features.std(axis=0)
+            self.centre.copy_(torch.from_numpy(features.mean(axis=0)))
+            self.scale.copy_(torch.from_numpy(np.where(spread > 0, spread, 1)))
+        if self.start_from_mean:
             for block in self.blocks:
                 assert isinstance(block, Block)
-                start_as_mean(block.last, self.data)
+                start_as_mean(block.last, data)
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         end, t = batch.target, torch.rand(())
