@@ -50,14 +50,14 @@ SHORT = {
         "trainer.max_epochs=90",
     ],
     "m2ort": [
-        *("model.patch_px=8", "model.dim=48", "model.depth=1", "model.heads=2", "model.head_dim=16", "model.hidden=32"),
-        *("model.start_from_mean=true", "model.lr=2e-3", "trainer.max_epochs=8"),
+        *("model.dim=48", "model.depth=1", "model.heads=2", "model.head_dim=16", "model.hidden=32"),
+        *("model.start_from_mean=true", "model.lr=2e-3", "data.batch_size=16", "trainer.max_epochs=8"),
     ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
     "stflow": [
-        *("model.dim=64", "model.depth=2", "model.dropout=0.0", "model.start_from_mean=true", "model.lr=3e-3"),
-        *("data.augmentation=none", "trainer.max_epochs=60"),
+        *("model.dim=64", "model.depth=1", "model.dropout=0.3", "model.output_dropout=0.0", "model.lr=1e-3"),
+        *("model.start_from_mean=true", "model.standardise=true", "data.augmentation=none", "trainer.max_epochs=30"),
     ],
     "stgchb": ["trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
@@ -83,8 +83,8 @@ NO_SKILL = {"mean"}
 CLOSED = {"consensus", "hest_ridge", "mean"}
 """Methods that are one calculation, from validation spots, too: nothing is validated on these."""
 
-FROM_NOTHING = {"hist2st", "thitogene"}
-"""Methods whose convolutions learn here from one section alone; the mean floor has the validation section, too."""
+FROM_NOTHING = {"hist2st", "m2ort", "thitogene"}
+"""Methods that learn to see here from one section alone; the mean floor has the validation section, too."""
 
 RUN_FOLDER = {
     "config.yaml",

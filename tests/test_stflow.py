@@ -222,6 +222,22 @@ def test_predictions_repeat_for_a_seed_and_several_draws_say_how_far_they_spread
     torch.testing.assert_close(ends[0], first)
 
 
+def test_features_and_last_layers_start_from_the_training_spots_where_asked(data):
+    model = make_model(data, standardise=True, start_from_mean=True)
+    model.on_fit_start()
+    rows, features = data.rows("train"), data.tile_features
+    batch = data.batch(SpotIndex(torch.from_numpy(rows), image=False))
+    entered = (batch.tile_features - model.centre) / model.scale
+    np.testing.assert_allclose(entered.mean(dim=0), 0, atol=1e-3)
+    np.testing.assert_allclose(model.scale, features[rows].std(axis=0), rtol=1e-3)
+    for block in model.blocks:
+        np.testing.assert_allclose(block.last.bias.detach(), data.target[rows].mean(axis=0), rtol=1e-4)
+    model._trainer = SimpleNamespace(datamodule=data, ckpt_path="last.ckpt")
+    model.centre.fill_(7.0)  # as of a training that goes on
+    model.on_fit_start()
+    assert (model.centre == 7).all()
+
+
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=r"model\.dim=18.*model\.heads=4"):
         STFlow(5, 6, dim=18)
@@ -233,7 +249,7 @@ def test_widths_that_do_not_fit_are_refused():
 
 
 def test_overfits_a_few_spots_with_the_published_optimizer(data):
-    model = make_model(data, dim=64, dropout=0.0, lr=5e-3, start_from_mean=True)
+    model = make_model(data, dim=64, dropout=0.0, output_dropout=0.0, lr=5e-3, start_from_mean=True)
     model.on_fit_start()
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Adam)
