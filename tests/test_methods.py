@@ -50,6 +50,7 @@ SHORT = {
         "trainer.max_epochs=90",
     ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
+    "mclstexp_plus": ["model.k=50", "trainer.max_epochs=4"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
     "stgchb": ["trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
