@@ -146,7 +146,7 @@ def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
     if data.views and not reads_features:
         raise InputError(
             f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
-            f"that read nothing else of a tile: mclstexp, bleep, sepal, deepspot, stflow, stnet with "
+            f"that read nothing else of a tile: mclstexp, bleep, heclip, stgchb, sepal, deepspot, stflow, stnet with "
             f"model.symmetries=false and model.input_scale=image_encoder; null would fit"
         )
     if reads_features and (data.views or data.augmentation == "none" or method.frozen_encoder is None):
