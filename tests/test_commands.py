@@ -90,7 +90,19 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
 
 
 COMMANDS = {"table": "table"} | {
-    name: name for name in ("train", "score", "floors", "evaluate", "prepare", "report", "predict", "export", "analyse")
+    name: name
+    for name in [
+        "train",
+        "score",
+        "floors",
+        "evaluate",
+        "prepare",
+        "report",
+        "predict",
+        "export",
+        "analyse",
+        "complete",
+    ]
 }
 
 
