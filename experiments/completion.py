@@ -16,17 +16,8 @@ import of_paper
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "howto" / "complete.md"
 START, END = "<!-- completion: written by experiments/completion.py -->", "<!-- end of completion -->"
-OF_SECTION = (
-    "ceiling",
-    "floors",
-    "methods",
-    "settings",
-    "error_on_shown",
-    "difference",
-    "outcome",
-    "map",
-    "references",
-)
+OF_SECTION = ("ceiling", "floors", "methods", "settings", "error_on_shown", "difference", "outcome", "map")
+KINDS = ("methods", "floors")
 SIZES = ("n_spots", "n_spots_shown", "n_spots_asked", "n_genes", "n_genes_shown", "n_genes_asked")
 
 
@@ -103,12 +94,8 @@ def _above(record: dict, name: str) -> int:
 
 
 def _table(known: str, records: list[dict]) -> str:
-    methods = list(
-        dict.fromkeys(name for own in records for part in own["completed"].values() for name in part["methods"])
-    )
-    floors = list(
-        dict.fromkeys(name for own in records for part in own["completed"].values() for name in part["floors"])
-    )
+    parts = [part for record in records for part in record["completed"].values()]
+    methods, floors = (list(dict.fromkeys(name for part in parts for name in part[kind])) for kind in KINDS)
 
     def cell(record: dict, name: str) -> str:
         values = [mean_of(record, name, score) for score in ("pearson_acg", "pearson_heg50")]
@@ -139,11 +126,8 @@ def _sentence(record: dict) -> str:
     always = [name.replace("_", " ") for name in above if _above(record, name) == n]
     rest = [name.replace("_", " ") for name in names if name not in above]
     text = f"`known={record['known']}` {_setting(record)}: the best floor is {floor.replace('_', ' ')} ({height:.3f}). "
-    text += (
-        f"Above it in all {n} sections: {', '.join(always)}. "
-        if always
-        else f"No method is above it in all {n} sections. "
-    )
+    none = f"No method is above it in all {n} sections. "
+    text += f"Above it in all {n} sections: {', '.join(always)}. " if always else none
     return text + (f"No better than it on average: {', '.join(rest)}." if rest else "")
 
 
