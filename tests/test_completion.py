@@ -264,6 +264,9 @@ def test_variograms_are_chosen_by_what_the_data_are() -> None:
     within = np.abs(np.hstack([smooth, noise])[~shown] - mean) < 1.96 * sd
     assert 0.88 < within[:, :20].mean() < 0.99 and 0.9 < within[:, 20:].mean() < 0.98
     assert sd[:, :20].mean() < 0.6 < sd[:, 20:].mean()
+    # of noise, errors of held-out data are no smaller than its variance, however many variograms were tried
+    rest = np.square(fitted.held_out - task.expression).mean(axis=0) / task.expression.var(axis=0)
+    assert rest[:20].mean() < 0.4 and rest[20:].mean() > 0.99
     one = kriging(task)
     assert set(one.settings) == {"nugget", "reach"} and np.isfinite(one.held_out).all()
 
