@@ -217,3 +217,25 @@ def test_a_section_without_an_image_is_completed_by_place(demo: Path, sections: 
     out = complete(demo, blind, tmp_path / "blind", "known=spots", "share=0.5", "methods=[]", "dense=0")
     result = json.loads((out / "result.json").read_text())
     assert result["image_encoder"] is None and "ridge_features" not in result["floors"]
+
+
+def test_records_are_of_committed_code(spots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import completion  # of experiments/
+
+    shutil.copytree(spots, tmp_path / "demo-spots" / "A1", ignore=shutil.ignore_patterns("*.h5ad"))
+    path = tmp_path / "demo-spots" / "A1" / "result.json"
+    result = json.loads(path.read_text())
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(completion, "HERE", tmp_path)
+    for changes in ({"commit": None, "dirty": None}, {"commit": "c0ffee", "dirty": True}):
+        path.write_text(json.dumps({**result, "provenance": result["provenance"] | changes}))
+        with pytest.raises(SystemExit, match="commit"):
+            completion.add(tmp_path / "demo-spots")
+    path.write_text(json.dumps({**result, "provenance": result["provenance"] | {"commit": "c0ffee", "dirty": False}}))
+    record = json.loads(completion.add(tmp_path / "demo-spots").read_text())
+    assert record["completed"]["A1"]["methods"] == result["methods"]
+    assert set(record["provenance"]["data_manifest"]) == {"A1", "B1", "C1"}
+    table = completion.tables()
+    own, floor = result["methods"]["ridge_kriging"]["pearson_acg"], result["floors"]["kriging"]["pearson_acg"]
+    assert f"| ridge kriging | **{own:.3f} / " in table and f"the best floor is kriging ({floor:.3f})" in table
+    assert "Above it in all 1 sections: ridge kriging" in table
