@@ -128,7 +128,15 @@ def _sentence(record: dict) -> str:
     text = f"`known={record['known']}` {_setting(record)}: the best floor is {floor.replace('_', ' ')} ({height:.3f}). "
     none = f"No method is above it in all {n} sections. "
     text += f"Above it in all {n} sections: {', '.join(always)}. " if always else none
-    return text + (f"No better than it on average: {', '.join(rest)}." if rest else "")
+    text += f"No better than it on average: {', '.join(rest)}. " if rest else ""
+    best = max(names, key=lambda name: mean_of(record, name, "pearson_acg") or -1)
+    depth = [mean_of(record, name, "pearson_given_depth") for name in (best, floor)]
+    within = mean_of(record, best, "coverage_95")
+    if None not in depth and within is not None:
+        name = best.replace("_", " ")
+        text += f"Without what a spot's depth explains, {name} has {depth[0]:.3f} and the floor {depth[1]:.3f}; "
+        text += f"{within:.1%} of the truth is in the 95 % intervals of {name}."
+    return text
 
 
 def main(arguments: list[str]) -> None:
