@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -100,7 +100,7 @@ class Kriging:
     sill : (G,)
         That makes squared errors of held-out data as large, on average, as the kriging variance says.
     held_out : (S, G)
-        Data estimated from the other folds.
+        Data estimated from the other folds, by variograms chosen on these.
     """
 
     chosen: np.ndarray
@@ -117,26 +117,32 @@ class Kriging:
             A variogram for each gene; else one for all, by errors relative to each gene's variance.
         """
         values = np.asarray(values, dtype=np.float64)
-        errors = np.empty((len(CANDIDATES), values.shape[1]))
+        errors = np.empty((len(CANDIDATES), len(folds), values.shape[1]))
         for i, variogram in enumerate(CANDIDATES):
-            errors[i] = np.square(in_folds(xy, values, folds, variogram)[0] - values).mean(axis=0)
+            squares = np.square(in_folds(xy, values, folds, variogram)[0] - values)
+            errors[i] = [squares[fold].sum(axis=0) for fold in folds]
         spread = values.var(axis=0)
-        shared = int((errors / np.where(spread > 0, spread, 1)).mean(axis=1).argmin())
-        chosen = errors.argmin(axis=0) if per_gene else np.full(values.shape[1], shared)
-        held_out, sill = np.empty_like(values), np.empty(values.shape[1])
-        for i in np.unique(chosen):
-            genes = chosen == i
-            held_out[:, genes], variance = in_folds(xy, values[:, genes], folds, CANDIDATES[i])
-            error = np.square(held_out[:, genes] - values[:, genes])
-            sill[genes] = (error / np.maximum(variance, 1e-12)[:, None]).mean(axis=0)
-        return cls(chosen, sill, held_out)
+
+        def best(errors: np.ndarray) -> np.ndarray:
+            """Of errors (candidates, G) the least of every gene, or of all together, (G,)."""
+            shared = (errors / np.where(spread > 0, spread, 1)).mean(axis=1).argmin()
+            return errors.argmin(axis=0) if per_gene else np.full(values.shape[1], shared)
+
+        held_out, relative = np.empty_like(values), np.empty_like(values)
+        for number, fold in enumerate(folds):
+            # chosen without the fold, since errors by which a variogram was chosen are too small
+            for i, genes in _groups(best(np.delete(errors, number, axis=1).sum(axis=1))):
+                weights, variance = kriging_weights(xy[~fold], xy[fold], CANDIDATES[i])
+                at = np.ix_(fold, genes)
+                held_out[at] = weights @ values[np.ix_(~fold, genes)]
+                relative[at] = np.square(held_out[at] - values[at]) / np.maximum(variance, 1e-12)[:, None]
+        return cls(best(errors.sum(axis=1)), relative.mean(axis=0), held_out)
 
     def predict(self, xy: np.ndarray, values: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Estimate and its standard deviation, (Q, G) each, from data (S, G) at `xy`."""
         mean = np.empty((len(queries), values.shape[1]))
         sd = np.empty_like(mean)
-        for i in np.unique(self.chosen):
-            genes = self.chosen == i
+        for i, genes in _groups(self.chosen):
             weights, variance = kriging_weights(xy, queries, CANDIDATES[i])
             mean[:, genes] = weights @ values[:, genes]
             sd[:, genes] = np.sqrt(variance[:, None] * self.sill[genes])
@@ -150,3 +156,9 @@ class Kriging:
             "nugget": float(np.median([each.nugget for each in used])),
             "reach": float(np.median([each.reach for each in used])),
         }
+
+
+def _groups(chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Candidates that are chosen (G,), and a mask of the genes of each."""
+    for i in np.unique(chosen):
+        yield int(i), chosen == i

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from stexp.completion.tasks import Completed, SpotTask, error_per_gene, relative_error
 from stexp.data.progress import track
 
-STEPS, LOOK_EVERY = 400, 100
-GENES = 48
+STEPS, LOOK_EVERY = 300, 100
+GENES = 32
 """Maps of a step."""
 PATCH = 4
 """Cells of a token's side."""
-DRAWS = 8
+DRAWS = 4
 """Predictions, each from another placing on the canvas."""
 
 
@@ -32,7 +32,7 @@ class GridTransformer(nn.Module):
         Cells of a token's side.
     """
 
-    def __init__(self, side: int, patch: int = PATCH, dim: int = 64, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, side: int, patch: int = PATCH, dim: int = 64, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.patch, self.n = patch, side // patch
         self.read = nn.Linear(2 * patch**2, dim)
@@ -156,7 +156,7 @@ def grid_transformer(task: SpotTask, steps: int = STEPS) -> Completed:
     Notes
     -----
     As published: one map a gene, patches of it as tokens, trained on the section alone to give its own grid back from a
-    thinned one, Adam with 1e-3 and betas of 0.5 and 0.6. Differences: 4 layers of 64 dimensions (there 12), so that a
+    thinned one, Adam with 1e-3 and betas of 0.5 and 0.6. Differences: 3 layers of 64 dimensions (there 12), so that a
     CPU trains it in a minute; thinned at random to 30 to 80 % (there every second spot), so that any pattern can be
     completed; the grid is turned, mirrored and moved on its canvas by chance, in training and prediction, since cells
     of hidden spots have no truth to learn from; a second channel says which cells are given; maps are standardised; a
