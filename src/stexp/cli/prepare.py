@@ -61,16 +61,19 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     # these bring torch and pandas, which --help does without
     import pandas as pd
 
+    from stexp.data.parallel import on_all_cores
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
     from stexp.data.slides.spacing import shared_with_nearest
     from stexp.data.slides.store import file_of
-    from stexp.data.slides.tiles import TileSpec, open_tiles, warn_of_scales
+    from stexp.data.slides.tiles import open_tiles, warn_of_scales
     from stexp.reporting import overlay
 
     folder, thresholds = Path(cfg.output_dir), build(cfg.data.quality)
-    spec, kept = TileSpec(cfg.data.tile_px, cfg.data.tile_um), (cfg.data.cache_dir, cfg.data.tile_store)
-    warn_of_scales([section for section in sections if section.slide is not None], spec)
+    spec, kept = dataset_of(cfg).tile, (cfg.data.cache_dir, cfg.data.tile_store)
+    with_image = [section for section in sections if section.slide is not None]
+    warn_of_scales(with_image, spec)
+    on_all_cores(with_image, len(with_image), "sections with tiles", lambda section: open_tiles(section, spec, *kept))
     (folder / "overlay").mkdir(parents=True, exist_ok=True)
     rows, spots, pictures = [], [], []
     for number, section in enumerate(sections, start=1):
@@ -116,7 +119,7 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
     import torch
 
     from stexp import hardware
-    from stexp.data.slides.tiles import TileSpec, open_tiles
+    from stexp.data.slides.tiles import open_tiles
     from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
 
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
@@ -124,7 +127,7 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
     pl.seed_everything(cfg.seed, verbose=False)  # of an encoder with random weights
     encoder = build({**to_plain(cfg.image_encoder), **UNTUNED})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-    spec, cache = TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir
+    spec, cache = dataset_of(cfg).tile, cfg.data.cache_dir
     with_image = [section for section in sections if section.slide is not None]
     log.info("features by %s on %s, %s", encoder.name, device.type, precision)
     with FrozenEncoder(encoder, device, autocast, cache, cfg.data.eval_batch_size) as frozen:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.aggr import is_aggr, read_aggr
 from stexp.data.readers.paths import choose_sections, user_path
 from stexp.data.readers.patients import read_patients
@@ -80,8 +80,9 @@ def read_visium(
     folders = _section_folders(root)
     names = choose_sections(sorted(folders), sections, root)
     patients = read_patients(root / "patients.csv", names)
-    return [
-        read_section(
+
+    def read(name: str) -> Section:
+        return read_section(
             name,
             patients[name],
             find_counts(folders[name]),
@@ -90,8 +91,8 @@ def read_visium(
             gene_table,
             cytassist=cytassist,
         )
-        for name in track(names, len(names), "reading sections")
-    ]
+
+    return read_each(names, len(names), "reading sections", read)
 
 
 def read_section(
