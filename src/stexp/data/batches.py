@@ -166,10 +166,11 @@ class ShuffledBatches(Sampler):
 
 
 class SectionBatches(Sampler):
-    """Whole sections, one a batch, in an order that depends on seed and epoch alone."""
+    """Whole sections, one a batch, in an order that depends on seed and epoch alone; `image`: with their tiles."""
 
-    def __init__(self, sections: list[np.ndarray], seed: int) -> None:
+    def __init__(self, sections: list[np.ndarray], seed: int, *, image: bool = True) -> None:
         self.sections, self.seed, self.epoch = [torch.from_numpy(rows) for rows in sections], seed, 0
+        self.image = image
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -181,7 +182,8 @@ class SectionBatches(Sampler):
     def __iter__(self) -> Iterator[SpotIndex]:
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         for i in torch.randperm(len(self), generator=draws).tolist():
-            yield SpotIndex(self.sections[i], seed=int(torch.randint(2**62, (), generator=draws)))
+            seed = int(torch.randint(2**62, (), generator=draws))
+            yield SpotIndex(self.sections[i], seed=seed, image=self.image)
 
 
 class _Batches(Dataset):

@@ -62,8 +62,8 @@ class SpotDataModule(SpotLoaders):
         All sections of the data set; those without an image serve as references.
     protocol, fold
         What is held out, and what may be seen; see :class:`~stexp.protocol.Protocol`.
-    tile_px, tile_um, scales
-        See :class:`~stexp.data.slides.tiles.TileSpec`, and its ``wide`` for the last.
+    tile_px, tile_um, scales, scales_um
+        See :meth:`stexp.data.slides.tiles.TileSpec.of`.
     batch_size, eval_batch_size
         Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
@@ -123,6 +123,7 @@ class SpotDataModule(SpotLoaders):
         tile_px: Pixels = 224,
         tile_um: Positive | None = None,
         scales: list[Positive] | None = None,
+        scales_um: list[Positive] | None = None,
         batch_size: _BatchSize = 128,
         eval_batch_size: Count = 256,
         augmentation: Augmentation = "paper",
@@ -143,7 +144,8 @@ class SpotDataModule(SpotLoaders):
         if stain is not None:
             check_method(stain)
         self.protocol, self.fold, self.seed = protocol, fold, seed
-        self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um).wide(scales), cache_dir, placement
+        self.tile = TileSpec.of(tile_px, tile_um, scales, scales_um)
+        self.cache_dir, self.placement = cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store, self.views = hed_sigma, stain, tile_store, views
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)

@@ -20,11 +20,13 @@ from stexp.data.genes import read_panel
 from stexp.data.readers.formats import tables_in_one_line
 from stexp.data.section import Section
 from stexp.data.section_index import read_once
+from stexp.data.slides.scales import tile_and_scales
 from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:
     from stexp.data.datamodule import SpotDataModule
+    from stexp.data.slides.tiles import TileSpec
 
 _Genes = Annotated[list[str], Field(min_length=1, description="a list of gene symbols")]
 
@@ -104,7 +106,7 @@ class DataSet:
         """Its own sections with those of `test`; see :func:`~stexp.data.cohorts.join_cohorts`."""
         assert self.test is not None
         joined = join_cohorts(sections, others, self.name, str(self.test["name"]))
-        check_scales(joined, self.config["tile_um"], self.config["tile_px"])
+        check_scales(joined, tile_and_scales(*self._sides)[0], self.config["tile_px"])
         return joined
 
     def prepare(self, sections: list[Section]) -> list[Section]:
@@ -124,10 +126,23 @@ class DataSet:
 
         flags = self.config["leave_out"]
         flags = [flags] if isinstance(flags, str) else [str(flag) for flag in flags]
-        tile = TileSpec(self.config["tile_px"], self.config["tile_um"])
+        tile = TileSpec(self.config["tile_px"], tile_and_scales(*self._sides)[0])  # not what views see around it
         cache = (self.config["cache_dir"], self.config["tile_store"])
         thresholds = build(self.config["quality"])
         return leave_out(sections, flags, thresholds, tile, lambda section: open_tiles(section, tile, *cache))
+
+    @property
+    def tile(self) -> TileSpec:
+        """What is cut and stored of each spot."""
+        from stexp.data.slides.tiles import TileSpec  # imports torch, which reading sections does without
+
+        return TileSpec.of(self.config["tile_px"], *self._sides)
+
+    @property
+    def _sides(self) -> tuple[float | None, list[float] | None, list[float] | None]:
+        """Of a tile in micrometres, and of what is seen of it."""
+        # run folders of earlier versions lack the last two
+        return self.config["tile_um"], self.config.get("scales"), self.config.get("scales_um")
 
     def panel(self, protocol: Protocol) -> list[str] | None:
         """The genes named by the data set, or the paper's under its protocol; None where genes are chosen."""

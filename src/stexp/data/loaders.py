@@ -32,14 +32,11 @@ class SpotLoaders(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Training spots in a random order: this device's part of each batch, or whole sections."""
-        order: SectionBatches | ShuffledBatches
+        own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
+        image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
         if self._batching == "section":
-            order = SectionBatches(self._by_section("train"), self.seed)
-        else:
-            own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
-            image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image)
-        return index_loader(order)
+            return index_loader(SectionBatches(self._by_section("train"), self.seed, image=image))
+        return index_loader(ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image))
 
     def val_dataloader(self) -> DataLoader | list:
         """This device's part of the validation spots; no loader where there are none."""

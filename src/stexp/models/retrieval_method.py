@@ -101,17 +101,18 @@ class RetrievalMethod(Method):
         data = self.data
         if self.k == "auto" and len(data.rows("validation")) == 0:
             raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
-        for roles in (self._validation_roles(), RETRIEVED_FROM):
+        for roles in (self.validation_roles(), RETRIEVED_FROM):
             n = len(choose_references(data.spots.iloc[data.rows(*roles)], self.reference))
             if self.k != "auto" and self.k > n:
                 raise InputError(f"k={self.k}, but there are {n} reference spots; choose 1 to {n}")
 
-    def _validation_roles(self) -> tuple[str, ...]:
+    def validation_roles(self) -> tuple[str, ...]:
+        """Roles that are retrieved from, when validation spots are predicted."""
         # validation spots must not retrieve themselves; sections without an image only where they are asked for
         return ("train",) if self.reference == "image" else ("train", "reference")
 
     def on_validation_start(self) -> None:
-        self.set_reference(self.data, *self._validation_roles())
+        self.set_reference(self.data, *self.validation_roles())
 
     def on_predict_start(self) -> None:
         self.set_reference(self.data, *RETRIEVED_FROM)
@@ -161,7 +162,7 @@ class RetrievalMethod(Method):
             return {"k": self.k}
         rows = data.rows("validation")
         self.eval()
-        self.set_reference(data, *self._validation_roles())
+        self.set_reference(data, *self.validation_roles())
         query = self._embed_role(data, "validation")
         index, target = self._searched
         score: dict[int, float] = {}
@@ -185,7 +186,7 @@ class RetrievalMethod(Method):
         if self.correction is None:
             return {}
         self.eval()
-        self.set_reference(data, *self._validation_roles())
+        self.set_reference(data, *self.validation_roles())
         index, expression = self._searched
         assert self.references is not None  # by set_reference
         place = torch.full((len(data.spots),), -1, device=self.device)

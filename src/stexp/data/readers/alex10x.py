@@ -11,7 +11,8 @@ from stexp.data.kept_sections import read_each
 from stexp.data.readers.paths import choose_sections, data_folder
 from stexp.data.readers.spaceranger import find_counts
 from stexp.data.readers.text import read_table
-from stexp.data.readers.visium import find_image, read_section
+from stexp.data.readers.visium import read_section
+from stexp.data.readers.visium_image import find_image
 from stexp.data.section import Section
 from stexp.errors import InputError
 
