@@ -108,7 +108,7 @@ class STGCHB(RetrievalMethod):
         super().set_reference(data, *roles)
 
     def _see(self, data: SpotDataModule) -> None:
-        self._features = torch.from_numpy(data.tile_features).to(self.device)
+        self._features = torch.from_numpy(data.tile_features[:]).to(self.device)
         self._around = torch.from_numpy(data.neighbours).to(self.device)
 
     def tile_graph(self, batch: SpotBatch) -> tuple[torch.Tensor, torch.Tensor]:
