@@ -27,6 +27,8 @@ STNET = (
     "model.symmetries=false",
     "trainer.max_epochs=1",
 )
+M2ORT = ("model=m2ort", "model.dim=24", "model.depth=1", "model.heads=2", "model.hidden=16", "random_features=0")
+MAGNIFIED = ("model=hest_ridge", "data.tile_um=null", "data.tile_px=32", "data.scales_um=[60,120]")
 UM = 2.0  # of the demo's images, whose files do not say it
 
 
@@ -55,6 +57,8 @@ def equal(found: np.ndarray, expected: np.ndarray) -> None:
         ("model=hest_ridge", "data.stain=macenko"),
         ("model=consensus",),
         STNET,
+        M2ORT,
+        MAGNIFIED,
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
 )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import Rows
 from stexp.inference.description import describe_model
 from stexp.inference.rebuild import rebuild_encoder
 from stexp.inference.references import bank_of
@@ -20,7 +21,7 @@ from stexp.models.method import Prediction
 from stexp.runs.finished import FinishedRun
 from stexp.runs.results import colours, kept_random_components
 
-Inputs = tuple[np.ndarray | None, np.ndarray, Sequence[np.ndarray]]
+Inputs = tuple[Rows | None, np.ndarray, Sequence[Rows]]
 """Features, colours, and random components that floors read; see :func:`~stexp.runs.results.floors_under`."""
 
 

@@ -13,8 +13,10 @@ import torch
 
 from stexp import construct
 from stexp.arguments import Count, checked
+from stexp.data.batches import tensor_or_rows
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
+from stexp.data.rows import some_rows
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions
@@ -162,7 +164,7 @@ class FinishedRun:
             spots["patient"].to_numpy(str),
         )
         query = torch.from_numpy(embeddings.obsm["image_embedding"][data.rows("test")])
-        expression = torch.from_numpy(data.target[rows])
+        expression = tensor_or_rows(some_rows(data.target, rows), query.device)
         prediction = retrieve(index, query, expression, how.k, how.distance, how.weighting)
         neighbours = torch.from_numpy(rows)[prediction.neighbours]
         return replace(prediction, image_embedding=query, neighbours=neighbours), rows
