@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import Rows
 from stexp.data.splits import spatial_blocks
 from stexp.errors import InputError
 
@@ -17,12 +17,6 @@ BLOCKS = 4  # of the only section, each predicted by the others
 SPOTS_OF_A_BLOCK = 1024  # of those that thinned tables are made of, at most
 FEWEST_OF_A_BLOCK = 16
 AT_ONCE = 4096  # spots whose features and expression are read at once
-
-
-class Rows(Protocol):
-    """Numbers of spots, read some spots at a time: an array, in memory or mapped from a file, or what acts like one."""
-
-    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
