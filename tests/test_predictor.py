@@ -90,7 +90,8 @@ def test_at_the_spots_of_the_held_out_section_it_predicts_what_the_run_did(overr
             else:
                 assert found.obs[name].astype(str).tolist() == before.obs[name].astype(str).tolist()
     views = 2 if "model=consensus" in overrides else 1  # the widest shows twice a tile
-    assert found.uns["stexp"]["tile_side_px"] == views * (64 if "data.tile_um=null" in overrides else 60)
+    raw = "data.tile_um=null" in overrides and overrides != MAGNIFIED  # whose widest view is 120 um, as a tile here
+    assert found.uns["stexp"]["tile_side_px"] == views * (64 if raw else 60)
 
 
 def test_any_gene_is_what_scoring_all_genes_predicts(model, tmp_path):
