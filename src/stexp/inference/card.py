@@ -65,11 +65,18 @@ def _about(model: ExportedModel) -> str:
         "protocol": f"{protocol['name']}: fold {facts['fold']} was held out by {protocol.get('hold_out', 'patient')}",
         "genes": f"{len(facts['panel'])} trained, {len(model.genes)} predicted",
         "tile": side + (f"; stain normalised ({facts['stain']['method']})" if facts["stain"] else ""),
-        "references": "none" if model.bank is None else f"{len(model.bank)} spots, k = {facts['k']}",
+        "references": _references(model),
         "stexp": f"{facts.get('stexp')}, commit {str(facts['trained'].get('commit'))[:10]}",
         "digest": facts["digest"],
     }
     return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _references(model: ExportedModel) -> str:
+    if model.bank is None:
+        return "none"
+    k = model.facts["k"]
+    return f"{len(model.bank)} spots" + (f", k = {k}" if k else "")
 
 
 def _sections(facts: Mapping[str, Any]) -> list[str]:

@@ -6,16 +6,34 @@ from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.spatial import cKDTree
 from sklearn.cluster import MiniBatchKMeans
 
 from stexp.errors import InputError
 from stexp.inference.bank import Bank
+from stexp.inference.rebuild import class_of_method
+from stexp.models.closed_form import LEARNT_FROM
+from stexp.models.consensus import Consensus
+from stexp.models.low_rank import reference_rows
 from stexp.runs.finished import FinishedRun
 
+CONSENSUS = ("model.reference", "model.scores")
+"""Tensors of :class:`~stexp.models.consensus.Consensus` that its bank stands for."""
 
-def bank_of(run: FinishedRun) -> Bank | None:
-    """The references of a run that retrieves, with all genes that they and every section that trained measure."""
+
+def bank_of(run: FinishedRun, weights: dict[str, torch.Tensor]) -> Bank | None:
+    """The references of a run that retrieves, with all genes that they and every section that trained measure.
+
+    Those of ``consensus`` are the spots that it searches, embedded as its weights have them; None of one that learned
+    residuals: what they deviate from are whole sections.
+    """
+    if issubclass(class_of_method(run.config["model"]), Consensus):
+        if run.protocol.truth == "residuals":
+            return None
+        learnt, embedding = run.data.rows(*LEARNT_FROM), weights[CONSENSUS[0]].numpy()
+        rows = learnt if len(learnt) == len(embedding) else learnt[reference_rows(len(learnt))]
+        return _bank(run, rows, embedding)
     if run.retrieval is None:
         return None
     if run.protocol.truth == "residuals":
@@ -24,7 +42,17 @@ def bank_of(run: FinishedRun) -> Bank | None:
             f"predicts slides holds single references: a method that does not retrieve would fit, or truth=spot"
         )
     embeddings, how = run.for_retrieval
-    data, rows = run.data, run.references(how.reference)
+    rows = run.references(how.reference)
+    return _bank(run, rows, embeddings.obsm["spot_embedding"][rows])
+
+
+def without_references(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a model beside which its bank is written: of ``consensus``, without what stands there."""
+    return {key: value[:0] if key in CONSENSUS else value for key, value in weights.items()}
+
+
+def _bank(run: FinishedRun, rows: np.ndarray, embedding: np.ndarray) -> Bank:
+    data = run.data
     spots = data.spots.iloc[rows]
     used = {*spots["section"], *data.names("train", "validation")}
     genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
@@ -36,7 +64,7 @@ def bank_of(run: FinishedRun) -> Bank | None:
             counts.append(x[chosen])
             rest.append(sp.csr_matrix(x[~chosen].sum(axis=0)))
     return Bank(
-        embedding=embeddings.obsm["spot_embedding"][rows].astype(np.float32),
+        embedding=embedding.astype(np.float32),
         section=spots["section"].to_numpy(str),
         patient=spots["patient"].to_numpy(str),
         spot=spots["spot"].to_numpy(str),
