@@ -194,12 +194,13 @@ def compared() -> pd.DataFrame:
         return compare_domains(adata, labels, n_domains=4, resolution=0.3, smooth=True)
 
 
-def test_domains_that_no_modality_tells_alone_are_those_of_both(compared):
+def test_domains_that_no_modality_tells_alone_are_those_of_both(compared, monkeypatch):
+    monkeypatch.setattr(multimodal, "EPOCHS", 150)
     scores = compared.query("domains == 'multimodal'").set_index("expression")
     assert (scores["ari"] > 0.9).all() and (scores["nmi"] > 0.9).all() and (scores["over_seeds"] > 0.9).all()
     adata = quadrants()
     labels = adata.obs["side"] + adata.obs["level"]
-    for by in ("image", "expression"):
+    for by in ("image", "expression", "graph"):
         domains = spatial_domains(adata, by, method="mixture", n_domains=4)
         assert agreement(domains, labels, adata.obs["section"].to_numpy(str))["ari"].item() < 0.75
 

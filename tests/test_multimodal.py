@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 
 from stexp.models import multimodal
@@ -93,13 +92,10 @@ def test_the_same_seed_gives_the_same_and_leaves_the_generator_alone(monkeypatch
     assert not np.allclose(first[0], other[0])
 
 
-def test_expression_is_reconstructed_alone_as_published_or_without_an_image(monkeypatch):
+def test_without_an_image_expression_is_reconstructed_alone(monkeypatch):
     monkeypatch.setattr(multimodal, "EPOCHS", 150)
-    expression, image, xy, section = small()
-    published, _ = reconstruct_modalities(expression, image, xy, section, image_back=False)
-    alone, share = reconstruct_modalities(expression, None, xy, section)
-    assert [each.shape for each in (*published, *alone)] == [(36, 7)] * 2 and share == 1
+    expression, _, xy, section = small()
+    (made,), share = reconstruct_modalities(expression, None, xy, section)
     scaled = multimodal.standardised(expression)
-    for made in (published[0], alone[0]):
-        assert np.isfinite(made).all() and ((made - scaled) ** 2).mean() < 0.8 * (scaled**2).mean()
-    assert sp.issparse(propagation(nearest_graph(xy)))
+    assert share == 1 and made.shape == (36, 7)
+    assert ((made - scaled) ** 2).mean() < 0.8 * (scaled**2).mean()

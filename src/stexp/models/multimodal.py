@@ -7,8 +7,8 @@ As in the authors' code (NabaviLab/stMMC): expression is averaged along the grap
 along that of the 3 spots with the most similar expression; 32 dimensions, reconstruction weighted 10, Adam at 0.01, 600
 epochs, no dropout. Where it differs, it is ours:
 
-- Theirs reconstructs expression alone, so that what only the image tells is lost (``image_back=False``); here the mix
-  is to give back both modalities, each weighted 10.
+- Theirs reconstructs expression alone, so that what only the image tells is lost; here the mix is to give back both
+  modalities, each weighted 10.
 - Both modalities are standardised; theirs scales expression and takes the image as it is.
 - Of several sections no edge in space leads from one to another.
 - The components of similar expression are as many as the spots allow, 50 at most.
@@ -147,7 +147,6 @@ def reconstruct_modalities(
     xy: np.ndarray,
     section: np.ndarray,
     *,
-    image_back: bool = True,
     seed: int = 0,
 ) -> tuple[list[np.ndarray], float]:
     """Expression and image as both and place together tell them: what domains are clusters of.
@@ -159,13 +158,11 @@ def reconstruct_modalities(
     image : (N, F)
         Features or embeddings of the tiles; None: by expression and place alone.
     xy, section : (N, 2), (N,)
-    image_back
-        Reconstruct the image, too; False: expression alone, as published.
 
     Returns
     -------
     list of (N, G) and (N, F)
-        Standardised; of expression alone without `image_back` or without an image.
+        Standardised; of expression alone without an image.
     float
         Share of expression in the learned mix; 1 without an image.
     """
@@ -176,7 +173,6 @@ def reconstruct_modalities(
     graphs = [as_tensor(propagation(graph)) for graph in neighbours]
     around = [as_tensor(with_itself(graph)) for graph in neighbours]
     values = [torch.from_numpy(value.astype(np.float32)) for value in scaled]
-    back = slice(None if image_back else 1)
     with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(seed)
         mix = GraphMix([value.shape[1] for value in values])
@@ -185,7 +181,7 @@ def reconstruct_modalities(
             hidden = mix.encode(values, graphs)
             corrupted = mix.encode([value[torch.randperm(len(value))] for value in values], graphs)
             loss = torch.zeros(())
-            for made, value in zip(mix.decode(hidden, graphs[0])[back], values[back], strict=True):
+            for made, value in zip(mix.decode(hidden, graphs[0]), values, strict=True):
                 loss = loss + RECONSTRUCTION * F.mse_loss(made, value)
             for at, discriminator in enumerate(mix.discriminators):
                 assert isinstance(discriminator, Discriminator)
@@ -194,7 +190,7 @@ def reconstruct_modalities(
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        decoded = mix.decode(mix.encode(values, graphs), graphs[0])[back]
+        decoded = mix.decode(mix.encode(values, graphs), graphs[0])
         return [each.numpy() for each in decoded], 1.0 if image is None else mix.share.item()
 
 

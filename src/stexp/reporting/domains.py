@@ -15,7 +15,8 @@ from stexp.errors import InputError
 from stexp.evaluation.spatial import adjacency, rows_to_one
 from stexp.reporting.places import spot_ids
 
-DOMAINS = ("image", "expression", "joint", "multimodal")
+DOMAINS = ("image", "expression", "joint", "multimodal", "graph")
+LEARNED = ("multimodal", "graph")
 METHODS = ("kmeans", "leiden", "mixture")
 LAYERS = ("predicted", "observed")
 COMPONENTS, VARIABLE = 30, 2000  # principal components; genes they are of, at most
@@ -41,13 +42,13 @@ def spatial_domains(
     by
         ``image``: the tiles' embeddings; ``expression``: the 2,000 most variable genes; ``joint``: both, with the same
         total variance; each as its first 30 principal components. ``multimodal``: what a small graph network makes of
-        both and of place, see :mod:`stexp.models.multimodal`, as 20 components.
+        both and of place, see :mod:`stexp.models.multimodal`, as 20 components; ``graph``: of expression and place.
     method, n_domains, resolution
         ``kmeans`` or ``mixture`` (normal distributions of one covariance) into `n_domains`, or ``leiden`` at
         `resolution` on the 15 nearest in the space of the components. None: see :func:`default_method`.
     smooth
-        Average the components of a spot with those of the spots it touches, so that domains hang together; of
-        ``multimodal``, which has averaged them: a spot joins the domain of most of them.
+        Average the components of a spot with those of the spots it touches, so that domains hang together; of what a
+        network learned, which has averaged them: a spot joins the domain of most of them.
     expression
         ``predicted``, or ``observed`` where it is known: genes not measured everywhere are left out.
 
@@ -63,23 +64,23 @@ def spatial_domains(
         raise InputError(f"downstream.method={method}: choose {', '.join(METHODS)}")
     if method != "leiden" and not (isinstance(n_domains, int) and 1 <= n_domains <= adata.n_obs):
         raise InputError(f"downstream.n_domains={n_domains}: a whole number from 1 to {adata.n_obs} would fit")
-    blocks = [] if by == "expression" else [_image(adata, by)]
+    blocks = [] if by in ("expression", "graph") else [_image(adata, by)]
     if by != "image":
         blocks.insert(0, _variable_genes(adata, expression))
     around = sp.csr_matrix(adjacency(adata) + sp.eye(adata.n_obs))
-    if by == "multimodal":
+    if by in LEARNED:
         # torch takes seconds to import, and all else here does without
         from stexp.models.multimodal import reconstruct_modalities
 
         xy, section = np.asarray(adata.obsm["spatial"], dtype=np.float64), adata.obs["section"].to_numpy(str)
-        blocks, _ = reconstruct_modalities(blocks[0], blocks[1], xy, section, seed=seed)
+        blocks, _ = reconstruct_modalities(blocks[0], blocks[1] if by == "multimodal" else None, xy, section, seed=seed)
     features = np.concatenate([_components(block, seed) for block in blocks], axis=1)
-    if by == "multimodal":
+    if by in LEARNED:
         features = _components(features, seed, FEWER)
     elif smooth:
         features = rows_to_one(around) @ features
     labels = _clusters(features, method, n_domains, resolution, seed)
-    if by == "multimodal" and smooth:
+    if by in LEARNED and smooth:
         labels = majority(labels, around)
     # a mixture, or a majority, may leave a cluster empty
     rank = np.argsort(np.argsort(-np.bincount(labels), kind="stable"))[labels] + 1
@@ -87,8 +88,8 @@ def spatial_domains(
 
 
 def default_method(by: str) -> str:
-    """``mixture`` for ``multimodal`` domains, as stMMC has it; else ``kmeans``."""
-    return "mixture" if by == "multimodal" else "kmeans"
+    """``mixture`` for what a network learned, as stMMC has it; else ``kmeans``."""
+    return "mixture" if by in LEARNED else "kmeans"
 
 
 def majority(labels: np.ndarray, around: sp.csr_matrix) -> np.ndarray:
