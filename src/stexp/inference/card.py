@@ -11,6 +11,7 @@ import yaml
 from stexp.evaluation.verdict import by_score, count, is_oracle, label, number
 from stexp.inference import confidence
 from stexp.inference.model_folder import ExportedModel
+from stexp.inference.prototype_bank import PrototypeBank
 
 SHOWN = {"pearson_acg": "Pearson, all genes", "pearson_heg50": "Pearson, 50 highest genes"}
 """Scores of the card, as ``metrics.json`` names them."""
@@ -53,7 +54,8 @@ def what_is_shared(model: ExportedModel) -> str:
     if model.bank is None:
         return names
     tiles = 0 if model.tiles is None else len(model.tiles.names)
-    counts = f"it holds counts of {len(model.bank)} spots x {len(model.bank.genes)} genes"
+    what = "mean expression of {} prototypes" if isinstance(model.bank, PrototypeBank) else "counts of {} spots"
+    counts = f"it holds {what.format(len(model.bank))} x {len(model.bank.genes)} genes"
     return f"{counts}, {count(tiles, 'small tile')} and the names of their sections and patients"
 
 
@@ -65,11 +67,18 @@ def _about(model: ExportedModel) -> str:
         "protocol": f"{protocol['name']}: fold {facts['fold']} was held out by {protocol.get('hold_out', 'patient')}",
         "genes": f"{len(facts['panel'])} trained, {len(model.genes)} predicted",
         "tile": side + (f"; stain normalised ({facts['stain']['method']})" if facts["stain"] else ""),
-        "references": "none" if model.bank is None else f"{len(model.bank)} spots, k = {facts['k']}",
+        "references": _references(model),
         "stexp": f"{facts.get('stexp')}, commit {str(facts['trained'].get('commit'))[:10]}",
         "digest": facts["digest"],
     }
     return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _references(model: ExportedModel) -> str:
+    if model.bank is None:
+        return "none"
+    what = "prototypes" if isinstance(model.bank, PrototypeBank) else "spots"
+    return f"{len(model.bank)} {what}, k = {model.facts['k']}"
 
 
 def _sections(facts: Mapping[str, Any]) -> list[str]:

@@ -9,12 +9,14 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 from sklearn.cluster import MiniBatchKMeans
 
+from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.inference.bank import Bank
+from stexp.inference.prototype_bank import AnyBank, PrototypeBank
 from stexp.runs.finished import FinishedRun
 
 
-def bank_of(run: FinishedRun) -> Bank | None:
+def bank_of(run: FinishedRun) -> AnyBank | None:
     """The references of a run that retrieves, with all genes that they and every section that trained measure."""
     if run.retrieval is None:
         return None
@@ -28,6 +30,17 @@ def bank_of(run: FinishedRun) -> Bank | None:
     spots = data.spots.iloc[rows]
     used = {*spots["section"], *data.names("train", "validation")}
     genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
+    standing = run.standing(rows)
+    if standing is not None:
+        names = standing.names
+        return PrototypeBank(
+            embedding=standing.embedding.numpy(),
+            section=names["section"].to_numpy(str),
+            patient=names["patient"].to_numpy(str),
+            spot=names["spot"].to_numpy(str),
+            values=_mean_expression(run, rows, standing.member.numpy(), genes),
+            genes=genes,
+        )
     counts, rest = [], []
     for section in data.sections:
         chosen = np.isin(np.flatnonzero(data.spots["section"].to_numpy() == section.name), rows)
@@ -47,7 +60,25 @@ def bank_of(run: FinishedRun) -> Bank | None:
     )
 
 
-def compress(bank: Bank, dtype: str, prototypes: int | None) -> Bank:
+def _mean_expression(run: FinishedRun, rows: np.ndarray, member: np.ndarray, genes: list[str]) -> np.ndarray:
+    """Mean expression (P, G) of the references `rows` of every prototype, normalised as in training."""
+    group, total = np.full(len(run.data.spots), -1), np.zeros((member.max() + 1, len(genes)))
+    group[rows] = member
+    names, protocol = run.data.spots["section"].to_numpy(), run.protocol
+    for section in run.data.sections:
+        own = group[names == section.name]
+        if (own < 0).all():
+            continue
+        counts, spots = section.spots.X[:, section.genes.get_indexer(genes)].toarray(), section.total_counts
+        scaled = protocol
+        if protocol.truth == "spot" and protocol.library == "panel":
+            spots = np.asarray(section.spots.X[:, section.genes.get_indexer(run.panel)].sum(axis=1)).ravel()
+            scaled = replace(protocol, library="transcriptome")
+        np.add.at(total, own[own >= 0], normalise(counts, spots, scaled)[own >= 0])
+    return (total / np.bincount(member)[:, None]).astype(np.float32)
+
+
+def compress(bank: AnyBank, dtype: str, prototypes: int | None) -> AnyBank:
     """A bank as it comes back from a file of smaller embeddings, or of fewer references.
 
     Parameters
@@ -57,6 +88,14 @@ def compress(bank: Bank, dtype: str, prototypes: int | None) -> Bank:
     prototypes
         Keep only those nearest to the centres of as many clusters of the embeddings; None: all.
     """
+    if isinstance(bank, PrototypeBank):
+        if prototypes is not None:
+            raise InputError(
+                f"prototypes={prototypes}: the references are {len(bank)} prototypes already, learned by "
+                f"model.prototypes; prototypes=null would fit"
+            )
+        values = bank.values.astype(dtype).astype(np.float32)
+        return replace(bank, embedding=bank.embedding.astype(dtype).astype(np.float32), values=values)
     if prototypes is not None:
         if isinstance(prototypes, bool) or not (isinstance(prototypes, int) and 1 <= prototypes <= len(bank)):
             raise InputError(

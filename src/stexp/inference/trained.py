@@ -13,7 +13,7 @@ from stexp import hardware
 from stexp.data.augment import augment
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
-from stexp.inference.bank import Bank
+from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.rebuild import rebuild_encoder, rebuild_method
 from stexp.inference.tensors import AGAIN
 from stexp.models.retrieval import Neighbours, ReferenceIndex
@@ -37,7 +37,7 @@ class TrainedMethod:
         Of a method that retrieves.
     """
 
-    def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: Bank | None) -> None:
+    def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: AnyBank | None) -> None:
         self.facts, self.bank, self.panel = facts, bank, facts["panel"]
         self.protocol = Protocol(**facts["protocol"])
         require_as_recorded(facts.get("plugins"), f"the model {facts['method']}")
@@ -171,7 +171,7 @@ class TrainedMethod:
         device: torch.device | str = "cpu",
         *,
         spread: bool = True,
-        bank: Bank | None = None,
+        bank: AnyBank | None = None,
     ) -> dict[str, Any]:
         """Expression of `genes` for image embeddings (Q, D), from the bank, in bounded memory beside the result.
 

@@ -36,6 +36,8 @@ class BLEEP(RetrievalMethod):
         50 nearest in cosine; ``k=1`` is what the paper calls simple.
     correct
         Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
+    prototypes
+        Learn as many prototypes, and search them instead of spots (not published); see :mod:`stexp.models.prototypes`.
     lr, weight_decay
         Of AdamW.
 
@@ -63,6 +65,7 @@ class BLEEP(RetrievalMethod):
         weighting: Weighting = "mean",
         reference: Reference = "image",
         correct: bool = False,
+        prototypes: Count | None = None,
         lr: Rate = 1e-3,
         weight_decay: Weight = 1e-3,
     ) -> None:
@@ -74,6 +77,8 @@ class BLEEP(RetrievalMethod):
         self.lr, self.weight_decay = lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
+        if prototypes is not None:
+            self.learn_prototypes(prototypes, embedding_dim)
 
     @property
     def frozen_encoder(self) -> ImageEncoder | None:
@@ -98,7 +103,7 @@ class BLEEP(RetrievalMethod):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
         # soft targets come below log(batch) where nothing is learned, too
         self.log_beside_chance(info_nce(image.detach(), spot.detach(), self.temperature), image, spot)
-        return loss
+        return self.with_prototypes(loss, image, spot, self.temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

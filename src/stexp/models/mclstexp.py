@@ -54,6 +54,8 @@ class MclSTExp(RetrievalMethod):
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
     correct
         Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
+    prototypes
+        Learn as many prototypes, and search them instead of spots (not published); see :mod:`stexp.models.prototypes`.
     optimizer, lr, weight_decay
         ``adam`` (published code) or ``adamw`` (paper).
 
@@ -89,6 +91,7 @@ class MclSTExp(RetrievalMethod):
         weighting: Weighting = "inverse_square",
         reference: Reference = "image",
         correct: bool = False,
+        prototypes: Count | None = None,
         optimizer: Literal["adam", "adamw"] = "adam",
         lr: Rate = 1e-4,
         weight_decay: Weight = 1e-3,
@@ -106,6 +109,8 @@ class MclSTExp(RetrievalMethod):
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
+        if prototypes is not None:
+            self.learn_prototypes(prototypes, embedding_dim)
         if spot_context == "batch":
             self.reference_batch = 32  # as the published code embeds them
 
@@ -179,7 +184,7 @@ class MclSTExp(RetrievalMethod):
         loss = info_nce(image, spot, temperature, self.image_weight)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
         self.log_beside_chance(loss, image, spot)
-        return loss
+        return self.with_prototypes(loss, image, spot, temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from stexp.errors import InputError
 from stexp.evaluation.predictions import is_of_a_slide
+from stexp.evaluation.prototype_record import FACTS
 from stexp.files import write_atomically
 from stexp.reporting.prediction_page import prediction_page
+from stexp.reporting.prototype_page import NAME, prototype_page
 from stexp.reporting.run_page import run_page
 
 
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` into the folder of a run, or of a predicted slide, whole or not at all.
+
+    Of a run that learned prototypes ``prototypes.html``, too.
 
     Parameters
     ----------
@@ -33,6 +37,8 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give that of a run or of a predicted slide, as in run=runs/x")
+    if (folder / FACTS).is_file():
+        write_atomically(folder / NAME, prototype_page(folder))
     page = prediction_page(folder) if is_of_a_slide(folder / "predictions.h5ad") else run_page(folder)
     write_atomically(folder / "report.html", page)
     return folder / "report.html"
