@@ -78,6 +78,12 @@ def _mean_expression(run: FinishedRun, rows: np.ndarray, member: np.ndarray, gen
     return (total / np.bincount(member)[:, None]).astype(np.float32)
 
 
+def nearest_to_centres(embedding: np.ndarray, n: int) -> np.ndarray:
+    """Rows of the embeddings (N, D) nearest to the centres of `n` clusters of them, ascending; each once."""
+    clusters = MiniBatchKMeans(n, random_state=0, n_init=1, batch_size=4096).fit(embedding)
+    return np.unique(cKDTree(embedding).query(clusters.cluster_centers_)[1])
+
+
 def compress(bank: AnyBank, dtype: str, prototypes: int | None) -> AnyBank:
     """A bank as it comes back from a file of smaller embeddings, or of fewer references.
 
@@ -101,6 +107,5 @@ def compress(bank: AnyBank, dtype: str, prototypes: int | None) -> AnyBank:
             raise InputError(
                 f"prototypes={prototypes}: a whole number from 1 to {len(bank)}, the references, would fit"
             )
-        clusters = MiniBatchKMeans(prototypes, random_state=0, n_init=1, batch_size=4096).fit(bank.embedding)
-        bank = bank.take(np.unique(cKDTree(bank.embedding).query(clusters.cluster_centers_)[1]))
+        bank = bank.take(nearest_to_centres(bank.embedding, prototypes))
     return replace(bank, embedding=bank.embedding.astype(dtype).astype(np.float32))

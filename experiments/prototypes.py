@@ -1,0 +1,142 @@
+"""Learned prototypes against as many spots selected after training, and all of them: accuracy and size of the bank.
+
+python experiments/prototypes.py --folds B C --seeds 0 1 2 data=her2st data.augmentation=none model.normalise=true \\
+    model.temperature=0.1 trainer.max_epochs=10 image_encoder=mobilenetv2 \\
+    image_encoder.checkpoint=mobilenetv2_100_imagenet.safetensors
+
+Keys are those of stexp-train; the image encoder is frozen. All spots and what is selected of them come from the same
+training, with the k it chose, as stexp-export prototypes=N has it; learned prototypes choose their own. Differences are
+paired over the test sections of all folds, seeds averaged before. Sizes are those of exported models of the first fold
+and seed. What is finished stays in the output, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from one_change import _elsewhere, compared, scored, trained
+
+from stexp import hardware
+from stexp.api.features import frozen_encoder, machine_of
+from stexp.cli.fold import train
+from stexp.config import build, dataset_of, to_plain
+from stexp.config.compose import compose
+from stexp.data.datamodule import SpotDataModule
+from stexp.inference.export import export
+from stexp.inference.references import nearest_to_centres
+from stexp.models.retrieval import ReferenceIndex, retrieve
+from stexp.models.retrieval_method import RetrievalMethod
+from stexp.runs.provenance import git_state, manifest, now, versions
+
+SIZES = (64, 256)
+ALL = "all spots"
+FILES = ("bank.safetensors", "prototypes.safetensors")
+MODEL = ["model=mclstexp", "image_encoder.frozen=true"]
+CONTRAST = ("loss", "log_batch", "matched", "chance", "left_chance")
+
+
+def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule) -> dict[str, dict[str, Any]]:
+    """Ways to keep references -> what `compared` reads, with ``references`` and ``k``."""
+    out = {}
+    for n in (None, *SIZES):
+        start = time.perf_counter()
+        settings = [*keys, *([] if n is None else [f"model.prototypes={n}"])]
+        method, prediction, contrast = trained(settings, seed, data)
+        assert isinstance(method, RetrievalMethod) and prediction.image_embedding is not None
+        index, expression = method._searched
+        seconds = round(time.perf_counter() - start, 1)
+        facts = {"contrast": {key: contrast[key] for key in CONTRAST}, "seconds": seconds, "k": method._k(index)}
+        name = ALL if n is None else f"{n} learned"
+        out[name] = {**facts, "sections": scored(prediction.predicted.numpy(), data, fold), "references": len(index)}
+        for few in () if n is not None else SIZES:
+            rows = nearest_to_centres(index.embedding.cpu().numpy(), few)
+            of = (np.asarray(each)[rows] for each in (index.section, index.patient))
+            fewer = ReferenceIndex(index.embedding[torch.from_numpy(rows)], *of)
+            k = min(method._k(index), len(rows))
+            how = method.distance, method.weighting
+            made = retrieve(fewer, prediction.image_embedding, expression.cpu()[rows], k, *how, spread=False)
+            sections = scored(made.predicted.numpy(), data, fold)
+            out[f"{few} selected"] = {**facts, "k": k, "sections": sections, "references": len(rows)}
+    return out
+
+
+def sizes(keys: list[str], fold: str, seed: int) -> dict[str, dict]:
+    """Bytes of the references in exported models, and how closely these predict as their runs."""
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (None, *SIZES):
+            run = Path(folder) / str(n)
+            settings = [*keys, f"seed={seed}", f"output_dir={run}", "random_features=0"]
+            cfg = compose("train", [*settings, *([] if n is None else [f"model.prototypes={n}"])])
+            train(cfg, dataset_of(cfg).read_sections(build(cfg.protocol)), fold, run)
+            for few in (None, *SIZES) if n is None else (None,):
+                name = f"{few} selected" if few else ALL if n is None else f"{n} learned"
+                facts = export(run, run / "model.stexp", prototypes=few, alpha=None)
+                file = next(run.joinpath("model.stexp", each) for each in facts["files"] if each in FILES)
+                kept = {"bytes": file.stat().st_size, "references": facts["bank"]["spots"]}
+                out[name] = {**kept, "largest_difference": facts["reproduces"]["largest_difference"]}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folds", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, help="default: experiments/results/prototypes-<data>-<protocol>.json")
+    args, keys = parser.parse_known_args()
+    keys = [*MODEL, *keys]
+    cfg, state = compose("train", keys), git_state()
+    output = args.output or Path(__file__).parent / "results" / f"prototypes-{cfg.data.name}-{cfg.protocol.name}.json"
+    config = to_plain(cfg)
+    machine_of(config).set_threads()
+    before = json.loads(output.read_text()) if output.exists() else {}
+    same = before.get("keys") == _elsewhere(keys) and before.get("provenance", {}).get("commit") == state["commit"]
+    runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
+    sections = dataset_of(cfg).read_sections(build(cfg.protocol))
+    served: dict[str, SpotDataModule] = {}
+    record: dict[str, Any] = {"what": "references kept as spots, as spots selected, and as learned prototypes"}
+    if same and "sizes" in before:
+        record["sizes"] = before["sizes"]
+
+    def write() -> None:
+        record.update(keys=_elsewhere(keys), table=compared(runs, ALL), runs=runs)
+        record["provenance"] = {
+            "command": shlex.join(["python", "experiments/prototypes.py", *_elsewhere(sys.argv[1:])]),
+            **state,
+            "date": now(),
+            "hardware": hardware.describe(),
+            "versions": versions(),
+            "data_manifest": manifest(sections),
+        }
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+    for seed in args.seeds:
+        for fold in args.folds:
+            key = f"{fold} s{seed}"
+            if key in runs.get(ALL, {}):
+                continue
+            if fold not in served:
+                frozen = frozen_encoder(config, machine_of(config))
+                served[fold] = dataset_of(cfg).serve(sections, build(cfg.protocol), fold, cfg.seed, encoder=frozen)
+            for way, made in measure(keys, fold, seed, served[fold]).items():
+                runs.setdefault(way, {})[key] = made
+                values = " ".join(f"{v['pearson_acg']:.4f}" for v in made["sections"].values())
+                print(f"{key}  {way:<14} k={made['k']:<4} {made['references']:<5} {values}", flush=True)
+            write()
+    if "sizes" not in record:
+        record["sizes"] = sizes(keys, args.folds[0], args.seeds[0])
+        write()
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
