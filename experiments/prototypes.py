@@ -1,8 +1,8 @@
 """Learned prototypes against as many spots selected after training, and all of them: accuracy and size of the bank.
 
-python experiments/prototypes.py --folds B C --seeds 0 1 2 data=her2st data.augmentation=none model.normalise=true \\
-    model.temperature=0.1 trainer.max_epochs=10 image_encoder=mobilenetv2 \\
-    image_encoder.checkpoint=mobilenetv2_100_imagenet.safetensors
+python experiments/prototypes.py data=her2st data.augmentation=none model.normalise=true model.temperature=0.1 \
+    trainer.max_epochs=10 image_encoder=mobilenetv2 image_encoder.checkpoint=mobilenetv2_100_imagenet.safetensors \
+    --folds B C --seeds 0 1 2
 
 Keys are those of stexp-train; the image encoder is frozen. All spots and what is selected of them come from the same
 training, with the k it chose, as stexp-export prototypes=N has it; learned prototypes choose their own. Differences are
