@@ -6,8 +6,8 @@ python experiments/prototypes.py data=her2st data.augmentation=none model.normal
 
 Keys are those of stexp-train; the image encoder is frozen. All spots and what is selected of them come from the same
 training, with the k it chose, as stexp-export prototypes=N has it; learned prototypes choose their own. Differences are
-paired over the test sections of all folds, seeds averaged before. Sizes are those of exported models of the first fold
-and seed. What is finished stays in the output, and the same command goes on from there.
+paired over the test sections of all folds, seeds averaged before. Bytes are those of the file that an exported model
+keeps its references in. What is finished stays in the output, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from one_change import _elsewhere, compared, scored, trained
 
 from stexp import hardware
 from stexp.api.features import frozen_encoder, machine_of
-from stexp.cli.fold import train
 from stexp.config import build, dataset_of, to_plain
 from stexp.config.compose import compose
 from stexp.data.datamodule import SpotDataModule
-from stexp.inference.export import export
-from stexp.inference.references import nearest_to_centres
+from stexp.inference.bank import Bank, write_bank
+from stexp.inference.prototype_bank import AnyBank, write_prototype_bank
+from stexp.inference.references import nearest_to_centres, prototypes_of, spots_of
+from stexp.models.prototypes import stand_for
 from stexp.models.retrieval import ReferenceIndex, retrieve
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.runs.provenance import git_state, manifest, now, versions
 
 SIZES = (64, 256)
 ALL = "all spots"
-FILES = ("bank.safetensors", "prototypes.safetensors")
 MODEL = ["model=mclstexp", "image_encoder.frozen=true"]
 CONTRAST = ("loss", "log_batch", "matched", "chance", "left_chance")
 
@@ -56,7 +56,9 @@ def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule) -> dict
         seconds = round(time.perf_counter() - start, 1)
         facts = {"contrast": {key: contrast[key] for key in CONTRAST}, "seconds": seconds, "k": method._k(index)}
         name = ALL if n is None else f"{n} learned"
-        out[name] = {**facts, "sections": scored(prediction.predicted.numpy(), data, fold), "references": len(index)}
+        bank = bank_of_method(method, data)
+        sections = scored(prediction.predicted.numpy(), data, fold)
+        out[name] = {**facts, "sections": sections, "references": len(index), "bytes": size_of(bank)}
         for few in () if n is not None else SIZES:
             rows = nearest_to_centres(index.embedding.cpu().numpy(), few)
             of = (np.asarray(each)[rows] for each in (index.section, index.patient))
@@ -66,25 +68,32 @@ def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule) -> dict
             made = retrieve(fewer, prediction.image_embedding, expression.cpu()[rows], k, *how, spread=False)
             sections = scored(made.predicted.numpy(), data, fold)
             out[f"{few} selected"] = {**facts, "k": k, "sections": sections, "references": len(rows)}
+            assert isinstance(bank, Bank)  # of all spots
+            out[f"{few} selected"]["bytes"] = size_of(bank.take(rows))
     return out
 
 
-def sizes(keys: list[str], fold: str, seed: int) -> dict[str, dict]:
-    """Bytes of the references in exported models, and how closely these predict as their runs."""
-    out = {}
+def size_of(bank: AnyBank) -> int:
+    """Bytes of a bank's file."""
     with tempfile.TemporaryDirectory() as folder:
-        for n in (None, *SIZES):
-            run = Path(folder) / str(n)
-            settings = [*keys, f"seed={seed}", f"output_dir={run}", "random_features=0"]
-            cfg = compose("train", [*settings, *([] if n is None else [f"model.prototypes={n}"])])
-            train(cfg, dataset_of(cfg).read_sections(build(cfg.protocol)), fold, run)
-            for few in (None, *SIZES) if n is None else (None,):
-                name = f"{few} selected" if few else ALL if n is None else f"{n} learned"
-                facts = export(run, run / "model.stexp", prototypes=few, alpha=None)
-                file = next(run.joinpath("model.stexp", each) for each in facts["files"] if each in FILES)
-                kept = {"bytes": file.stat().st_size, "references": facts["bank"]["spots"]}
-                out[name] = {**kept, "largest_difference": facts["reproduces"]["largest_difference"]}
-    return out
+        path = Path(folder) / "bank.safetensors"
+        if isinstance(bank, Bank):
+            write_bank(path, bank)
+        else:
+            write_prototype_bank(path, bank)
+        return path.stat().st_size
+
+
+def bank_of_method(method: RetrievalMethod, data: SpotDataModule) -> AnyBank:
+    """What an export of the method would keep of its references."""
+    references = method.references
+    assert references is not None
+    rows = references.retrieved_rows
+    place = np.flatnonzero(np.isin(references.rows, rows))
+    embedding = references.embedding[torch.from_numpy(place)]
+    if references.prototype is None:
+        return spots_of(data, rows, embedding.cpu().numpy())
+    return prototypes_of(data, rows, stand_for(references.prototype[place], embedding, data.spots.iloc[rows]))
 
 
 def main() -> None:
@@ -104,8 +113,6 @@ def main() -> None:
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     served: dict[str, SpotDataModule] = {}
     record: dict[str, Any] = {"what": "references kept as spots, as spots selected, and as learned prototypes"}
-    if same and "sizes" in before:
-        record["sizes"] = before["sizes"]
 
     def write() -> None:
         record.update(keys=_elsewhere(keys), table=compared(runs, ALL), runs=runs)
@@ -132,9 +139,7 @@ def main() -> None:
                 values = " ".join(f"{v['pearson_acg']:.4f}" for v in made["sections"].values())
                 print(f"{key}  {way:<14} k={made['k']:<4} {made['references']:<5} {values}", flush=True)
             write()
-    if "sizes" not in record:
-        record["sizes"] = sizes(keys, args.folds[0], args.seeds[0])
-        write()
+    write()
     print(f"wrote {output}")
 
 

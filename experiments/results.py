@@ -148,18 +148,19 @@ def references_kept(kept: list[dict]) -> str:
     rows = []
     for record in kept:
         for way, part in record["table"].items() if record["name"].startswith("prototypes-") else ():
-            score, size = part["pearson_acg"], record["sizes"][way]
+            score, runs = part["pearson_acg"], record["runs"][way]
+            searched, size = (sum(run[key] for run in runs.values()) / len(runs) for key in ("references", "bytes"))
             base = "" if "difference" not in score else f"{score['difference']:+.4f}"
-            folds = {key.split()[0] for key in record["runs"][way]}
-            means = " / ".join(f"{_mean_of(record['runs'][way], fold):.3f}" for fold in sorted(folds))
+            folds = sorted({key.split()[0] for key in runs})
+            means = " / ".join(f"{_mean_of(runs, fold):.3f}" for fold in folds)
             rows.append(
-                f"| [{way}](../experiments/results/{record['name']}.json) | {size['references']} | "
-                f"{size['bytes'] / 1e6:.1f} | {means} | {score['mean']:.4f} | {base} | {part['mse']['mean']:.4f} |"
+                f"| [{way}](../experiments/results/{record['name']}.json) | {searched:.0f} | {size / 1e6:.1f} | "
+                f"{means} | {score['mean']:.4f} | {base} | {part['mse']['mean']:.4f} |"
             )
     head = "| references of mclstexp | searched | MB | all genes, by fold | mean | to all spots | MSE |"
     what = (
         "References kept as spots, as spots selected after training (`stexp-export prototypes=N`), and as prototypes "
-        "learned with the encoders (`model.prototypes=N`); searched and MB are those of one fold and seed:"
+        "learned with the encoders (`model.prototypes=N`); searched and MB exported are means:"
     )
     return "\n".join([what, "", head, "|---|---|---|---|---|---|---|", *rows]) if rows else ""
 

@@ -9,10 +9,12 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 from sklearn.cluster import MiniBatchKMeans
 
+from stexp.data.datamodule import SpotDataModule
 from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.inference.bank import Bank
 from stexp.inference.prototype_bank import AnyBank, PrototypeBank
+from stexp.models.prototypes import Standing
 from stexp.runs.finished import FinishedRun
 
 
@@ -26,21 +28,22 @@ def bank_of(run: FinishedRun) -> AnyBank | None:
             f"predicts slides holds single references: a method that does not retrieve would fit, or truth=spot"
         )
     embeddings, how = run.for_retrieval
-    data, rows = run.data, run.references(how.reference)
-    spots = data.spots.iloc[rows]
-    used = {*spots["section"], *data.names("train", "validation")}
-    genes = sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
+    rows = run.references(how.reference)
     standing = run.standing(rows)
     if standing is not None:
-        names = standing.names
-        return PrototypeBank(
-            embedding=standing.embedding.numpy(),
-            section=names["section"].to_numpy(str),
-            patient=names["patient"].to_numpy(str),
-            spot=names["spot"].to_numpy(str),
-            values=_mean_expression(run, rows, standing.member.numpy(), genes),
-            genes=genes,
-        )
+        return prototypes_of(run.data, rows, standing)
+    return spots_of(run.data, rows, embeddings.obsm["spot_embedding"][rows])
+
+
+def shared_genes(data: SpotDataModule, rows: np.ndarray) -> list[str]:
+    """Genes that the sections of the spots `rows`, and all that trained, measure."""
+    used = {*data.spots["section"].iloc[rows], *data.names("train", "validation")}
+    return sorted(set.intersection(*(set(section.genes) for section in data.sections if section.name in used)))
+
+
+def spots_of(data: SpotDataModule, rows: np.ndarray, embedding: np.ndarray) -> Bank:
+    """The references `rows` of the data's spots, embedded as (R, D)."""
+    spots, genes = data.spots.iloc[rows], shared_genes(data, rows)
     counts, rest = [], []
     for section in data.sections:
         chosen = np.isin(np.flatnonzero(data.spots["section"].to_numpy() == section.name), rows)
@@ -49,33 +52,40 @@ def bank_of(run: FinishedRun) -> AnyBank | None:
             counts.append(x[chosen])
             rest.append(sp.csr_matrix(x[~chosen].sum(axis=0)))
     return Bank(
-        embedding=embeddings.obsm["spot_embedding"][rows].astype(np.float32),
+        embedding=embedding.astype(np.float32),
         section=spots["section"].to_numpy(str),
         patient=spots["patient"].to_numpy(str),
         spot=spots["spot"].to_numpy(str),
         counts=sp.vstack(counts, format="csr"),
         total_counts=spots["total_counts"].to_numpy(np.float64),
         genes=genes,
-        rest=sp.vstack(rest, format="csr") if run.protocol.truth == "gene" else None,
+        rest=sp.vstack(rest, format="csr") if data.protocol.truth == "gene" else None,
     )
 
 
-def _mean_expression(run: FinishedRun, rows: np.ndarray, member: np.ndarray, genes: list[str]) -> np.ndarray:
-    """Mean expression (P, G) of the references `rows` of every prototype, normalised as in training."""
-    group, total = np.full(len(run.data.spots), -1), np.zeros((member.max() + 1, len(genes)))
-    group[rows] = member
-    names, protocol = run.data.spots["section"].to_numpy(), run.protocol
-    for section in run.data.sections:
-        own = group[names == section.name]
+def prototypes_of(data: SpotDataModule, rows: np.ndarray, standing: Standing) -> PrototypeBank:
+    """What stands for the references `rows`, with their mean expression normalised as in training."""
+    names, genes, protocol = standing.names, shared_genes(data, rows), data.protocol
+    group, total = np.full(len(data.spots), -1), np.zeros((len(names), len(genes)))
+    group[rows] = member = standing.member.cpu().numpy()
+    for section in data.sections:
+        own = group[data.spots["section"].to_numpy() == section.name]
         if (own < 0).all():
             continue
-        counts, spots = section.spots.X[:, section.genes.get_indexer(genes)].toarray(), section.total_counts
-        scaled = protocol
+        counts, depth, scaled = section.spots.X, section.total_counts, protocol
         if protocol.truth == "spot" and protocol.library == "panel":
-            spots = np.asarray(section.spots.X[:, section.genes.get_indexer(run.panel)].sum(axis=1)).ravel()
+            depth = np.asarray(counts[:, section.genes.get_indexer(data.panel)].sum(axis=1)).ravel()
             scaled = replace(protocol, library="transcriptome")
-        np.add.at(total, own[own >= 0], normalise(counts, spots, scaled)[own >= 0])
-    return (total / np.bincount(member)[:, None]).astype(np.float32)
+        values = normalise(counts[:, section.genes.get_indexer(genes)].toarray(), depth, scaled)
+        np.add.at(total, own[own >= 0], values[own >= 0])
+    return PrototypeBank(
+        embedding=standing.embedding.cpu().numpy(),
+        section=names["section"].to_numpy(str),
+        patient=names["patient"].to_numpy(str),
+        spot=names["spot"].to_numpy(str),
+        values=(total / np.bincount(member)[:, None]).astype(np.float32),
+        genes=genes,
+    )
 
 
 def nearest_to_centres(embedding: np.ndarray, n: int) -> np.ndarray:
