@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from demo_run import run
+from exported_model import finished_run, slide
 from sections import make_data, make_trainer
 
 from stexp.data.datamodule import SpotDataModule
@@ -19,6 +19,7 @@ from stexp.evaluation.prototype_record import read_prototypes
 from stexp.inference.export import export
 from stexp.inference.predictor import load_model
 from stexp.inference.prototype_bank import PrototypeBank, read_prototype_bank, write_prototype_bank
+from stexp.inference.references import compress
 from stexp.models import prototypes
 from stexp.models.bleep import BLEEP
 from stexp.models.encoders.image import ImageEncoder
@@ -26,6 +27,8 @@ from stexp.models.mclstexp import MclSTExp
 from stexp.models.prototypes import Prototypes, stand_for
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
+from stexp.runs.finished import FinishedRun
+from stexp.runs.folder import RunFolder
 from stexp.runs.rescore import predict_again
 
 
@@ -184,11 +187,8 @@ def test_more_prototypes_than_training_spots_are_refused(data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("prototypes")
-    options = ("image_encoder.frozen=true", "model.prototypes=10", "model.k=4", "random_features=0")
-    run(root, root / "run", *options)
-    return root / "run"
+def finished() -> Path:
+    return finished_run("image_encoder.frozen=true", "model.prototypes=10", "model.k=4", "random_features=0")
 
 
 @pytest.mark.slow
@@ -206,28 +206,31 @@ def test_a_run_says_the_prototype_and_shows_its_tiles(finished):
 
 
 @pytest.mark.slow
-def test_retrieving_again_gives_the_same_and_takes_another_k(finished, tmp_path):
-    same, other = (predict_again(finished, x, "panel", str(tmp_path / str(len(x)))) for x in ({}, {"k": 2}))
-    read = [ad.read_h5ad(folder / "predictions.h5ad") for folder in (finished, same, other)]
-    np.testing.assert_allclose(read[1].layers["predicted"], read[0].layers["predicted"], rtol=1e-3, atol=1e-3)
-    assert not np.allclose(read[2].layers["predicted"], read[0].layers["predicted"], atol=1e-3)
-    assert list(read[1].uns["references"].index) == list(read[0].uns["references"].index)
+def test_retrieving_again_gives_the_same_unless_k_is_another(finished, tmp_path):
+    again = predict_again(finished, {}, "panel", str(tmp_path / "same"))
+    first, same = (ad.read_h5ad(folder / "predictions.h5ad") for folder in (finished, again))
+    np.testing.assert_allclose(same.layers["predicted"], first.layers["predicted"], rtol=1e-3, atol=1e-3)
+    assert list(same.uns["references"].index) == list(first.uns["references"].index)
+    run = FinishedRun(RunFolder(finished))
+    fewer, _ = run.retrieve(run.data, replace(run.for_retrieval[1], k=2))
+    assert not np.allclose(fewer.predicted.numpy(), first.layers["predicted"], atol=1e-3)
 
 
 @pytest.mark.slow
 def test_an_exported_model_holds_prototypes_alone_and_predicts_as_its_run(finished, tmp_path):
     facts = export(finished, tmp_path / "model", alpha=None)
     assert facts["reproduces"]["largest_difference"] < 1e-3 and 1 < facts["bank"]["spots"] <= 10 < facts["bank"]["of"]
-    assert "bank.safetensors" not in facts["files"] and "prototypes.safetensors" in facts["files"]
-    model = load_model(tmp_path / "model")
-    panel, genes = ad.read_h5ad(finished / "predictions.h5ad").var_names, model.bank.genes
-    assert isinstance(model.bank, PrototypeBank) and set(panel) < set(genes)
+    assert (tmp_path / "model" / "prototypes.safetensors").is_file()
+    assert not (tmp_path / "model" / "bank.safetensors").exists()
+    model, spots = load_model(tmp_path / "model"), ad.read_h5ad(finished / "predictions.h5ad")
+    assert isinstance(model.bank, PrototypeBank) and set(spots.var_names) < set(model.bank.genes)
+    made = model.predict(slide(), um_per_px=1.0, coordinates=spots.obsm["spatial"][:20], genes="all", progress=False)
+    assert made.uns["references"].index.str.startswith("prototype ").all()
+    lowest, highest = model.bank.values.min(axis=0), model.bank.values.max(axis=0)
+    order = [model.bank.genes.index(gene) for gene in made.var_names]
+    assert (lowest[order] - 1e-4 <= made.X).all() and (highest[order] + 1e-4 >= made.X).all()
     with pytest.raises(InputError, match="exclude_slide=false would fit"):
         model.bank.without({"A1"})
-    with pytest.raises(InputError, match="prototypes already"):
-        export(finished, tmp_path / "few", prototypes=5, alpha=None)
-    half = export(finished, tmp_path / "half", bank="float16", alpha=None)
-    assert half["bank"]["loss"]["pearson_with_full"] > 0.99
 
 
 def test_a_bank_of_prototypes_is_kept_whole_or_refused(tmp_path):
@@ -249,5 +252,9 @@ def test_a_bank_of_prototypes_is_kept_whole_or_refused(tmp_path):
         write_prototype_bank(tmp_path / "x", replace(bank, **wrong))
         with pytest.raises(InputError, match="is damaged"):
             read_prototype_bank(tmp_path / "x")
+    half = compress(bank, "float16", None)
+    np.testing.assert_allclose(half.values, bank.values, rtol=1e-3)
+    with pytest.raises(InputError, match="prototypes already"):
+        compress(bank, "float32", 1)
     with pytest.raises(InputError, match="take bank=float32"):
         write_prototype_bank(tmp_path / "x", replace(bank, values=bank.values * 1e6), "float16")
