@@ -136,6 +136,14 @@ def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) 
             assert node is None or isinstance(node, str)
 
 
+def test_the_help_names_every_method() -> None:
+    cfg = compose("train", [], with_hydra=True)
+    text = help_text(cfg, "train", groups_of("train", []), default_sources())
+    listed = re.search(r"model=mclstexp +method: ([^=]+)\n", text)
+    assert listed is not None
+    assert {"mclstexp", *re.findall(r"\w+", listed[1])} >= set(groups_of("train", [])["model"])
+
+
 def test_the_whole_help_has_every_key_with_the_comment_of_its_yaml() -> None:
     cfg = compose("train", ["data=her2st"], with_hydra=True)
     text = whole_help_text(cfg, "train", groups_of("train", []), default_sources())

@@ -93,6 +93,9 @@ def test_the_verdict_says_that_a_training_never_left_chance():
     learned = metrics | {"contrast": summarise([epoch(3.0, 0.2)])}
     assert verdict(learned) == verdict(metrics)
     assert describe_contrast(learned).startswith("Contrastive loss 3.000 at its lowest, 4.159 for")
+    certain = describe_contrast(metrics | {"contrast": summarise([epoch(9.0, 0.2)])})
+    assert "temperature" in certain and "never left chance" not in certain
+    assert "temperature" not in describe_contrast(learned)
     judged = verdict(metrics | {"contrast": summarise([epoch(4.158, 0.016)])})
     assert judged.outcome == "unclear" and judged.statement.startswith("The training never left chance: ")
     assert judged.statement.endswith(verdict(metrics).statement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,25 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def two_processes(arguments: list[str]) -> None:
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TORCHRUN, *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*TORCHRUN, *arguments], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def two_machines(arguments: list[str]) -> None:
+    """One process on each, both of them this one; they meet at a port that is free."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, *arguments]
+    machines = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [machine.communicate()[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors[0][-3000:]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +77,7 @@ def test_two_processes_have_the_gradients_of_one(both: tuple[dict, dict], method
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("started_by", ["torchrun", "lightning"])
+@pytest.mark.parametrize("started_by", ["two machines", "lightning"])
 def test_a_run_on_two_devices_goes_on_as_one_would(demo: Path, tmp_path: Path, monkeypatch, started_by: str) -> None:
     """From the first epoch of one device; the encoder frozen and tiles as they are, so that nothing is drawn."""
     same = ["image_encoder.frozen=true", "data.augmentation=none", "hardware.precision=32-true", "data.batch_size=50"]
@@ -77,12 +93,13 @@ def test_a_run_on_two_devices_goes_on_as_one_would(demo: Path, tmp_path: Path, m
         patch.setattr(callbacks.EpochLines, "on_train_epoch_start", keep)
         expected = run(demo, one, *same, fold="A")["scores"]
     text = (two / "config.yaml").read_text()
-    changed = text.replace("devices: 1", "devices: 2").replace("use_distributed", "strategy: ddp\n  use_distributed")
-    (two / "config.yaml").write_text(changed.replace("  log_every", "  sync_batchnorm: false\n  log_every"))
+    devices, machines = (1, 2) if started_by == "two machines" else (2, 1)
+    several = f"devices: {devices}\n  num_nodes: {machines}\n  strategy: ddp\n  sync_batchnorm: false"
+    (two / "config.yaml").write_text(text.replace("devices: 1", several))
     arguments = ["-m", "stexp.train", *overrides_of(demo, two), *same, "trainer=ddp", "trainer.accelerator=cpu"]
-    arguments += ["trainer.devices=2", "fold=A"]
-    if started_by == "torchrun":
-        two_processes(arguments)
+    arguments += [f"trainer.devices={devices}", f"trainer.num_nodes={machines}", "fold=A"]
+    if started_by == "two machines":
+        two_machines(arguments)
     else:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]

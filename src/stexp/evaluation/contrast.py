@@ -94,5 +94,7 @@ def describe_contrast(metrics: Mapping[str, Any]) -> str:
         f"{100 * contrast['chance']:.1f} % by chance"
     )
     if contrast["left_chance"]:
+        if contrast["loss"] >= contrast["log_batch"]:  # which rests on the matches alone
+            numbers += "; the loss is high since wrong matches are held for certain: a higher temperature lowers it"
         return f"{numbers[0].upper()}{numbers[1:]}."
     return f"The training never left chance: {numbers}."
