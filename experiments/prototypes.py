@@ -38,16 +38,15 @@ from stexp.models.retrieval import ReferenceIndex, retrieve
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.runs.provenance import git_state, manifest, now, versions
 
-SIZES = (64, 256)
 ALL = "all spots"
 MODEL = ["model=mclstexp", "image_encoder.frozen=true"]
 CONTRAST = ("loss", "log_batch", "matched", "chance", "left_chance")
 
 
-def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule) -> dict[str, dict[str, Any]]:
-    """Ways to keep references -> what `compared` reads, with ``references`` and ``k``."""
+def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule, sizes: list[int]) -> dict[str, dict[str, Any]]:
+    """Ways to keep references -> what `compared` reads, with ``references``, ``k`` and ``bytes``."""
     out = {}
-    for n in (None, *SIZES):
+    for n in (None, *sizes):
         start = time.perf_counter()
         settings = [*keys, *([] if n is None else [f"model.prototypes={n}"])]
         method, prediction, contrast = trained(settings, seed, data)
@@ -59,7 +58,7 @@ def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule) -> dict
         bank = bank_of_method(method, data)
         sections = scored(prediction.predicted.numpy(), data, fold)
         out[name] = {**facts, "sections": sections, "references": len(index), "bytes": size_of(bank)}
-        for few in () if n is not None else SIZES:
+        for few in () if n is not None else sizes:
             rows = nearest_to_centres(index.embedding.cpu().numpy(), few)
             of = (np.asarray(each)[rows] for each in (index.section, index.patient))
             fewer = ReferenceIndex(index.embedding[torch.from_numpy(rows)], *of)
@@ -100,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folds", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256], help="at most the spots that train")
     parser.add_argument("--output", type=Path, help="default: experiments/results/prototypes-<data>-<protocol>.json")
     args, keys = parser.parse_known_args()
     keys = [*MODEL, *keys]
@@ -134,7 +134,7 @@ def main() -> None:
             if fold not in served:
                 frozen = frozen_encoder(config, machine_of(config))
                 served[fold] = dataset_of(cfg).serve(sections, build(cfg.protocol), fold, cfg.seed, encoder=frozen)
-            for way, made in measure(keys, fold, seed, served[fold]).items():
+            for way, made in measure(keys, fold, seed, served[fold], args.sizes).items():
                 runs.setdefault(way, {})[key] = made
                 values = " ".join(f"{v['pearson_acg']:.4f}" for v in made["sections"].values())
                 print(f"{key}  {way:<14} k={made['k']:<4} {made['references']:<5} {values}", flush=True)
