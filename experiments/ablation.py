@@ -7,8 +7,10 @@ Keys are those of stexp-train, `model.*` among them: they change the whole metho
 in the cache; the rest is seconds. Parts are judged on the training side: its patients (of fewer than three its
 sections, of one its blocks) are left out in turn, the method is fitted to the others, all that it chooses included,
 and predicts them. Scores of the test sections stand beside these and decide nothing. Each is the difference to the
-whole method, mean over sections of all folds with a 95 % interval; a section that trains in several folds counts once.
-Of several data sets, run it once for each: a part stays that helps on more than one.
+whole method, or of a part alone to plain ridges, mean over sections of all folds with a 95 % interval; a section that
+trains in several folds counts once. --inputs tries other features of the same tiles; --seeds are of the control, the
+whole method at random weights. Of several data sets, run it once for each: a part stays that helps on more than one.
+experiments/results.py writes the tables of what is kept in experiments/results.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from ablation_table import SCORES, SIDES, lines
+from ablation_table import cell as cell
 
 from stexp import hardware
 from stexp.config import build, dataset_of, to_plain
@@ -42,11 +46,11 @@ from stexp.models.table import Table
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.training.machine import Machine
 
-SIDES = ("training side, left out", "test side, decides nothing")
-SCORES = ("pearson_acg", "pearson_given_depth", "mse")
-WHOLE = "whole"
+WHOLE, PLAIN = "whole", "plain"
 FULL_RANK: dict[str, Any] = {"ranks": [1024]}
 UNSMOOTHED: dict[str, Any] = {"radii_um": [0]}
+ALONE: dict[str, Any] = {"neighbours": [], "only": [1], "turns": 1, **FULL_RANK, **UNSMOOTHED}
+"""Ridges of the tile itself, which all that the method adds is left out of."""
 VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE: {},
     "without ridges": {"penalties": []},
@@ -55,10 +59,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without smoothing": UNSMOOTHED,
     "without learned weights": {"trust": 1e9},
     "without turned views": {"turns": 1},
-    "ridges alone, one scale": {"neighbours": [], "scale": 1, "turns": 1, **FULL_RANK, **UNSMOOTHED},
-    "neighbours alone, one scale": {"penalties": [], "scale": 1, "turns": 1, **FULL_RANK, **UNSMOOTHED},
+    PLAIN: ALONE,
+    "plain, with neighbours": {key: value for key, value in ALONE.items() if key != "neighbours"},
+    "plain, with low rank": {key: value for key, value in ALONE.items() if key != "ranks"},
+    "plain, with smoothing": {key: value for key, value in ALONE.items() if key != "radii_um"},
+    "plain, with all scales": {key: value for key, value in ALONE.items() if key != "only"},
+    "plain, with turned views": {key: value for key, value in ALONE.items() if key != "turns"},
+    "plain, neighbours for ridges": {key: value for key, value in ALONE.items() if key != "neighbours"}
+    | {"penalties": []},
 }
-"""Arguments of the method that differ; ``scale``: the only one whose features are read."""
+"""Arguments of the method that differ; ``only``: the scales whose features are read."""
+INPUTS: dict[str, list[str]] = {
+    "levels": ["image_encoder.output=levels"],
+    "macenko": ["data.stain=macenko"],
+    "levels, macenko": ["image_encoder.output=levels", "data.stain=macenko"],
+}
+"""Keys of other features, for the whole method."""
 
 
 def columns(scales: list[float], n_features: int, kept: list[float]) -> np.ndarray:
@@ -68,22 +84,29 @@ def columns(scales: list[float], n_features: int, kept: list[float]) -> np.ndarr
 
 def predict(method: Consensus, table: Table) -> np.ndarray:
     """Expression of the spots of a table, each section together."""
-    out = np.empty_like(table.expression)
+    out = np.empty((len(table), len(method.mean)), dtype=np.float32)
     for name in np.unique(table.section):
         rows = np.flatnonzero(table.section == name)
-        embedding = method.embed_features(torch.from_numpy(table.features[rows]))
-        out[rows] = method.predict_together(embedding, torch.from_numpy(table.xy_um[rows])).predicted.numpy()
+        own = table.take(rows)
+        embedding = method.embed_features(torch.from_numpy(own.read(own.features)))
+        out[rows] = method.predict_together(embedding, torch.from_numpy(own.xy_um)).predicted.numpy()
     return out
 
 
-def left_out(table: Table, arguments: dict[str, Any]) -> np.ndarray:
-    """Expression of the spots of a table, each group predicted by a method that was fitted to the others."""
-    out = np.empty_like(table.expression)
+def left_out(table: Table, sizes: tuple[int, int], arguments: dict[str, Any]) -> np.ndarray:
+    """Expression of the spots of a table, each group predicted by a method that was fitted to the others.
+
+    Parameters
+    ----------
+    sizes
+        Genes and features.
+    """
+    out = np.empty((len(table), sizes[0]), dtype=np.float32)
     for group in np.unique(table.group):
         own, rest = np.flatnonzero(table.group == group), table.take(np.flatnonzero(table.group != group))
         if len(np.unique(rest.group)) < 2:
             raise InputError("two groups on the training side: three patients, sections or blocks at least would fit")
-        method = Consensus(table.expression.shape[1], table.features.shape[1], **arguments)
+        method = Consensus(*sizes, **arguments)
         method.fit_table(rest)
         out[own] = predict(method, table.take(own))
     return out
@@ -92,25 +115,27 @@ def left_out(table: Table, arguments: dict[str, Any]) -> np.ndarray:
 def score(data: SpotDataModule, kept: np.ndarray, arguments: dict[str, Any]) -> dict[str, dict[str, dict]]:
     """Scores by `SCORES` of each section of each of `SIDES`, from the columns `kept` of the features."""
     learnt, test = data.rows(*LEARNT_FROM), data.rows("test")
-    table = Table.of(data, learnt)
-    table = replace(table, features=table.features[:, kept])
-    method = Consensus(len(data.panel), len(kept), **arguments)
+    used, sizes = np.concatenate([learnt, test]), (len(data.panel), len(kept))
+    features, expression = data.tile_features[used][:, kept], data.target[used]
+    rows = np.split(np.arange(len(used)), [len(learnt)])
+    table = replace(Table.of(data, learnt), features=features, expression=expression, rows=rows[0])
+    method = Consensus(*sizes, **arguments)
     method.fit_table(table)
     spots = data.spots.iloc[test]
     names = spots["section"].to_numpy(str)
-    of_test = Table(data.tile_features[test][:, kept], data.target[test], data.xy_um[test], names, names)
-    heg = top_genes(table.expression.mean(axis=0))
+    of_test = Table(features, expression, data.xy_um[test], names, names, rows[1])
+    heg = top_genes(table.read(table.expression).mean(axis=0))
     scores: dict[str, dict[str, dict]] = {}
-    for side, rows, own, predicted in (
-        (SIDES[0], learnt, table, left_out(table, arguments)),
+    for side, places, own, predicted in (
+        (SIDES[0], learnt, table, left_out(table, sizes, arguments)),
         (SIDES[1], test, of_test, predict(method, of_test)),
     ):
-        scores[side] = {}
+        scores[side], observed = {}, own.read(own.expression)
         for name in np.unique(own.section):
             mine = own.section == name
-            spots = data.spots.iloc[rows[mine]]
+            spots = data.spots.iloc[places[mine]]
             depth = spots["total_counts"].to_numpy()
-            all_scores = score_section(own.expression[mine], predicted[mine], heg, total_counts=depth)
+            all_scores = score_section(observed[mine], predicted[mine], heg, total_counts=depth)
             scores[side][name] = {key: all_scores[key] for key in SCORES} | {"patient": str(spots["patient"].iloc[0])}
     return scores
 
@@ -128,32 +153,45 @@ def serve(keys: list[str], folds: list[str], sections: list[Section]) -> Iterato
         yield fold, dataset_of(cfg).serve(sections, build(cfg.protocol), fold, cfg.seed, encoder=frozen)
 
 
-def measure(keys: list[str], folds: list[str], seeds: list[int], sections: list[Section]) -> dict[str, dict]:
-    """Variant -> side -> fold and section -> scores, with the seconds under ``seconds``."""
+def measure(
+    keys: list[str], folds: list[str], seeds: list[int], sections: list[Section], inputs: Sequence[str] = ()
+) -> dict[str, dict]:
+    """Variant -> side -> fold and section -> scores, with the processor's seconds under ``seconds``.
+
+    Parameters
+    ----------
+    inputs
+        Some of `INPUTS`.
+    """
     whole = to_plain(compose("train", ["model=consensus", *keys]).model)
     arguments = {key: value for key, value in whole.items() if key not in ("_target_", "name")}
     scales, turns = list(arguments["scales"]), arguments["turns"]
     variants = {name: part for name, part in VARIANTS.items() if not part or arguments | part != arguments}
+    if turns == 1:
+        variants.pop("plain, with turned views")
     if len(scales) > 1:
         variants |= {f"without scale {scale:g}": {"only": [s for s in scales if s != scale]} for scale in scales}
         variants |= {f"scale {scale:g} alone": {"only": [scale]} for scale in scales}
+    else:
+        variants.pop("plain, with all scales")
     random = ["image_encoder.pretrained=false", "image_encoder.checkpoint=null"]
     encoders: dict[int | str, list[str]] = {turns: [], 1: ["model.turns=1"]} if turns != 1 else {1: []}
-    encoders |= {f"seed {seed}": [*random, f"seed={seed}"] for seed in seeds}
+    encoders |= {f"whole, {name}": INPUTS[name] for name in inputs}
+    encoders |= {f"random weights, seed {seed}": [*random, f"seed={seed}"] for seed in seeds}
     measured: dict[str, dict] = {}
     for encoder, more in encoders.items():
         for fold, data in serve([*keys, *more], folds, sections):
             for name, part in variants.items():
-                label = f"random weights, {encoder}" if isinstance(encoder, str) else name
+                label = encoder if isinstance(encoder, str) else name
                 if (name != WHOLE) if isinstance(encoder, str) else (part.get("turns", turns) != encoder):
                     continue
                 changes = dict(part)
-                only = [changes.pop("scale")] if "scale" in changes else changes.pop("only", scales)
+                only = [scale for scale in changes.pop("only", scales) if scale in scales] or scales
                 kept = columns(scales, data.tile_features.shape[1], only)
-                start = time.perf_counter()
+                start = time.process_time()
                 scores = score(data, kept, arguments | changes)
                 record = measured.setdefault(label, {"seconds": 0.0, **{side: {} for side in SIDES}})
-                record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 2)
+                record["seconds"] = round(record["seconds"] + time.process_time() - start, 2)
                 for side in SIDES:
                     record[side] |= {f"{fold}:{section}": values for section, values in scores[side].items()}
                 means = (np.mean([each["pearson_acg"] for each in scores[side].values()]) for side in SIDES)
@@ -162,17 +200,18 @@ def measure(keys: list[str], folds: list[str], seeds: list[int], sections: list[
 
 
 def compared(measured: dict[str, dict]) -> dict[str, dict]:
-    """Each variant's mean scores on both sides, and its paired differences to the whole method."""
+    """Each variant's mean scores on both sides, and its paired differences to the whole method, or to plain ridges."""
     out: dict[str, dict] = {}
     for name, part in measured.items():
-        out[name] = {"seconds": part["seconds"]}
+        other = PLAIN if name.startswith(f"{PLAIN},") else WHOLE
+        out[name] = {"seconds": part["seconds"], "beside": other}
         for side in SIDES:
-            own, whole = (_of_sections(each[side]) for each in (part, measured[WHOLE]))
+            own, beside = (_of_sections(each[side]) for each in (part, measured[other]))
             out[name][side] = {}
             for score in SCORES:
                 out[name][side][score] = {"mean": float(own[score].mean())}
                 if name != WHOLE:
-                    differences = own[score] - whole[score]
+                    differences = own[score] - beside[score]
                     out[name][side][score] |= asdict(compare(differences, own.index.get_level_values("patient")))
     return out
 
@@ -183,39 +222,17 @@ def _of_sections(scores: dict[str, dict]) -> pd.DataFrame:
     return table.reset_index().groupby(["patient", "section"])[list(SCORES)].mean()
 
 
-def lines(table: dict[str, dict]) -> list[str]:
-    """The table in Markdown; its heading says which side judges."""
-    shown = [(SIDES[0], score) for score in SCORES] + [(SIDES[1], "pearson_acg")]
-    rows = [
-        "| | " + " | ".join(f"{score} ({side})" for side, score in shown) + " | s |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for name, part in table.items():
-        cells = [cell(part[side][score]) for side, score in shown]
-        rows.append(f"| {name} | " + " | ".join(cells) + f" | {part['seconds']:.1f} |")
-    return rows
-
-
-def cell(value: dict[str, float | None]) -> str:
-    """A mean, and behind it the paired difference with its interval where there are these."""
-    text = f"{value['mean']:.4f}"
-    if "difference" in value:
-        text += f", {value['difference']:+.4f}"
-    if value.get("low") is not None:
-        text += f" [{value['low']:+.4f}, {value['high']:+.4f}]"
-    return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folds", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="of encoders with random weights")
+    parser.add_argument("--inputs", nargs="*", choices=INPUTS, default=[], help="other features for the whole method")
     parser.add_argument("--output", type=Path, help="default: experiments/results/ablation-<data>-<protocol>.json")
     args, keys = parser.parse_known_args()
     cfg = compose("train", ["model=consensus", *keys])
     output = args.output or Path(__file__).parent / "results" / f"ablation-{cfg.data.name}-{cfg.protocol.name}.json"
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
-    measured = measure(keys, args.folds, args.seeds, sections)
+    measured = measure(keys, args.folds, args.seeds, sections, args.inputs)
     table = compared(measured)
     record = {
         # folders of the machine that ran it say nothing to others

@@ -51,13 +51,15 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "triplex": ("data.augmentation=dihedral", "trainer.max_epochs=200"),
     "deepspot": ("data.batch_size=1024", "data.augmentation=none", "trainer.max_epochs=10"),
     "histogene": ("data.augmentation=none", "trainer.max_epochs=100"),
+    "m2ort": ("data.batch_size=96", "data.augmentation=dihedral", "trainer.max_epochs=200"),
+    "stflow": ("data.augmentation=none", "trainer.max_epochs=1000"),
     "egn": ("data.batch_size=32", "data.tile_px=256", "data.augmentation=none", "trainer.max_epochs=50"),
     "thitogene": ("data.augmentation=none", "trainer.max_epochs=300"),
     "hist2st": ("data.augmentation=none", "trainer.max_epochs=350"),
     "sepal": ("data.batch_size=256", "data.augmentation=dihedral", "trainer.max_epochs=350"),
 }
 """Method -> how long and how it was trained when published, where it was; see conf/model and conf/sweep/table1.yaml."""
-WITHOUT_ENCODER = ("mean", "histogene", "thitogene", "hist2st")
+WITHOUT_ENCODER = ("mean", "histogene", "thitogene", "hist2st", "m2ort")
 TINY = ("data.tile_px=64", "data.batch_size=8", "protocol.k=10", "trainer.max_epochs=1", "hardware.threads=1")
 
 

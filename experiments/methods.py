@@ -27,10 +27,25 @@ METHODS = {
         "InfoNCE",
         "context of a spot: its 6 nearest spots, not its batch (`spot_context=batch`: published)",
     ),
+    "mclstexp_plus": (
+        "this project, from `mclstexp`",
+        "InfoNCE, then a residual",
+        "normalised embeddings at temperature 0.1, neither positions nor attention over spots, corrected, rate 1e-3",
+    ),
     "bleep": (
         "Xie et al. 2023, [arXiv 2306.01859](https://arxiv.org/abs/2306.01859)",
         "cross entropy with soft targets",
         "genes of the protocol's panel, not 3,467 variable ones; their other weighting of neighbours is left out",
+    ),
+    "heclip": (
+        "QSong-github/HECLIP, [arXiv 2501.14948](https://arxiv.org/abs/2501.14948)",
+        "cross entropy with soft targets of the tiles, one direction",
+        "any panel with either variant; no Harmony; validation spots pick the epoch, not the section that is predicted",
+    ),
+    "stgchb": (
+        "after the abstract of Chi et al. 2024, [arXiv 2406.12229](https://arxiv.org/abs/2406.12229)",
+        "InfoNCE across and in each modality, HSIC bottleneck",
+        "graph, encoders, views, weights and settings are not public: ours",
     ),
     "stnet": (
         "He et al. 2020, [doi 10.1038/s41551-020-0578-x](https://doi.org/10.1038/s41551-020-0578-x)",
@@ -72,6 +87,16 @@ METHODS = {
         "MSE of standardised expression",
         "6 neighbours on a hexagonal array, absent ones do not count; spots are drawn evenly, not by clusters",
     ),
+    "m2ort": (
+        "Wang et al. 2024, [arXiv 2401.10608](https://arxiv.org/abs/2401.10608)",
+        "MSE",
+        "tiles of any size that a patch divides; turned by right angles, not by any; expression of the protocol",
+    ),
+    "stflow": (
+        "Huang et al. 2025, [arXiv 2506.05361](https://arxiv.org/abs/2506.05361)",
+        "MSE of the end of a flow, at a random time",
+        "whole sections train, not windows of them; places in spacings of the array; regular arrays have frames, too",
+    ),
     "hest_ridge": (
         "Jaume et al. 2024, [arXiv 2406.16192](https://arxiv.org/abs/2406.16192)",
         "ridge, closed form",
@@ -86,7 +111,7 @@ METHODS = {
 }
 """Method -> source, loss, what differs from the original."""
 
-FROM_A_TILE = {"mclstexp", "bleep", "stnet", "hest_ridge", "consensus", "mean"}
+FROM_A_TILE = {"mclstexp", "mclstexp_plus", "bleep", "heclip", "stnet", "m2ort", "hest_ridge", "consensus", "mean"}
 """Methods that predict from a tile alone, which is what `stexp-export` takes."""
 
 
@@ -117,7 +142,7 @@ def methods() -> str:
             closed = getattr(model, "closed_form", False)
             batch = {"spots": "spots", "section": "a section"}[getattr(model, "batching", "spots")]
             cells = [
-                f"[`{name}`](../src/stexp/models/{name}.py)",
+                f"[`{name}`](../src/{'/'.join(cfg.model._target_.split('.')[:-1])}.py)",
                 source,
                 loss,
                 "all at once" if closed else batch,

@@ -5,8 +5,9 @@ python experiments/one_change.py --folds B C --seeds 0 1 2 data=her2st data.augm
 
 Keys are those of stexp-train; the image encoder is frozen. Each line is the difference to the published settings,
 paired over the test sections of all folds with a 95 % interval, seeds averaged before; with the lowest loss beside
-log(batch) and the most matches beside chance. What is finished stays in the output, and the same command goes on from
-there; --only NAME ... measures some of the changes.
+log(batch) and the most matches beside chance. `validation` is the Pearson correlation on the validation spots, which
+are of the training side: settings are chosen by it, never by the test sections beside it. What is finished stays in the
+output, and the same command goes on from there; --only NAME ... measures some of the changes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import ablation
 import numpy as np
+import torch
 
 from stexp import hardware
 from stexp.api.features import frozen_encoder, machine_of
@@ -33,8 +35,9 @@ from stexp.data.datamodule import SpotDataModule
 from stexp.data.section import Section
 from stexp.evaluation.compare import compare
 from stexp.evaluation.contrast import read_contrast
-from stexp.evaluation.metrics import score_section, top_genes
+from stexp.evaluation.metrics import mean_pearson, score_section, top_genes
 from stexp.models.method import Method, Prediction
+from stexp.models.retrieval_method import RetrievalMethod
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.training.fit import build_method, fit, predict
 
@@ -42,13 +45,13 @@ SCORES = ("pearson_acg", "pearson_given_depth", "mse")
 CONTRAST = ("loss", "log_batch", "matched", "chance")
 PUBLISHED = "as published"
 SETTINGS = ["model=mclstexp", "model.spot_context=batch", "model.k=200", "data.batch_size=128"]
+NORMALISED = ["model.normalise=true", "model.temperature=0.1"]
+ALONE = [*NORMALISED, "model.position=none", "model.depth=0"]
 CHANGES: dict[str, list[str]] = {
     PUBLISHED: [],
     "normalised embeddings": ["model.normalise=true"],
-    "normalised, temperature 0.1": ["model.normalise=true", "model.temperature=0.1"],
-    "normalised, temperature learned": [
-        *("model.normalise=true", "model.temperature=0.1", "model.learn_temperature=true"),
-    ],
+    "normalised, temperature 0.1": NORMALISED,
+    "normalised, temperature learned": [*NORMALISED, "model.learn_temperature=true"],
     "temperature 16": ["model.temperature=16"],
     "batches of 32": ["data.batch_size=32"],
     "batches of 512": ["data.batch_size=512"],
@@ -58,16 +61,42 @@ CHANGES: dict[str, list[str]] = {
     "context: 6 neighbours": ["model.spot_context=neighbours"],
     "neighbours count alike": ["model.weighting=mean"],
     "corrected by a residual": ["model.correct=true"],
+    "soft targets": ["model.objective=soft"],
+    "Jensen-Shannon": ["model.objective=jsd"],
+    "Donsker-Varadhan": ["model.objective=dv"],
+    "512 earlier negatives": ["model.negatives_memory=512"],
+    "no negatives within 300 um": ["model.mask_within_um=300"],
+    # combinations; without attention and positions a spot is embedded by its expression alone
+    "normalised, soft targets": [*NORMALISED, "model.objective=soft"],
+    "normalised, Jensen-Shannon": [*NORMALISED, "model.objective=jsd"],
+    "normalised, Donsker-Varadhan": [*NORMALISED, "model.objective=dv"],
+    "normalised, NWJ": [*NORMALISED, "model.objective=nwj"],
+    "normalised, 512 earlier negatives": [*NORMALISED, "model.negatives_memory=512"],
+    "normalised, masked": [*NORMALISED, "model.mask_within_um=300"],
+    "normalised, no positions": [*NORMALISED, "model.position=none"],
+    "normalised, corrected": [*NORMALISED, "model.correct=true"],
+    "normalised, no positions, corrected": [*NORMALISED, "model.position=none", "model.correct=true"],
+    "normalised, neighbours, masked, corrected": [
+        *(*NORMALISED, "model.position=none", "model.spot_context=neighbours", "model.mask_within_um=300"),
+        "model.correct=true",
+    ],
+    "alone": [*ALONE],
+    "alone, corrected": [*ALONE, "model.correct=true"],
+    "alone, masked, corrected": [*ALONE, "model.mask_within_um=300", "model.correct=true"],
+    "alone, soft targets, corrected": [*ALONE, "model.objective=soft", "model.correct=true"],
+    "alone, learning rate 1e-3, corrected": [*ALONE, "model.lr=1e-3", "model.correct=true"],
+    "alone, batches of 512, corrected": [*ALONE, "data.batch_size=512", "model.correct=true"],
 }
 """Keys that differ from `SETTINGS`. Scalar products of 256 normalised dimensions are of the order of 16."""
 
 
 def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule, change: str) -> dict[str, Any]:
-    """Train and score one change on one fold: ``sections``, ``contrast`` and ``seconds``."""
+    """Train and score one change on one fold: ``sections``, ``validation``, ``contrast`` and ``seconds``."""
     start = time.perf_counter()
-    _, prediction, contrast = trained([*SETTINGS, *keys, *CHANGES[change]], seed, data)
+    method, prediction, contrast = trained([*SETTINGS, *keys, *CHANGES[change]], seed, data)
     return {
         "sections": scored(prediction.predicted.numpy(), data, fold),
+        "validation": validation_score(method, data),
         "contrast": {key: contrast[key] for key in (*CONTRAST, "left_chance")},
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -104,6 +133,20 @@ def scored(predicted: np.ndarray, data: SpotDataModule, fold: str) -> dict[str, 
     return sections
 
 
+@torch.no_grad()
+def validation_score(method: Method, data: SpotDataModule) -> float | None:
+    """Pearson correlation on the validation spots, as the method predicts test spots; None where there are none."""
+    rows = data.rows("validation")
+    if not len(rows):
+        return None
+    assert isinstance(method, RetrievalMethod)
+    method.eval()
+    method.set_reference(data, *method.validation_roles())
+    parts = [method.predict_step(data.batch(index, method.device)).predicted for index in data.loader("validation")]
+    predicted = torch.cat(parts).cpu().numpy()
+    return mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
+
+
 def compared(runs: dict[str, dict[str, dict]], base_name: str = PUBLISHED) -> dict[str, dict]:
     """Each change's mean scores and its paired differences to the published settings, or to `base_name`.
 
@@ -126,6 +169,8 @@ def compared(runs: dict[str, dict[str, dict]], base_name: str = PUBLISHED) -> di
             if change != base_name:
                 differences = [means[section][score] - base[section][score] for section in means]
                 entry[score] |= asdict(compare(differences, patients))
+        if all("validation" in own[run] and own[run]["validation"] is not None for run in both):
+            entry["validation"] = float(np.mean([own[run]["validation"] for run in both]))
         for key in CONTRAST:
             entry[key] = float(np.mean([own[run]["contrast"][key] for run in both]))
         entry["left_chance"] = sum(own[run]["contrast"]["left_chance"] for run in both)
@@ -148,10 +193,18 @@ def _over_seeds(runs: dict[str, dict], keys: list[str]) -> dict[str, dict]:
 
 def lines(table: dict[str, dict]) -> list[str]:
     """The table in Markdown."""
-    heads = [f"{name}, difference" for name in SCORES] + ["loss / log(batch)", "matched / chance", "left chance", "s"]
+    heads = [
+        "validation",
+        *(f"{name}, difference" for name in SCORES),
+        "loss / log(batch)",
+        "matched / chance",
+        "left chance",
+        "s",
+    ]
     rows = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, part in table.items():
-        cells = [ablation.cell(part[score]) for score in SCORES]
+        cells = [f"{part['validation']:.4f}" if "validation" in part else ""]
+        cells += [ablation.cell(part[score]) for score in SCORES]
         cells.append(f"{part['loss']:.3f} / {part['log_batch']:.3f}")
         cells.append(f"{part['matched']:.4f} / {part['chance']:.4f}")
         cells += [f"{part['left_chance']} of {part['runs']}", f"{part['seconds']:.1f}"]
@@ -187,7 +240,8 @@ def main() -> None:
                     served[fold] = dataset_of(cfg).serve(sections, build(cfg.protocol), fold, cfg.seed, encoder=frozen)
                 made = measure(keys, fold, seed, served[fold], change)
                 runs.setdefault(change, {})[f"{fold} s{seed}"] = made
-                print(f"{fold} s{seed}  {change:<32}", *(f"{v['pearson_acg']:.4f}" for v in made["sections"].values()))
+                scores = [made["validation"], *(own["pearson_acg"] for own in made["sections"].values())]
+                print(f"{fold} s{seed}  {change:<40}", *("" if each is None else f"{each:.4f}" for each in scores))
                 _write(output, keys, state, sections, runs)
     print("\n".join([*lines(compared(runs)), f"wrote {output}"]))
 

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import ablation_table
 import of_paper
 
 HERE = Path(__file__).parent
@@ -102,8 +103,9 @@ def tables() -> str:
         panel = re.search(r"data\.panel_file=(\S+)", run["provenance"]["command"])
         title = f"{run['data']}, `protocol={run['protocol']}`" + (f", genes of {panel[1]}" if panel else "")
         groups.setdefault(title, []).append(run)
+    ablations = {each["name"]: each for each in kept if each["name"].startswith("ablation-")}
     parts = [*(_table(title, members) for title, members in groups.items()), by_section(runs), sure(runs)]
-    parts += [references_kept(kept), domains(kept)]
+    parts += [references_kept(kept), domains(kept), ablation_table.tables(ablations)]
     return "\n\n".join(filter(None, parts))
 
 

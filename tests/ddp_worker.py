@@ -15,6 +15,7 @@ from stexp import config
 from stexp.data.batches import SpotIndex, part_of
 from stexp.models.bleep import BLEEP
 from stexp.models.encoders.image import ImageEncoder
+from stexp.models.heclip import HECLIP
 from stexp.models.mclstexp import MclSTExp
 
 SPOTS = 13  # over two devices 7 and 6
@@ -22,6 +23,11 @@ METHODS = {
     "neighbours": (MclSTExp, {"n_positions": 60, "learn_temperature": True, "temperature": 20.0}),
     "batch": (MclSTExp, {"n_positions": 60, "spot_context": "batch", "image_weight": 0.3}),
     "bleep": (BLEEP, {"dropout": 0.0, "temperature": 3.0}),
+    "memory": (
+        BLEEP,
+        {"dropout": 0.0, "objective": "jsd", "normalise": True, "negatives_memory": 9, "mask_within_um": 250.0},
+    ),
+    "heclip": (HECLIP, {"dropout": 0.0, "variant": "heg"}),
 }
 
 
@@ -50,10 +56,14 @@ def gradients(root: Path, rank: int, world: int) -> dict[str, dict[str, torch.Te
         model = method(ImageEncoder("test_resnet", pretrained=False), len(data.panel), embedding_dim=16, **settings)
         step = Step(model.eval())
         step = nn.parallel.DistributedDataParallel(step) if world > 1 else step
+        if name == "memory":
+            with torch.no_grad():
+                step(batch)  # fills it
         loss = step(batch)
         loss.backward()
         out[name] = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
         out[name]["loss"] = loss.detach()
+        out[name] |= {key: value for key, value in model.named_buffers() if key.startswith("negatives.")}
     return out
 
 

@@ -215,11 +215,15 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
         bleep,
         deepspot,
         egn,
+        heclip,
         hest_ridge,
         hist2st,
         histogene,
+        m2ort,
         mclstexp,
         sepal,
+        stflow,
+        stgchb,
         stnet,
         thitogene,
         triplex,
@@ -229,7 +233,9 @@ def test_every_default_of_a_checked_class_fits_its_own_range():
     from stexp.training.loggers import WandbRun
 
     methods = (bleep.BLEEP, egn.EGN, hest_ridge.HestRidge, hist2st.Hist2ST, histogene.HisToGene, mclstexp.MclSTExp)
-    methods += (deepspot.DeepSpot, sepal.SEPAL, stnet.STNet, thitogene.THItoGene, triplex.Triplex)
+    methods += (deepspot.DeepSpot, m2ort.M2ORT, sepal.SEPAL, stflow.STFlow, stnet.STNet, thitogene.THItoGene)
+    methods += (triplex.Triplex,)
+    methods += (heclip.HECLIP, stgchb.STGCHB)
     for checked_class in (*methods, SpotDataModule, ImageEncoder, Protocol, WandbRun):
         init = inspect.unwrap(checked_class.__init__)
         hints = inspect.get_annotations(init, eval_str=True)

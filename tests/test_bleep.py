@@ -13,7 +13,7 @@ from stexp.data.batches import SpotIndex
 from stexp.errors import InputError
 from stexp.models.bleep import BLEEP
 from stexp.models.encoders.image import ImageEncoder
-from stexp.models.losses import soft_info_nce
+from stexp.models.objectives import Candidates, contrastive_loss
 
 
 def make_model(n_genes: int = 30, *, seed: int = 0, **kwargs) -> BLEEP:
@@ -23,6 +23,10 @@ def make_model(n_genes: int = 30, *, seed: int = 0, **kwargs) -> BLEEP:
 
 
 # loss
+
+
+def soft_info_nce(image, spot, temperature=1.0, target_temperature="multiply") -> torch.Tensor:
+    return contrastive_loss("soft", Candidates.of_batch(image, spot), temperature, 0.5, target_temperature)
 
 
 def softmax(values: list[float]) -> list[float]:

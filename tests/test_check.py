@@ -295,7 +295,9 @@ SMALL = {
     "egn": ["model.dim=64", "model.depth=2"],
     "hist2st": ["model.channels=16", "model.n_views=1", "model.depth=1", "model.heads=2", "model.mixer_depth=1"],
     "histogene": ["model.dim=32", "model.depth=1", "model.heads=2", "model.hidden=16"],
+    "m2ort": ["model.dim=24", "model.depth=1", "model.heads=2", "model.hidden=16"],
     "sepal": ["model.image_epochs=2"],
+    "stflow": ["model.dim=16", "model.depth=1"],
     "thitogene": ["model.depth=1", "model.heads=2", "model.hidden=64", "model.graph_hidden=32", "model.graph_dim=64"],
     "triplex": [
         *("model.dim=64", "model.global_depth=1", "model.neighbour_depth=1"),

@@ -89,9 +89,8 @@ def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-COMMANDS = {"table": "table"} | {
-    name: name for name in ("train", "score", "floors", "evaluate", "prepare", "report", "predict", "export", "analyse")
-}
+HELPFUL = ("train", "score", "floors", "evaluate", "prepare", "report", "predict", "export", "analyse", "complete")
+COMMANDS = {"table": "table"} | {name: name for name in HELPFUL}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

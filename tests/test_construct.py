@@ -65,7 +65,7 @@ def test_readers_named_by_earlier_versions_are_those_of_today(name):
         construct.build({"_target_": name, "depth": 1})
 
 
-@pytest.mark.parametrize("name", ["formats.read_counts", "spaceranger.read_10x_counts", "visium.find_image"])
+@pytest.mark.parametrize("name", ["formats.read_counts", "spaceranger.read_10x_counts", "visium_image.find_image"])
 def test_of_the_functions_of_readers_only_the_reader_may_be_called(name):
     with pytest.raises(InputError, match="is not allowed"):
         construct.build({"_target_": f"stexp.data.readers.{name}", "path": "x"})

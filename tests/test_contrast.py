@@ -18,7 +18,7 @@ from stexp.evaluation.contrast import describe_contrast, read_contrast, summaris
 from stexp.evaluation.verdict import verdict
 from stexp.models.bleep import BLEEP
 from stexp.models.encoders.image import ImageEncoder
-from stexp.models.losses import beside_chance, info_nce, soft_info_nce
+from stexp.models.losses import beside_chance, image_targets, info_nce
 from stexp.models.mclstexp import MclSTExp
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
@@ -30,7 +30,7 @@ def epoch(loss: float, matched: float, *, batch: int = 64, n_spots: int = 1600, 
     return {"epoch": number, "n_spots": n_spots, **values}
 
 
-@pytest.mark.parametrize("loss", [info_nce, soft_info_nce])
+@pytest.mark.parametrize("loss", [info_nce, image_targets])
 def test_embeddings_that_carry_nothing_have_the_loss_and_the_matches_of_chance(loss):
     same = torch.ones(11, 4)
     beside = beside_chance(loss(same, same), same, same)

@@ -411,7 +411,8 @@ def test_without_an_encoder_there_are_no_features(sections, tmp_path):
 
 def test_what_a_batch_is_depends_on_the_method_of_the_trainer(sections, tmp_path):
     data = module(sections, tmp_path)
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(batching="section"), global_rank=0, world_size=1)
+    method = SimpleNamespace(batching="section", frozen_encoder=None)
+    data.trainer = SimpleNamespace(lightning_module=method, global_rank=0, world_size=1)
     for loader, role in ((data.train_dataloader(), "train"), (data.predict_dataloader(), "test")):
         batches = [index.rows.numpy() for index in loader]
         assert len(batches) == len(data.names(role)) and all(

@@ -72,6 +72,8 @@ def test_two_processes_have_the_gradients_of_one(both: tuple[dict, dict], method
     for key, expected in alone.items():
         scale = max(1.0, float(expected.abs().max()))
         assert float((together[key] - expected).abs().max()) <= 1e-6 * scale, key
+    if method == "memory":
+        assert sorted(alone["negatives.rows"].tolist()) == sorted(set(alone["negatives.rows"].tolist()) - {-1})
     # a device that saw only its own negatives would find log(7) where all are alike
     assert float(alone["loss"]) > 0.1
 

@@ -159,6 +159,12 @@ def test_the_tables_of_results_are_those_of_the_records() -> None:
     assert results.tables() in results.PAGE.read_text(encoding="utf-8")
 
 
+def test_the_tables_of_completion_are_those_of_the_records() -> None:
+    import completion  # of experiments/
+
+    assert completion.tables() in completion.PAGE.read_text(encoding="utf-8")
+
+
 def test_a_claim_about_sections_rests_on_the_floors_of_each() -> None:
     import results  # of experiments/
 

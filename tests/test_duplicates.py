@@ -32,6 +32,9 @@ class Named:
     def __init__(self, name: str, counts: np.ndarray) -> None:
         self.name, self.spots = name, type("Spots", (), {"X": sp.csr_matrix(counts.astype(np.float32))})
 
+    def made(self, what: str, make) -> dict[str, np.ndarray]:
+        return make()
+
 
 def counts_of(seed: int, n_spots: int = 60, n_genes: int = 300) -> np.ndarray:
     rng = np.random.default_rng(seed)

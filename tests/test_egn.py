@@ -236,7 +236,7 @@ def test_too_few_exemplars_are_said():
 
 
 def test_exemplars_come_from_the_training_side_and_from_other_sections(data):
-    spots, target = data.spots, torch.from_numpy(data.target)
+    spots, target = data.spots, torch.from_numpy(data.target[:])
     for apart in ("section", "spot"):
         model = make_model(apart=apart)
         for bank, queries in (

@@ -20,7 +20,6 @@ from stexp.evaluation.floors import (
     NO_SCALE,
     ORACLES,
     SpotTable,
-    _ridge,
     ceiling_per_gene,
     colour_statistics,
     mean_over_seeds,
@@ -29,7 +28,7 @@ from stexp.evaluation.floors import (
     unit_square,
 )
 from stexp.evaluation.metrics import mean_over_sections, pearson_per_gene, score_section, top_genes
-from stexp.evaluation.ridge import RidgeProbe, probe_components
+from stexp.evaluation.ridge import Projection, RidgeProbe, ridge_slope
 from stexp.protocol import Protocol
 
 STRICT = Protocol("strict")
@@ -123,7 +122,7 @@ def test_ridge_is_a_ridge_with_a_sensible_penalty(tables):
     train, test = tables
     x = StandardScaler().fit_transform(train.features)
     x_test, y = test.features, train.expression.astype(float)
-    ours = _ridge(x, x_test, y)
+    ours = y.mean(axis=0) + x_test @ ridge_slope(x, y)
     grid = len(x) * np.logspace(-6, 4, 41)
     distance = [np.abs(Ridge(alpha).fit(x, y).predict(x_test) - ours).max() for alpha in grid]
     assert min(distance) < 1e-8
@@ -141,7 +140,7 @@ def test_ridge_is_a_ridge_with_a_sensible_penalty(tables):
 def test_ridge_on_noise_falls_back_to_the_mean():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 60)), rng.normal(size=(40, 30))
-    predicted = _ridge(x - x.mean(axis=0), rng.normal(size=(50, 60)), y)
+    predicted = y.mean(axis=0) + rng.normal(size=(50, 60)) @ ridge_slope(x - x.mean(axis=0), y)
     assert np.abs(predicted - y.mean(axis=0)).mean() < 0.2  # against 0.8 of ordinary least squares
 
 
@@ -302,8 +301,8 @@ def test_random_features_are_the_probe_of_ridge_features_a_prediction_for_each_s
     train, test = tables
     rng = np.random.default_rng(2)
     whole = [(rng.normal(3, 5, (500, 30)), rng.normal(3, 5, (150, 30))) for _ in range(2)]
-    seen = replace(train, random=[probe_components(a, a, 10) for a, _ in whole])
-    floors = predict_floors(seen, replace(test, random=[probe_components(a, b, 10) for a, b in whole]))
+    seen = replace(train, random=[Projection.fit(a, 10).of(a) for a, _ in whole])
+    floors = predict_floors(seen, replace(test, random=[Projection.fit(a, 10).of(b) for a, b in whole]))
     for seed, (a, b) in enumerate(whole):
         expected = RidgeProbe.fit(a, train.expression.astype(np.float64), 10).predict(b)
         np.testing.assert_allclose(floors[f"random_features_seed{seed}"], expected, rtol=1e-4)

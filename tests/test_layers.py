@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "stexp"
-LAYERS = ("", "data", "evaluation", "models", "training", "runs", "inference", "reporting", "config", "sweeps", "api")
+LAYERS = (
+    "",
+    "data",
+    "evaluation",
+    "models",
+    "training",
+    "runs",
+    "inference",
+    "completion",
+    "reporting",
+    "config",
+    "sweeps",
+    "api",
+)
 LAYERS = (*LAYERS, "cli")
 """Subpackages, each of which imports from itself and those before it; "" is the root."""
 LAZY = {"stexp"}

@@ -36,6 +36,7 @@ SHORT = {
         *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
         *("data.batch_size=8", "trainer.max_epochs=8"),
     ],
+    "heclip": ["trainer.max_epochs=4"],
     "hest_ridge": ["model.penalty=3000"],
     "hist2st": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=8", "model.patch_px=2", "model.channels=64"),
@@ -48,8 +49,18 @@ SHORT = {
         *("model.hidden=64", "model.start_from_mean=true", "model.dropout=0.0", "model.lr=3e-3"),
         "trainer.max_epochs=90",
     ],
+    "m2ort": [
+        *("model.dim=48", "model.depth=1", "model.heads=2", "model.head_dim=16", "model.hidden=32"),
+        *("model.start_from_mean=true", "model.lr=2e-3", "data.batch_size=16", "trainer.max_epochs=8"),
+    ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
+    "mclstexp_plus": ["model.k=50", "trainer.max_epochs=4"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
+    "stflow": [
+        *("model.dim=64", "model.depth=1", "model.dropout=0.3", "model.output_dropout=0.0", "model.lr=1e-3"),
+        *("model.start_from_mean=true", "model.standardise=true", "data.augmentation=none", "trainer.max_epochs=30"),
+    ],
+    "stgchb": ["trainer.max_epochs=6"],
     "stnet": ["model.lr=0.01"],
     "thitogene": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
@@ -73,8 +84,8 @@ NO_SKILL = {"mean"}
 CLOSED = {"consensus", "hest_ridge", "mean"}
 """Methods that are one calculation, from validation spots, too: nothing is validated on these."""
 
-FROM_NOTHING = {"hist2st", "thitogene"}
-"""Methods whose convolutions learn here from one section alone; the mean floor has the validation section, too."""
+FROM_NOTHING = {"hist2st", "m2ort", "thitogene"}
+"""Methods that learn to see here from one section alone; the mean floor has the validation section, too."""
 
 RUN_FOLDER = {
     "config.yaml",
@@ -164,7 +175,8 @@ def test_learns_reloads_and_resumes(method: str, demo: Path, tmp_path: Path) -> 
     if (folder / "embeddings.h5ad").exists():
         again = predict_again(folder, {}, "panel", str(tmp_path / "again"))
         found = ad.read_h5ad(again / "predictions.h5ad").layers["predicted"]
-        np.testing.assert_allclose(found, written.layers["predicted"], rtol=1e-4, atol=1e-4)
+        if model.correction is None:  # which is left out where it is retrieved again
+            np.testing.assert_allclose(found, written.layers["predicted"], rtol=1e-4, atol=1e-4)
     else:
         with pytest.raises(InputError, match="does not retrieve"):
             predict_again(folder, {}, "panel", None)

@@ -27,6 +27,8 @@ STNET = (
     "model.symmetries=false",
     "trainer.max_epochs=1",
 )
+M2ORT = ("model=m2ort", "model.dim=24", "model.depth=1", "model.heads=2", "model.hidden=16", "random_features=0")
+MAGNIFIED = ("model=hest_ridge", "data.tile_um=null", "data.tile_px=32", "data.scales_um=[60,120]")
 UM = 2.0  # of the demo's images, whose files do not say it
 
 
@@ -55,6 +57,8 @@ def equal(found: np.ndarray, expected: np.ndarray) -> None:
         ("model=hest_ridge", "data.stain=macenko"),
         ("model=consensus",),
         STNET,
+        M2ORT,
+        MAGNIFIED,
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
 )
@@ -74,14 +78,13 @@ def test_at_the_spots_of_the_held_out_section_it_predicts_what_the_run_did(overr
     equal(found.obsm["spatial"], before.obsm["spatial"])
     if "image_embedding" in before.obsm:
         np.testing.assert_allclose(found.obsm["image_embedding"], before.obsm["image_embedding"], rtol=1e-4, atol=1e-4)
-        names_references = "model=consensus" not in overrides  # whose exports hold no names of spots
-        if "neighbours" in before.obsm and names_references:
+        if "neighbours" in before.obsm:
             named = [table.uns["references"].index[table.obsm["neighbours"][:, 0]] for table in (found, before)]
             assert (named[0] == named[1]).mean() > 0.98  # but for ties
             assert set(found.uns["references"]["section"]) <= {"B1", "C1"}
         columns = [name for name in before.obs if name.startswith("neighbour_")]
         assert len(columns) == 6
-        for name in columns if names_references else ["neighbour_distance", "neighbour_effective_k"]:
+        for name in columns:
             if before.obs[name].dtype.kind == "f":
                 equal(found.obs[name], before.obs[name])
             else:

@@ -77,11 +77,17 @@ def test_the_summary_says_what_the_files_hold(prepared, sheet):
     assert b["off_tissue"] >= (spots["pixel_y"] < 450).sum() > 40 > 5 * a["off_tissue"]
     assert np.isnan(c["tissue"]) and c["off_tissue"] == 0
     lines = text.splitlines()
-    assert len(lines) == 7 and lines[3].split()[-2:] == ["0", "2/3"] and " - " in lines[3]
+    assert len(lines) == 8 and lines[3].split()[-2:] == ["0", "2/3"] and " - " in lines[3]
     assert "1750 x 1540" in lines[1] and f" {b['off_tissue']} " in lines[2]
     assert "off_tissue; they stay, unless data.leave_out names their flag" in lines[4]
-    assert lines[5].startswith("samplesheet: 3 sections of 3 patients, ") and "; 2 with an image" in lines[5]
-    assert str(folder) in lines[6]
+    xy = pd.read_csv(sheet.parent / "spots" / "A1.csv")[["pixel_x", "pixel_y"]].to_numpy()
+    apart = np.abs(xy[:, None] - xy) + 1e9 * np.eye(len(xy))[..., None]
+    apart = apart[np.arange(len(xy)), np.square(apart).sum(axis=2).argmin(axis=1)]
+    overlap = np.median((1 - apart / 60).clip(0).prod(axis=1))  # of squares, one spot at a time
+    assert a["tile_overlap"] == pytest.approx(overlap) and np.isnan(c["tile_overlap"])
+    assert lines[5].startswith("tiles overlap") and f"{100 * overlap:.0f}" in lines[5]
+    assert lines[6].startswith("samplesheet: 3 sections of 3 patients, ") and "; 2 with an image" in lines[6]
+    assert str(folder) in lines[7]
 
 
 def test_the_files_hold_every_section_and_spot(prepared):

@@ -39,6 +39,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 CASES = {
     "prepare": lambda disk: [*demo(disk / "data"), f"output_dir={disk / 'prepared'}"],
     "floors": lambda disk: [*demo(disk / "data"), f"output_dir={disk / 'floors'}"],
+    "complete": lambda disk: [*demo(disk / "data"), "known=spots", "methods=[]", f"output_dir={disk / 'completed'}"],
     "train": lambda disk: [*demo(disk / "data"), *SHORT, "model=mean", f"output_dir={disk / 'new'}"],
     "score": lambda disk: [f"run={disk / 'run'}"],
     "report": lambda disk: [f"run={disk / 'run'}"],

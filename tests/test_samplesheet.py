@@ -406,3 +406,22 @@ def test_matrices_as_geo_names_them(tmp_path):
     (tmp_path / "m" / "GSM2_B_matrix.mtx.gz").write_bytes(b"")
     with pytest.raises(InputError, match=r"2 matrices .GSM1_A_matrix.mtx.gz, GSM2_B_matrix.mtx.gz.; keep one"):
         read_counts(tmp_path / "m")
+
+
+def test_cells_of_visium_hd_are_spots_and_those_of_xenium_are_sent_to_their_reader(tmp_path):
+    from fakes import visium_hd, xenium
+
+    counts, centres = visium_hd.write_cells(tmp_path / "segmented_outputs")
+    visium_hd.picture().save(tmp_path / "he.png")
+    row = "A,P,he.png,segmented_outputs/filtered_feature_cell_matrix.h5,{},0.5\n"
+    sheet = tmp_path / "sheet.csv"
+    header = "section,patient,image,counts,spots,um_per_px\n"
+    sheet.write_text(header + row.format("segmented_outputs/cell_segmentations.geojson"))
+    (section,) = samplesheet.read_samplesheet(sheet)
+    np.testing.assert_array_equal(section.counts(counts.columns), counts)
+    np.testing.assert_allclose(section.xy_px, centres[: len(counts)])
+    xenium.write_section(tmp_path / "X")
+    for name in ("cells.parquet", "cells.csv.gz"):
+        sheet.write_text(header + row.format(f"X/{name}"))
+        with pytest.raises(InputError, match=r"column spots: .* are cells of Xenium in micrometres.*data=xenium"):
+            samplesheet.read_samplesheet(sheet)

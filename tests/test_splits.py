@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sections import make_section, make_sections
 
+from stexp.data.slides.tiles import corners
 from stexp.data.splits import ROLES, assign_roles, folds, role_lines, spatial_blocks, spot_table
 from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
@@ -25,7 +27,7 @@ class Stub(SimpleNamespace):
 
 def stub(name: str, n: int = 20, slide: bool = True, xy: np.ndarray | None = None) -> Stub:
     xy = np.random.default_rng(n).uniform(0, 100, (n, 2)) if xy is None else xy
-    return Stub(name=name, patient=name[0], slide=object() if slide else None, xy_px=xy)
+    return Stub(name=name, patient=name[0], slide=SimpleNamespace(path=Path(name)) if slide else None, xy_px=xy)
 
 
 @st.composite
@@ -260,6 +262,49 @@ def test_tiles_of_different_roles_share_no_pixel_where_blocks_are_held_out(side,
         assert not (painted["test"] & (painted["train"] | painted["validation"])).any()
         assert not (painted["validation"] & painted["train"]).any()
     assert (tested == 1).all()
+
+
+@given(
+    pitch=st.floats(1.5, 9.0),
+    side=st.integers(2, 40),
+    angle=st.floats(0, 90),
+    rows=st.integers(8, 16),
+    validation=st.booleans(),
+)
+def test_bins_nearer_than_a_tile_share_no_pixel_across_roles(pitch, side, angle, rows, validation):
+    """Turned arrays of bins, diagonal neighbours included, with the very squares that tiles are cut from."""
+    row, column = (grid.ravel() for grid in np.mgrid[0:rows, 0:16])
+    turn = np.array([[np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))], [-1, 1]])
+    turn[1] = -turn[0, 1], turn[0, 0]
+    xy = np.column_stack([column, row]) * pitch @ turn + 400
+    protocol = Protocol("blocks", hold_out="block", validation=validation)
+    for fold in ("block1", "block3"):
+        try:
+            roles = assign_roles([stub("A1", xy=xy)], protocol, fold, lambda section: side)["A1"]
+        except InputError as error:  # nothing is left between blocks that a tile spans
+            assert "left to train on" in str(error)
+            continue
+        low = {role: corners(xy[roles == role], side) for role in ("train", "validation", "test")}
+        for role, other in (("test", "train"), ("test", "validation"), ("validation", "train")):
+            apart = np.abs(low[role][:, None] - low[other])
+            assert (apart.max(axis=2, initial=side) >= side).all()  # in x or in y
+        # no more is left out than has to be: every spot of the gap overlaps with one of another role
+        kept = np.concatenate([low["test"], low["validation"]])
+        gap = np.abs(corners(xy[roles == "gap"], side)[:, None] - kept).max(axis=2, initial=0)
+        assert (gap.min(axis=1, initial=side) < side).all() or not len(gap)
+
+
+def test_a_section_beside_a_tested_one_on_the_same_slide_keeps_a_tile_apart():
+    protocol = Protocol("sections", hold_out="section", validation=False)
+    xy = np.column_stack([grid.ravel() for grid in np.mgrid[20:140:8, 20:180:20]]).astype(float)
+    left, right, elsewhere = stub("A1", xy=xy), stub("B1", xy=xy + np.array([121.5, 0.5])), stub("C1", xy=xy)
+    right.slide = left.slide
+    for side in (1, 9, 20, 32):
+        roles = assign_roles([left, right, elsewhere], protocol, "A1", lambda section, side=side: side)
+        assert (roles["C1"] == "train").all() and (roles["A1"] == "test").all()
+        apart = np.abs(corners(right.xy_px, side)[:, None] - corners(left.xy_px, side)).max(axis=2).min(axis=1)
+        np.testing.assert_array_equal(roles["B1"] == "gap", apart < side)
+        assert (roles["B1"] == "gap").any() == (side > 9)
 
 
 def test_block_folds_are_named_and_refused_by_name():

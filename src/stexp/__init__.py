@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         read_samplesheet,
         read_spatialdata,
         read_visium,
+        read_visium_hd,
+        read_xenium,
     )
     from stexp.data.section import Section
     from stexp.inference.lazyslide import TilePredictor
@@ -62,6 +64,8 @@ __all__ = [
     "read_samplesheet",
     "read_spatialdata",
     "read_visium",
+    "read_visium_hd",
+    "read_xenium",
 ]
 
 _MODULE_OF = {
@@ -86,6 +90,8 @@ _MODULE_OF = {
             "read_samplesheet",
             "read_spatialdata",
             "read_visium",
+            "read_visium_hd",
+            "read_xenium",
         ),
         "stexp.api.sections",
     ),

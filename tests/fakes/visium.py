@@ -49,6 +49,40 @@ def write_section(folder: Path, version: int, seed: int = 0) -> tuple[pd.DataFra
     return counts, positions
 
 
+def write_aggr(folder: Path, seed: int = 0) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """``outs`` of ``spaceranger aggr`` of samples LV1, LB2, LP3 of two donors; counts and positions of each."""
+    samples, joint, places = {}, [], []
+    for number, name in enumerate(("LV1", "LB2", "LP3"), start=1):
+        positions = array(seed, rows=7 - number)  # barcodes of all slides are the same
+        positions["barcode"] = positions["barcode"].str.removesuffix("1") + str(number)
+        counts = draw_counts(positions[positions["in_tissue"] == 1], seed + number)
+        write_spatial(folder / "spatial" / name, seed + number)
+        (folder / "spatial" / name / "aligned_fiducials.jpg").unlink()
+        factors = folder / "spatial" / name / "scalefactors_json.json"
+        factors.write_text(json.dumps(json.loads(factors.read_text()) | {"gem_id": number}))
+        picture(seed + number).save(folder.parent / f"{name}.png")
+        samples[name] = (counts, positions)
+        joint.append(counts)
+        places.append(positions)
+    write_h5(folder / "filtered_feature_bc_matrix.h5", pd.concat(joint))
+    pd.concat(places).to_csv(folder / "aggr_tissue_positions.csv", index=False)
+    table = pd.DataFrame({"library_id": list(samples), "molecule_h5": "molecule_info.h5", "Donor": ["P1", "P2", "P1"]})
+    table.to_csv(folder / "aggregation.csv", index=False)
+    return samples
+
+
+def write_cytassist(folder: Path, microscope: bool, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``outs`` of a CytAssist slide; `microscope`: SpaceRanger was given the image of a microscope, too."""
+    counts, positions = write_section(folder, 2, seed)
+    own = picture(seed + 1).resize((150, 140) if microscope else SIZE)
+    own.save(folder / "spatial" / "cytassist_image.tiff")
+    if microscope:
+        own.save(folder / "spatial" / "aligned_tissue_image.jpg")
+    else:
+        (folder / "image.png").unlink()
+    return counts, positions
+
+
 def array(seed: int = 0, rows: int = 6, columns: int = 6) -> pd.DataFrame:
     """A hexagonal array, spots of odd rows shifted by half a pitch, in random order, two spots outside the tissue."""
     rng = np.random.default_rng([seed, 1])

@@ -59,6 +59,9 @@ class SpotDataModule(datamodule.SpotDataModule):
         Arguments of the encoder that differ, such as ``{"frozen": True, "checkpoint": "weights.pth"}``.
     tile_px, tile_um
         Pixels of a tile's side, and the micrometres it covers; None: as many pixels of the full-resolution image.
+    scales, scales_um
+        Sides of what the image encoder sees of a spot, as multiples of a tile's or in micrometres, such as
+        ``[56, 112, 224]``; None: the tile alone.
     batch_size, eval_batch_size
         Spots of a training step, and of a step without gradients.
     augmentation, hed_sigma, views
@@ -113,6 +116,8 @@ class SpotDataModule(datamodule.SpotDataModule):
         image_encoder_args: Mapping[str, Any] | None = None,
         tile_px: int = OWN,
         tile_um: float | None = OWN,
+        scales: Sequence[float] | None = OWN,
+        scales_um: Sequence[float] | None = OWN,
         batch_size: int = OWN,
         eval_batch_size: int = OWN,
         augmentation: str = OWN,
@@ -151,6 +156,8 @@ class SpotDataModule(datamodule.SpotDataModule):
         values = {
             "tile_px": tile_px,
             "tile_um": tile_um,
+            "scales": scales,
+            "scales_um": scales_um,
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
             "augmentation": augmentation,

@@ -8,6 +8,7 @@ import pandas as pd
 from stexp.api.data import SpotDataModule
 from stexp.api.score import ranked
 from stexp.api.typed import typed
+from stexp.data.rows import column_means, some_rows
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
 from stexp.runs.results import TRAINING, colours, floors_under, levels, random_components
@@ -42,7 +43,7 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
         predicted=layers["mean"],
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=levels(data)[train].mean(axis=0),
+        mean_train=column_means(some_rows(levels(data), train)),
     )
     kept = ad.AnnData(obs=observed.obs, var=observed.var, uns={"ceiling": {protocol.name: ceiling}})
     for name, values in layers.items():

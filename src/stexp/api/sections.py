@@ -10,7 +10,18 @@ from typing import Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from stexp.api.typed import typed
-from stexp.data.readers import alex10x, cscc, demo, her2st, hest, samplesheet, spatialdata, visium
+from stexp.data.readers import (
+    alex10x,
+    cscc,
+    demo,
+    her2st,
+    hest,
+    samplesheet,
+    spatialdata,
+    visium,
+    visium_hd,
+    xenium,
+)
 from stexp.data.section import Section
 
 P = ParamSpec("P")
@@ -75,3 +86,5 @@ read_hest = with_source("hest", hest.read_hest)
 read_samplesheet = with_source("samplesheet", samplesheet.read_samplesheet)
 read_spatialdata = with_source("spatialdata", spatialdata.read_spatialdata)
 read_visium = with_source("visium", visium.read_visium)
+read_visium_hd = with_source("visium_hd", visium_hd.read_visium_hd)
+read_xenium = with_source("xenium", xenium.read_xenium)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAST_OVERLAP = 0.005
+"""Share of a tile's pixels, in half per cent, from which on their overlap is said."""
+
 offer_features()
 
 
@@ -58,15 +61,19 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     # these bring torch and pandas, which --help does without
     import pandas as pd
 
+    from stexp.data.parallel import on_all_cores
     from stexp.data.quality import inspect, stands_apart, summarise
     from stexp.data.slides.orientation import doubts
+    from stexp.data.slides.spacing import shared_with_nearest
     from stexp.data.slides.store import file_of
-    from stexp.data.slides.tiles import TileSpec, open_tiles, warn_of_scales
+    from stexp.data.slides.tiles import open_tiles, warn_of_scales
     from stexp.reporting import overlay
 
     folder, thresholds = Path(cfg.output_dir), build(cfg.data.quality)
-    spec, kept = TileSpec(cfg.data.tile_px, cfg.data.tile_um), (cfg.data.cache_dir, cfg.data.tile_store)
-    warn_of_scales([section for section in sections if section.slide is not None], spec)
+    spec, kept = dataset_of(cfg).tile, (cfg.data.cache_dir, cfg.data.tile_store)
+    with_image = [section for section in sections if section.slide is not None]
+    warn_of_scales(with_image, spec)
+    on_all_cores(with_image, len(with_image), "sections with tiles", lambda section: open_tiles(section, spec, *kept))
     (folder / "overlay").mkdir(parents=True, exist_ok=True)
     rows, spots, pictures = [], [], []
     for number, section in enumerate(sections, start=1):
@@ -77,6 +84,7 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
         if tiles is not None:
             facts = json.loads(file_of(tiles).with_suffix(".json").read_text())
             row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
+            row |= {"tile_overlap": shared_with_nearest(section.xy_px, facts["side_px"])}
         if panel is not None:
             row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
         rows.append(row)
@@ -111,7 +119,7 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
     import torch
 
     from stexp import hardware
-    from stexp.data.slides.tiles import TileSpec, open_tiles
+    from stexp.data.slides.tiles import open_tiles
     from stexp.models.encoders.frozen import UNTUNED, FrozenEncoder
 
     device = torch.device(hardware.accelerator_of(cfg.trainer.accelerator))
@@ -119,7 +127,7 @@ def prepare_features(cfg: DictConfig, sections: list) -> str:
     pl.seed_everything(cfg.seed, verbose=False)  # of an encoder with random weights
     encoder = build({**to_plain(cfg.image_encoder), **UNTUNED})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-    spec, cache = TileSpec(cfg.data.tile_px, cfg.data.tile_um), cfg.data.cache_dir
+    spec, cache = dataset_of(cfg).tile, cfg.data.cache_dir
     with_image = [section for section in sections if section.slide is not None]
     log.info("features by %s on %s, %s", encoder.name, device.type, precision)
     with FrozenEncoder(encoder, device, autocast, cache, cfg.data.eval_batch_size) as frozen:
@@ -189,6 +197,14 @@ def lines(summary: pd.DataFrame, cfg: DictConfig) -> list[str]:
     if flagged:
         counts = ", ".join(f"{n} {flag}" for flag, n in flagged.items())
         out.append(f"flagged spots: {counts}; they stay, unless data.leave_out names their flag")
+    shared = summary["tile_overlap"].dropna() if "tile_overlap" in summary else ()
+    if len(shared) and max(shared) >= LEAST_OVERLAP:
+        low, high = (f"{100 * share:.0f}" for share in (min(shared), max(shared)))
+        share = low if low == high else f"{low} to {high}"
+        out.append(
+            f"tiles overlap: a spot's shares {share} % of its pixels with that of the nearest spot; protocol=blocks "
+            f"leaves spots out, so that no pixel is both trained on and tested"
+        )
     with_image = int(summary["image_width"].notna().sum())
     out.append(
         f"{cfg.data.name}: {len(summary)} sections of {summary['patient'].nunique()} patients, "

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stexp import construct
+from stexp.data.slides.scales import tile_and_scales
 from stexp.errors import InputError, UnknownName, in_one_line, is_of_memory
 
 if TYPE_CHECKING:
@@ -50,7 +51,25 @@ def to_plain(config: Any) -> Any:
             f"config: {key} has no value; {key}=VALUE gives one{from_data if str(key).startswith('model.') else ''}"
         ) from None
     except OmegaConfBaseException as error:
+        if refused := _refused_by_resolver(error):
+            raise refused from None
         raise InputError(f"config: {str(error).splitlines()[0]}") from None
+
+
+def _refused_by_resolver(error: BaseException | None) -> InputError | None:
+    """The error of a resolver of ours, which OmegaConf hides in errors of its own."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _in_sides(scales: list[float] | None, scales_um: list[float] | None, tile_um: float | None) -> list[float] | None:
+    """``${in_sides:...}``: the views of a tile in its sides, for who sees them; the data have them in either unit."""
+    scales, scales_um = (None if sides is None else list(sides) for sides in (scales, scales_um))
+    return tile_and_scales(tile_um, scales, scales_um)[1]
+
+
+OmegaConf.register_new_resolver("in_sides", _in_sides, replace=True)
 
 
 def _whose(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,11 @@ import pandas as pd
 import torch
 from scipy.spatial import cKDTree
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stexp.data.rows import Rows, RowTable
+
+WHOLE_BYTES = 256 << 20
+"""Size up to which a table of all spots is copied whole to the device that asks; of larger ones the rows of a batch."""
 
 Batching = Literal["spots", "section"]
 """What a batch is: spots drawn from all sections, or one whole section."""
@@ -69,38 +74,61 @@ class SpotIndex:
 
 
 class SpotTables:
-    """Arrays of all spots, copied once to each device that asks, from which batches are taken.
+    """Tables of all spots, from which batches are taken: small ones from a copy on each device that asks.
 
     Parameters
     ----------
-    arrays
-        Fields of a :class:`SpotBatch` for all N spots, (N, ...).
+    tables
+        Fields of a :class:`SpotBatch` for all N spots, (N, ...); two may be one table.
     neighbours : (N, n)
         Rows of the spots in the context of each, -1 where there are fewer.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], neighbours: np.ndarray) -> None:
-        self._arrays = {**arrays, "neighbours": neighbours}
-        self._on_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    def __init__(self, tables: Mapping[str, Rows], neighbours: np.ndarray) -> None:
+        self._tables = {**tables, "neighbours": neighbours}
+        self._on_device: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def take(self, index: SpotIndex, image: torch.Tensor | None, device: torch.device) -> SpotBatch:
         """The spots of `index` on a device, with their tiles `image`."""
-        if device not in self._on_device:
-            # pandas hands out read-only arrays, which torch does not take
-            writable = {name: np.require(array, requirements="W") for name, array in self._arrays.items()}
-            self._on_device[device] = {name: torch.from_numpy(array).to(device) for name, array in writable.items()}
-        table, rows = self._on_device[device], index.rows.to(device)
-        around = table["neighbours"][rows]
+        rows = index.rows.to(device)
+        around = self._rows("neighbours", rows)
         context = torch.cat([rows[:, None], around.clamp(min=0)], dim=1)
+        # of tables that are made row by row, those of a spot that is in several contexts are made once
+        expression = self._rows("expression", context)
+        own = {
+            name: expression[:, 0].clone() if table is self._tables["expression"] else self._rows(name, rows)
+            for name, table in self._tables.items()
+            if name != "neighbours"
+        }
         return SpotBatch(
             image=image,
             spot=rows,
-            context_expression=table["expression"][context],
-            context_array_xy=table["array_xy"][context],
+            context_expression=expression,
+            context_array_xy=self._rows("array_xy", context),
             context_mask=torch.cat([torch.ones_like(rows[:, None], dtype=torch.bool), around >= 0], dim=1),
             whole=index.whole or len(rows),
-            **{name: values[rows] for name, values in table.items() if name != "neighbours"},
+            **own,
         )
+
+    def _rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (...) of a table on their device, (..., C)."""
+        table = self._tables[name]
+        if isinstance(table, RowTable) and table.nbytes > WHOLE_BYTES:
+            used, place = rows.cpu().unique(return_inverse=True)
+            return torch.from_numpy(table.take(used.numpy())).to(rows.device)[place.to(rows.device)]
+        whole = self._on_device.get((id(table), rows.device))
+        if whole is None:
+            # pandas hands out read-only arrays, which torch does not take
+            array = np.require(np.asarray(table), requirements="W")
+            whole = self._on_device[id(table), rows.device] = torch.from_numpy(array).to(rows.device)
+        return whole[rows]
+
+
+def tensor_or_rows(table: Rows, device: torch.device) -> torch.Tensor | Rows:
+    """A table as a tensor on a device where it is small, else as it is."""
+    if isinstance(table, RowTable) and table.nbytes > WHOLE_BYTES:
+        return table
+    return torch.from_numpy(np.asarray(table)).to(device)
 
 
 class ShuffledBatches(Sampler):
@@ -138,10 +166,11 @@ class ShuffledBatches(Sampler):
 
 
 class SectionBatches(Sampler):
-    """Whole sections, one a batch, in an order that depends on seed and epoch alone."""
+    """Whole sections, one a batch, in an order that depends on seed and epoch alone; `image`: with their tiles."""
 
-    def __init__(self, sections: list[np.ndarray], seed: int) -> None:
+    def __init__(self, sections: list[np.ndarray], seed: int, *, image: bool = True) -> None:
         self.sections, self.seed, self.epoch = [torch.from_numpy(rows) for rows in sections], seed, 0
+        self.image = image
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -153,7 +182,8 @@ class SectionBatches(Sampler):
     def __iter__(self) -> Iterator[SpotIndex]:
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         for i in torch.randperm(len(self), generator=draws).tolist():
-            yield SpotIndex(self.sections[i], seed=int(torch.randint(2**62, (), generator=draws)))
+            seed = int(torch.randint(2**62, (), generator=draws))
+            yield SpotIndex(self.sections[i], seed=seed, image=self.image)
 
 
 class _Batches(Dataset):

@@ -45,7 +45,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def kept_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array kept at `path`; computed and written first where there is none of this shape.
+    """The array kept at `path`, read whole; see `mapped_array`."""
+    return np.array(mapped_array(path, shape, compute))
+
+
+def mapped_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array kept at `path`, memory-mapped; computed and written first where there is none of this shape.
 
     Several processes may ask for it at once. One that is there is read without a lock, for which a read-only cache
     has no place.
@@ -63,8 +68,10 @@ def kept_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndar
         if array is None:
             if path.exists():
                 log.warning("%s is damaged; computing it again", path)
-            array = compute()
-            write_whole(path, *_npy(array))
+            write_whole(path, *_npy(compute()))
+            array = _load(path, shape)
+    if array is None:
+        raise OSError(f"{path} is damaged as soon as it is written")
     return array
 
 
@@ -100,4 +107,4 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError, OverflowError):
         return None
-    return np.array(mapped) if mapped.shape == shape and mapped.dtype.kind == "f" else None
+    return mapped if mapped.shape == shape and mapped.dtype.kind == "f" else None

@@ -10,28 +10,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-import pytorch_lightning as pl
 import torch
 from pydantic import Field
-from torch.utils.data import DataLoader
 
 from stexp import __version__
 from stexp.arguments import Count, OpenShare, Pixels, Positive, Seed, Whole, checked
 from stexp.data.augment import Augmentation, augment
-from stexp.data.batches import (
-    Batching,
-    SectionBatches,
-    ShuffledBatches,
-    SpotBatch,
-    SpotIndex,
-    SpotTables,
-    index_loader,
-    neighbours_within,
-    part_of,
-)
+from stexp.data.batches import SpotBatch, SpotIndex, SpotTables, neighbours_within
 from stexp.data.cohorts import batch_effects
 from stexp.data.duplicates import copies_by_counts, copies_in_fold
+from stexp.data.expression import ExpressionTable, PanelCounts, expression_of
 from stexp.data.features import (
+    SpotFeatures,
     Surroundings,
     TiledSection,
     TileEncoder,
@@ -43,8 +33,11 @@ from stexp.data.features import (
     required,
     tiled_sections,
 )
-from stexp.data.genes import drop_unmeasured, expression_of, panel_of_fold
+from stexp.data.genes import drop_unmeasured, panel_of_fold
 from stexp.data.identity import check_checkpoint, check_stain, data_digest
+from stexp.data.loaders import SpotLoaders
+from stexp.data.parallel import on_all_cores
+from stexp.data.rows import Rows
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser, check_method
 from stexp.data.slides.tiles import TileBank, TileSpec, open_tiles, warn_of_scales
@@ -57,7 +50,7 @@ _BatchSize = Annotated[
 ]
 
 
-class SpotDataModule(pl.LightningDataModule):
+class SpotDataModule(SpotLoaders):
     """Sections, joined with their tiles, split by a protocol, served as batches.
 
     The loaders carry indices only; tiles are gathered, augmented and scaled on the device, after the transfer of the
@@ -69,8 +62,8 @@ class SpotDataModule(pl.LightningDataModule):
         All sections of the data set; those without an image serve as references.
     protocol, fold
         What is held out, and what may be seen; see :class:`~stexp.protocol.Protocol`.
-    tile_px, tile_um, scales
-        See :class:`~stexp.data.slides.tiles.TileSpec`, and its ``wide`` for the last.
+    tile_px, tile_um, scales, scales_um
+        See :meth:`stexp.data.slides.tiles.TileSpec.of`.
     batch_size, eval_batch_size
         Spots of a training batch, over all devices, and of a batch without gradients.
     augmentation
@@ -107,6 +100,9 @@ class SpotDataModule(pl.LightningDataModule):
         Every spot of the fold: section, patient, spot, role, array_x, array_y, total_counts.
     panel : list of str
         Predicted genes.
+    counts, expression, target : RowTable, (n_spots, G) float32
+        Raw counts; what a spot encoder reads; the truth on the scale of the protocol. ``target[rows]`` makes those
+        rows, ``np.asarray(target)`` all of them.
     array_size : int
         Largest array coordinate + 1: the rows a learned position table needs.
 
@@ -127,6 +123,7 @@ class SpotDataModule(pl.LightningDataModule):
         tile_px: Pixels = 224,
         tile_um: Positive | None = None,
         scales: list[Positive] | None = None,
+        scales_um: list[Positive] | None = None,
         batch_size: _BatchSize = 128,
         eval_batch_size: Count = 256,
         augmentation: Augmentation = "paper",
@@ -147,7 +144,8 @@ class SpotDataModule(pl.LightningDataModule):
         if stain is not None:
             check_method(stain)
         self.protocol, self.fold, self.seed = protocol, fold, seed
-        self.tile, self.cache_dir, self.placement = TileSpec(tile_px, tile_um).wide(scales), cache_dir, placement
+        self.tile = TileSpec.of(tile_px, tile_um, scales, scales_um)
+        self.cache_dir, self.placement = cache_dir, placement
         self.batch_size, self.eval_batch_size, self.augmentation = batch_size, eval_batch_size, augmentation
         self.hed_sigma, self.stain, self.tile_store, self.views = hed_sigma, stain, tile_store, views
         roles = assign_roles(sections, protocol, fold, self.tile.side_px)
@@ -163,12 +161,14 @@ class SpotDataModule(pl.LightningDataModule):
         self._with_image = [section for section in self.sections if section.slide is not None]
         self.spots = spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
-        self.counts, self.expression, self.target = expression_of(self.sections, self.panel, protocol)
+        self._panel_counts = PanelCounts.of(self.sections, self.panel)
+        self.counts, self.expression, self.target = expression_of(self._panel_counts, protocol)
+        self._starts = dict(zip(self.section_names, np.cumsum([0, *map(len, self.sections)]).tolist(), strict=False))
         self.xy_px = np.concatenate([section.xy_px for section in self.sections])
         self.xy_um = np.concatenate([section.xy_um for section in self.sections])
         self.neighbours = neighbours_within(self.spots, self.xy_px, n_neighbours)
         self.encoder = encoder
-        self._features: np.ndarray | None = None
+        self._features: SpotFeatures | None = None
         self._surroundings: dict[int, Surroundings] = {}
         self.bank: TileBank | None = None
         self._bank_row = np.full(len(self.spots), -1, dtype=np.int64)
@@ -182,6 +182,15 @@ class SpotDataModule(pl.LightningDataModule):
     def names(self, *roles: str) -> list[str]:
         """Sections that have spots of one of the roles."""
         return list(self.spots["section"].iloc[self.rows(*roles)].unique())
+
+    def rows_of(self, section: Section) -> np.ndarray:
+        """Rows of `spots` that are a section's, in its order."""
+        start = self._starts[section.name]
+        return np.arange(start, start + len(section))
+
+    def under(self, protocol: Protocol) -> ExpressionTable:
+        """The truth under another protocol, (n_spots, G), row by row as `target` is."""
+        return ExpressionTable(self._panel_counts, protocol)
 
     def summary(self) -> list[str]:
         """Lines for the log: spots and sections of each role, the panel, the size of the array."""
@@ -232,7 +241,9 @@ class SpotDataModule(pl.LightningDataModule):
         if self.bank is not None:
             return self.bank
         warn_of_scales(self._with_image, self.tile)
-        stores = [open_tiles(section, self.tile, self.cache_dir, self.tile_store) for section in self._with_image]
+        kept = (self.tile, self.cache_dir, self.tile_store)
+        n, what = len(self._with_image), "sections with tiles"
+        stores = on_all_cores(self._with_image, n, what, lambda section: open_tiles(section, *kept))
         has_tile = self.spots["section"].isin([section.name for section in self._with_image]).to_numpy()
         self._bank_row[has_tile] = np.arange(has_tile.sum())
         self.bank = TileBank(stores, self.placement)
@@ -261,14 +272,14 @@ class SpotDataModule(pl.LightningDataModule):
         return StainNormaliser.fit(self.stain, names, bank.stores, np.split(trained_on, bank.starts[1:-1]))
 
     @property
-    def features(self) -> np.ndarray | None:
+    def features(self) -> SpotFeatures | None:
         """Frozen features of every spot's tile, (n_spots, F) float32, NaN without an image; None without encoder."""
         if self.encoder is not None:
             self.setup()
         return self._features
 
     @property
-    def tile_features(self) -> np.ndarray:
+    def tile_features(self) -> SpotFeatures:
         """`features` of a data module with an encoder."""
         return required(self.features)
 
@@ -290,78 +301,10 @@ class SpotDataModule(pl.LightningDataModule):
 
     def tiled(self) -> Iterator[TiledSection]:
         """Sections with an image, and their tiles as methods see them."""
-        stores, section_of_spot = self.open_tiles().stores, self.spots["section"].to_numpy(str)
-        return tiled_sections(self._with_image, stores, section_of_spot, self.normaliser)
+        rows = [self.rows_of(section) for section in self._with_image]
+        return tiled_sections(self._with_image, self.open_tiles().stores, rows, self.normaliser)
 
-    # loaders
-
-    def train_dataloader(self) -> DataLoader:
-        """Training spots in a random order: this device's part of each batch, or whole sections."""
-        order: SectionBatches | ShuffledBatches
-        if self._batching == "section":
-            order = SectionBatches(self._by_section("train"), self.seed)
-        else:
-            own = self.trainer and self.trainer.lightning_module.frozen_encoder  # sees tiles augmented anew
-            image = not self._reads_features or (own is not None and self.augmentation != "none" and not self.views)
-            order = ShuffledBatches(self.rows("train"), self.batch_size, self.seed, self._share, image=image)
-        return index_loader(order)
-
-    def val_dataloader(self) -> DataLoader | list:
-        """This device's part of the validation spots; no loader where there are none."""
-        if not len(self.rows("validation")):
-            return []
-        return self.loader("validation", batching=self._batching, share=self._share)
-
-    def predict_dataloader(self) -> DataLoader:
-        """All test spots."""
-        return self.loader("test", batching=self._batching)
-
-    @property
-    def _batching(self) -> Batching:
-        if self.trainer is None:
-            return "spots"
-        return self.trainer.lightning_module.batching  # type: ignore[return-value]  # of a Method, a layer above
-
-    @property
-    def _reads_features(self) -> bool:
-        """Whether the attached method reads of a tile nothing but its `features`."""
-        if self.trainer is None or self.encoder is None:
-            return False
-        return self.trainer.lightning_module.reads_features_of(self.encoder)  # type: ignore[operator]  # of a Method
-
-    @property
-    def _share(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def loader(
-        self,
-        *roles: str,
-        image: bool | None = None,
-        batch_size: int | None = None,
-        batching: Batching = "spots",
-        share: tuple[int, int] = (0, 1),
-    ) -> DataLoader:
-        """Every spot of some roles once, in order and unaugmented; with its tile, if the attached method reads tiles.
-
-        A batch is `batch_size` spots (None: `eval_batch_size`) of the part that `share`, rank and number of devices,
-        gives this device; or, with ``batching="section"``, one whole section.
-        """
-        if batching == "section":
-            parts = [torch.from_numpy(rows) for rows in self._by_section(*roles)]
-        else:
-            rows = torch.from_numpy(self.rows(*roles))
-            parts = rows[part_of(len(rows), *share)].split(batch_size or self.eval_batch_size)
-        image = not self._reads_features if image is None else image
-        return index_loader([SpotIndex(part, image=image) for part in parts])
-
-    def _by_section(self, *roles: str) -> list[np.ndarray]:
-        rows = self.rows(*roles)
-        names = self.spots["section"].to_numpy()[rows]
-        return [rows[names == name] for name in self.names(*roles)]
-
-    def transfer_batch_to_device(self, batch: SpotIndex, device: torch.device, dataloader_idx: int) -> SpotIndex:
-        self._device = device
-        return batch
+    # batches
 
     def on_after_batch_transfer(self, batch: SpotIndex, dataloader_idx: int) -> SpotBatch:
         return self.batch(batch, self._device)
@@ -379,15 +322,16 @@ class SpotDataModule(pl.LightningDataModule):
         return batch
 
     @cached_property
-    def _view_features(self) -> np.ndarray:
-        """Frozen features of the augmented views of training tiles, (views, n_spots, F)."""
-        sections = [tiled for tiled in self.tiled() if tiled.section.name in self.names("train")]
+    def _view_features(self) -> list[SpotFeatures]:
+        """Frozen features of the augmented views of training tiles, (n_spots, F) of each view."""
+        training = set(self.names("train"))
+        sections = [tiled for tiled in self.tiled() if tiled.section.name in training]
         kind = (self.augmentation, self.hed_sigma)
         return encode_views(required(self.encoder), sections, len(self.spots), *kind, self.views or 0)
 
     @cached_property
     def _tables(self) -> SpotTables:
-        arrays = {
+        tables: dict[str, Rows] = {
             "expression": self.expression,
             "target": self.target,
             "counts": self.counts,
@@ -396,5 +340,5 @@ class SpotDataModule(pl.LightningDataModule):
             "section": pd.Categorical(self.spots["section"], categories=self.section_names).codes.astype(np.int64),
         }
         if self.features is not None:
-            arrays["features"] = self.features
-        return SpotTables(arrays, self.neighbours)
+            tables["features"] = self.features
+        return SpotTables(tables, self.neighbours)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
+import scipy.sparse as sp
 from pydantic import Field
 
 from stexp.arguments import Positive, check
@@ -15,11 +19,14 @@ from stexp.data.cohorts import check_scales, join_cohorts
 from stexp.data.genes import read_panel
 from stexp.data.readers.formats import tables_in_one_line
 from stexp.data.section import Section
+from stexp.data.section_index import read_once
+from stexp.data.slides.scales import tile_and_scales
 from stexp.errors import InputError, UnknownName
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:
     from stexp.data.datamodule import SpotDataModule
+    from stexp.data.slides.tiles import TileSpec
 
 _Genes = Annotated[list[str], Field(min_length=1, description="a list of gene symbols")]
 
@@ -84,7 +91,7 @@ class DataSet:
         if "sections" in reader:
             reader["sections"] = names
         with tables_in_one_line(self.name):
-            sections = build(reader)
+            sections = read_once(reader, self.config["cache_dir"], lambda: build(reader))
         if names is not None:
             choices, wanted = {section.name: section for section in sections}, set(names)
             unknown = [name for name in names if name not in choices]
@@ -99,7 +106,7 @@ class DataSet:
         """Its own sections with those of `test`; see :func:`~stexp.data.cohorts.join_cohorts`."""
         assert self.test is not None
         joined = join_cohorts(sections, others, self.name, str(self.test["name"]))
-        check_scales(joined, self.config["tile_um"], self.config["tile_px"])
+        check_scales(joined, tile_and_scales(*self._sides)[0], self.config["tile_px"])
         return joined
 
     def prepare(self, sections: list[Section]) -> list[Section]:
@@ -119,10 +126,23 @@ class DataSet:
 
         flags = self.config["leave_out"]
         flags = [flags] if isinstance(flags, str) else [str(flag) for flag in flags]
-        tile = TileSpec(self.config["tile_px"], self.config["tile_um"])
+        tile = TileSpec(self.config["tile_px"], tile_and_scales(*self._sides)[0])  # not what views see around it
         cache = (self.config["cache_dir"], self.config["tile_store"])
         thresholds = build(self.config["quality"])
         return leave_out(sections, flags, thresholds, tile, lambda section: open_tiles(section, tile, *cache))
+
+    @property
+    def tile(self) -> TileSpec:
+        """What is cut and stored of each spot."""
+        from stexp.data.slides.tiles import TileSpec  # imports torch, which reading sections does without
+
+        return TileSpec.of(self.config["tile_px"], *self._sides)
+
+    @property
+    def _sides(self) -> tuple[float | None, list[float] | None, list[float] | None]:
+        """Of a tile in micrometres, and of what is seen of it."""
+        # run folders of earlier versions lack the last two
+        return self.config["tile_um"], self.config.get("scales"), self.config.get("scales_um")
 
     def panel(self, protocol: Protocol) -> list[str] | None:
         """The genes named by the data set, or the paper's under its protocol; None where genes are chosen."""
@@ -176,10 +196,17 @@ BEFORE_THE_MODULE = {
 
 def _refuse_copies(sections: list[Section]) -> None:
     """A section listed twice could train and be tested, and no split by name would see it."""
-    seen: dict[tuple, str] = {}
+    seen: dict[bytes, str] = {}
     for section in sections:
-        counts = section.spots.X
-        key = (counts.shape, float(counts.sum()), hash(counts.data.tobytes()), hash(counts.indices.tobytes()))
-        if key in seen and counts.nnz:
+        key = section.made("digest", partial(_digest, section.spots.X))["digest"].tobytes()
+        if key in seen and section.total_counts.any():
             raise InputError(f"sections {seen[key]} and {section.name} hold the same counts; list them once")
         seen[key] = section.name
+
+
+def _digest(counts: sp.csr_matrix) -> dict[str, np.ndarray]:
+    """Hash of counts, whatever their spots and genes are called: 16 bytes."""
+    digest = hashlib.blake2b(f"{counts.shape} {counts.sum()}".encode(), digest_size=16)
+    for values in (counts.data, counts.indices):
+        digest.update(np.ascontiguousarray(values).data)
+    return {"digest": np.frombuffer(digest.digest(), dtype=np.uint8)}

@@ -33,7 +33,7 @@ def file_digest(path: str | Path) -> str:
     return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65_536)  # several files of a section
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     whole = size <= WHOLE_BYTES

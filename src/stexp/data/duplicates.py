@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -68,7 +68,12 @@ def copies_by_counts(sections: Sequence[Section]) -> list[Copy]:
     A spot is known by its 30 largest counts in falling order, whatever the genes and the spot are called and in
     whichever order they come; spots that many could be are left out, see `count_prints`.
     """
-    return _copies({section.name: count_prints(section.spots.X) for section in sections}, "counts")
+    return _copies({section.name: prints_of(section) for section in sections}, "counts")
+
+
+def prints_of(section: Section) -> np.ndarray:
+    """`count_prints` of a section, (n_spots,) uint64."""
+    return section.made("prints", lambda: {"prints": count_prints(section.spots.X)})["prints"]
 
 
 def count_prints(counts: sp.csr_matrix) -> np.ndarray:
@@ -172,11 +177,19 @@ def _alike(few: np.ndarray, many: np.ndarray) -> int:
     return same
 
 
-def copies_by_tiles(prints: dict[str, np.ndarray]) -> list[Copy]:
-    """Pairs of sections whose tiles look the same in a fifth of their spots or more; `tile_prints` by section."""
+def copies_by_tiles(prints: dict[str, np.ndarray], held_out: Collection[str] | None = None) -> list[Copy]:
+    """Pairs of sections whose tiles look the same in a fifth of their spots or more; `tile_prints` by section.
+
+    Parameters
+    ----------
+    held_out
+        Sections one of which is in every pair; None: all pairs, of which there are many.
+    """
     copies = []
     telling = {name: bits[bits.any(axis=1)] for name, bits in prints.items()}
     for first, second in combinations(telling, 2):
+        if held_out is not None and first not in held_out and second not in held_out:
+            continue
         few, many = sorted((telling[first], telling[second]), key=len)
         same = _alike(few, many)
         if _is_copy(same, len(few)):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from stexp.data.augment import Augmentation
+from stexp.data.rows import Rows, RowTable
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser
 from stexp.data.slides.store import TileStore
@@ -47,7 +48,7 @@ class TileEncoder(Protocol):
     def of_tiles(
         self, section: Section, store: TileStore, stain: Stain | None = None, view: View | None = None
     ) -> np.ndarray:
-        """Features of a section's tiles as they are, or of an augmented view, (n_spots, F) float32."""
+        """Features of a section's tiles as they are, or of an augmented view, (n_spots, F) float32, memory-mapped."""
         ...
 
     def of_surroundings(
@@ -83,6 +84,34 @@ class TiledSection:
     stain: Stain | None
 
 
+class SpotFeatures(RowTable):
+    """Frozen features of every spot's tile, (N, F) float32, read from the cache as asked for; NaN without an image.
+
+    Parameters
+    ----------
+    parts
+        Of each section with an image, (n_spots, F), memory-mapped.
+    rows
+        Which of the N spots those are.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], rows: Sequence[np.ndarray], shape: tuple[int, int]) -> None:
+        self._parts, self.shape = list(parts), shape
+        self._section = np.full(shape[0], -1, dtype=np.int32)
+        self._row = np.zeros(shape[0], dtype=np.int32)
+        for number, own in enumerate(rows):
+            self._section[own], self._row[own] = number, np.arange(len(own))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        out = np.full((len(rows), self.shape[1]), np.nan, dtype=np.float32)
+        section = self._section[rows]
+        order = np.argsort(section, kind="stable")  # each section is read once
+        for group in np.split(order, np.flatnonzero(np.diff(section[order])) + 1):
+            if len(group) and section[group[0]] >= 0:
+                out[group] = self._parts[section[group[0]]][self._row[rows[group]]]
+        return out
+
+
 class Surroundings:
     """Frozen features of the k x k tiles around each spot of a data module, or of the k x k parts of its own tile, read
     from the cache as asked for.
@@ -112,13 +141,19 @@ class Surroundings:
 def tiled_sections(
     sections: Sequence[Section],
     stores: Sequence[TileStore],
-    section_of_spot: np.ndarray,
+    rows: Sequence[np.ndarray],
     normaliser: StainNormaliser | None,
 ) -> Iterator[TiledSection]:
-    """Sections with an image and their tiles, in order; their stain normalised where there is a normaliser of them."""
-    for i, (section, store) in enumerate(zip(sections, stores, strict=True)):
+    """Sections with an image and their tiles, in order; their stain normalised where there is a normaliser of them.
+
+    Parameters
+    ----------
+    rows
+        Those of each section's spots.
+    """
+    for i, (section, store, own) in enumerate(zip(sections, stores, rows, strict=True)):
         stain = None if normaliser is None else (normaliser.key(i), partial(_normalise, normaliser, i))
-        yield TiledSection(section, np.flatnonzero(section_of_spot == section.name), store, stain)
+        yield TiledSection(section, own, store, stain)
 
 
 def _normalise(normaliser: StainNormaliser, i: int, tiles: torch.Tensor) -> torch.Tensor:
@@ -135,19 +170,23 @@ def required(value: Encoded | None) -> Encoded:
 
 def encode_tiles(
     encoder: TileEncoder, sections: Iterable[TiledSection], n_spots: int, view: View | None = None
-) -> np.ndarray:
+) -> SpotFeatures:
     """Features of every spot's tile, (n_spots, F) float32; NaN for spots of other sections."""
-    out = np.full((n_spots, encoder.num_features), np.nan, dtype=np.float32)
+    parts, rows = [], []
     with encoder:
         for tiled in sections:
-            out[tiled.rows] = encoder.of_tiles(tiled.section, tiled.store, tiled.stain, view)
-    return out
+            parts.append(encoder.of_tiles(tiled.section, tiled.store, tiled.stain, view))
+            rows.append(tiled.rows)
+    return SpotFeatures(parts, rows, (n_spots, encoder.num_features))
 
 
-def draw_views(views: np.ndarray, rows: torch.Tensor, seed: int) -> torch.Tensor:
-    """Features of spots, (B, F), each from one of its views (V, n_spots, F); the draws depend on `seed` alone."""
-    draws = torch.randint(len(views), (len(rows),), generator=torch.Generator().manual_seed(seed))
-    return torch.from_numpy(views[draws.numpy(), rows.numpy()])
+def draw_views(views: Sequence[Rows], rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Features of spots, (B, F), each from one of V views (n_spots, F); the draws depend on `seed` alone."""
+    draws = torch.randint(len(views), (len(rows),), generator=torch.Generator().manual_seed(seed)).numpy()
+    out = np.empty((len(rows), views[0].shape[1]), dtype=np.float32)
+    for number in np.unique(draws):
+        out[draws == number] = views[number][rows.numpy()[draws == number]]
+    return torch.from_numpy(out)
 
 
 def encode_views(
@@ -157,10 +196,10 @@ def encode_views(
     augmentation: Augmentation,
     hed_sigma: float,
     n_views: int,
-) -> np.ndarray:
-    """Features of `n_views` augmented views of every spot's tile, (n_views, n_spots, F) float32."""
+) -> list[SpotFeatures]:
+    """Features of `n_views` augmented views of every spot's tile, (n_spots, F) float32 each."""
     views = [View(augmentation, hed_sigma, number) for number in range(n_views)]
-    return np.stack([encode_tiles(encoder, sections, n_spots, view) for view in views])
+    return [encode_tiles(encoder, sections, n_spots, view) for view in views]
 
 
 def encode_surroundings(

@@ -58,6 +58,11 @@ def normalise(
         total = np.nansum(counts, axis=1, keepdims=True)
     else:
         total = np.asarray(total_counts, dtype=np.float64)[:, None]
+    return scaled_counts(counts, total, protocol)
+
+
+def scaled_counts(counts: np.ndarray, total: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Logarithms of counts scaled to one total, float32; `total` is broadcast to the counts."""
     scaled = counts * (protocol.target_sum / np.where(total == 0, 1, total))
     out = np.log1p(scaled)
     if protocol.log == "log10":
@@ -93,10 +98,27 @@ def pearson_residuals(counts: np.ndarray, total_counts: np.ndarray, theta: float
     no part of this truth. Equal to ``scanpy.experimental.pp.normalize_pearson_residuals`` of the whole matrix.
     """
     counts, total = np.asarray(counts, dtype=np.float64), np.asarray(total_counts, dtype=np.float64)
-    expected = np.outer(total, counts.sum(axis=0) / max(total.sum(), 1))
+    return residuals(counts, total, counts.sum(axis=0) / max(total.sum(), 1), len(counts), theta)
+
+
+def residuals(
+    counts: np.ndarray, total: np.ndarray, share: np.ndarray, n_spots: np.ndarray | int, theta: float = 100.0
+) -> np.ndarray:
+    """`pearson_residuals` (N, G) of any spots, by what is known of their sections.
+
+    Parameters
+    ----------
+    counts : (N, G)
+    total : (N,)
+    share : (G,) or (N, G)
+        Of each gene in the counts of the section.
+    n_spots : int or (N, 1)
+        Spots of the section.
+    """
+    expected = total[:, None] * share
     deviation = np.sqrt(expected + expected**2 / theta)
-    residuals = (counts - expected) / np.where(deviation == 0, 1, deviation)
-    return residuals.clip(-np.sqrt(len(counts)), np.sqrt(len(counts)))
+    values = (counts - expected) / np.where(deviation == 0, 1, deviation)
+    return values.clip(-np.sqrt(n_spots), np.sqrt(n_spots))
 
 
 def expression(section: Section, genes: Sequence[str], protocol: Protocol, panel: Sequence[str]) -> np.ndarray:
@@ -265,7 +287,7 @@ def drop_unmeasured(sections: list[Section], panel: list[str], test: list[str], 
 
 def _seen(section: Section) -> np.ndarray:
     """Spots in which each gene was counted; a sparse matrix may store zeros."""
-    return np.asarray((section.spots.X > 0).sum(axis=0)).ravel()
+    return section.made("seen", lambda: {"seen": np.asarray((section.spots.X > 0).sum(axis=0)).ravel()})["seen"]
 
 
 @contextmanager
@@ -283,29 +305,21 @@ def _threads_kept() -> Iterator[None]:
 @lru_cache(maxsize=256)
 def variable_genes(section: Section, n: int) -> pd.Series:
     """Normalised dispersion of the `n` most variable genes: scanpy, flavour ``seurat``, on ln(1 + 1e4 x share)."""
+    kept = section.made(f"variable{n}", lambda: _most_variable(section, n))
+    return pd.Series(kept["dispersion"], index=pd.Index(kept["gene"].astype(object)))
+
+
+def _most_variable(section: Section, n: int) -> dict[str, np.ndarray]:
     import scanpy as sc  # seconds; only this function needs it
 
     spots = section.spots[section.total_counts > 0].copy()
     if spots.n_obs < 2 or spots.n_vars < 2 or not (spots.X.max(axis=0) - spots.X.min(axis=0)).nnz:
-        return pd.Series(dtype=float, index=spots.var_names[:0])  # nothing varies
+        return {"gene": np.array([], dtype=str), "dispersion": np.array([])}  # nothing varies
     with _threads_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bins that hold one gene
         sc.pp.normalize_total(spots, target_sum=1e4)
         sc.pp.log1p(spots)
         sc.pp.highly_variable_genes(spots)
     dispersion = spots.var["dispersions_norm"].dropna()  # genes alone in their bin of mean expression have none
-    return dispersion[dispersion >= dispersion.nlargest(n).min()]
-
-
-def expression_of(
-    sections: Sequence[Section], panel: Sequence[str], protocol: Protocol
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of a panel, what a spot encoder reads of them, and the truth, each (N, G) float32, spots in order.
-
-    The two scales are one under ``protocol.truth="spot"``; genes not measured in a section are NaN.
-    """
-    counts = [section.counts(panel) for section in sections]
-    pairs = list(zip(counts, sections, strict=True))
-    read = [normalise(count, section.total_counts, protocol, "spot") for count, section in pairs]
-    truth = [normalise(count, section.total_counts, protocol) for count, section in pairs]
-    return np.concatenate(counts), np.concatenate(read), np.concatenate(truth)
+    dispersion = dispersion[dispersion >= dispersion.nlargest(n).min()]
+    return {"gene": dispersion.index.to_numpy(str), "dispersion": dispersion.to_numpy()}

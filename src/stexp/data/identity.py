@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.digests import file_digest
+from stexp.data.rows import Rows, blocks
 from stexp.data.section import Section
 from stexp.data.slides.tiles import TileSpec
 from stexp.errors import InputError
@@ -16,7 +17,7 @@ from stexp.errors import InputError
 def data_digest(
     sections: list[Section],
     spots: pd.DataFrame,
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[Rows, ...],
     tile: TileSpec,
     stain: str | None,
     tile_store: str,
@@ -34,7 +35,8 @@ def data_digest(
     array_xy = spots[["array_x", "array_y"]].to_numpy()
     sides = np.array([0 if section.slide is None else tile.side_px(section) for section in sections])
     for array in (*arrays, array_xy, sides, spots["role"].to_numpy(str)):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        for block in blocks(len(array)):  # one after the other they are the bytes of the whole
+            digest.update(np.ascontiguousarray(array[block]).tobytes())
     for section in sections:
         digest.update(b"-" if section.slide is None else file_digest(section.slide.path).encode())
     if tile_store != "raw":

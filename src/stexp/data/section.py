@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from stexp.data.kept_counts import KeptCounts, digest_of
 from stexp.data.shown import facts_table, one_line
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError, listed
@@ -40,6 +41,9 @@ class Section:
         The files the section was read from; their content is the data manifest.
     cohort
         Name of the data set that is tested and trains nothing; empty: the one that trains.
+    kept
+        The file of the cache that ``spots.X`` is mapped from, whose counts were checked before they were written; it
+        counts as long as that is the matrix of `spots`.
 
     Raises
     ------
@@ -55,9 +59,12 @@ class Section:
     um_per_px: float | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     cohort: str = ""
+    kept: KeptCounts | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         name = self.name
+        if self.kept is not None and self.kept.matrix is not self.spots.X:
+            object.__setattr__(self, "kept", None)
         for subject, label in (("section name", name), ("patient", self.patient)):
             check_name(label, subject)
         spots = self.spots
@@ -75,10 +82,11 @@ class Section:
                 )
         self._check_positions()
         object.__setattr__(self, "spots", _in_final_types(spots))
-        check_counts(self.spots.X.data, f"section {name}")
+        if self.kept is None:
+            check_counts(self.spots.X.data, f"section {name}")
         self._check_scale()
         empty = int((self.total_counts == 0).sum())
-        if empty:
+        if empty and self.kept is None:  # else it was said when the section was read
             log.warning(
                 "section %s: %d of %d spots have no counts; they stay, with expression zero", name, empty, len(self)
             )
@@ -129,7 +137,7 @@ class Section:
             return
         if self.um_per_px is None:
             object.__setattr__(self, "um_per_px", of_slide)
-        elif max(of_slide, self.um_per_px) > 1.1 * min(of_slide, self.um_per_px):
+        elif self.kept is None and max(of_slide, self.um_per_px) > 1.1 * min(of_slide, self.um_per_px):
             log.warning(
                 "section %s: um_per_px %.4g was given, the file %s says %.4g; the given one counts",
                 self.name,
@@ -170,7 +178,13 @@ class Section:
     @property
     def total_counts(self) -> np.ndarray:
         """Counts per spot over the whole transcriptome, (n_spots,)."""
+        if self.kept is not None:
+            return self.kept.total.copy()
         return np.asarray(self.spots.X.sum(axis=1), dtype=np.float64).ravel()
+
+    def made(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays that depend on the counts and on `what` alone, from the cache where the section is kept there."""
+        return make() if self.kept is None else self.kept.made(what, make)
 
     def take(self, spots: np.ndarray) -> Section:
         """The section with the spots of a mask (n_spots,) only."""
@@ -178,11 +192,23 @@ class Section:
 
     def counts(self, genes: Iterable[str]) -> np.ndarray:
         """Raw counts of `genes`, (n_spots, G) float32; NaN in columns of genes not measured here."""
-        where = self.genes.get_indexer(list(genes))
-        out = np.full((len(self), len(where)), np.nan, dtype=np.float32)
-        measured = where >= 0
-        out[:, measured] = self.spots.X[:, where[measured]].toarray()
+        genes = list(genes)
+        out = self.panel_counts(genes).toarray()
+        out[:, self.genes.get_indexer(genes) < 0] = np.nan
         return out
+
+    def panel_counts(self, genes: Sequence[str]) -> sp.csr_matrix:
+        """Raw counts of `genes`, (n_spots, G) float32; columns of genes not measured here are empty."""
+        where = self.genes.get_indexer(list(genes))
+        measured = np.flatnonzero(where >= 0)
+
+        def select() -> dict[str, np.ndarray]:
+            part = sp.csr_matrix(self.spots.X[:, where[measured]], dtype=np.float32)
+            part.sum_duplicates()
+            return {"data": part.data, "indices": measured[part.indices].astype(np.int32), "indptr": part.indptr}
+
+        part = self.made(f"panel-{digest_of(genes)}", select)
+        return sp.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=(len(self), len(where)))
 
 
 def check_name(label: str, subject: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,14 +48,16 @@ def assign_roles(
     fold
         The patient, section or block held out, one of :func:`folds`.
     side_px
-        Side of a section's tiles; where blocks are held out, tiles of different roles share no pixel.
+        Side of a section's tiles; a tile that is tested shares no pixel with one that trains or validates, nor do
+        blocks that train with blocks that validate.
 
     Returns
     -------
     dict
         Section name -> (n_spots,) array of ``"train"``, ``"validation"``, ``"test"``; ``"reference"`` for
-        training-side sections without an image; ``"gap"`` for spots next to a held-out block, which are not
-        used. Sections that share the held-out unit but cannot be predicted (no image) are left out.
+        training-side sections without an image; ``"gap"`` for spots next to a held-out block, or next to a held-out
+        section on the same slide, which are not used. Sections that share the held-out unit but cannot be predicted
+        (no image) are left out.
 
     Notes
     -----
@@ -90,6 +93,7 @@ def assign_roles(
     if protocol.validation:
         for name, mask in _validation(training).items():
             roles[name][mask] = "validation"
+    _part_on_slides(sections, roles, side_px)
     return _check_training(roles, fold)
 
 
@@ -190,6 +194,23 @@ def _block_roles(section: Section, protocol: Protocol, test: int, side: int) -> 
             near = cKDTree(centres).query(xy, p=np.inf)[0] < side
             roles[near & np.isin(roles, others)] = "gap"
     return roles
+
+
+def _part_on_slides(sections: list[Section], roles: dict[str, np.ndarray], side_px: Callable[[Section], int]) -> None:
+    """Set spots apart as ``"gap"`` whose tiles share pixels with tested ones of another section on the same slide."""
+    on_slide: dict[Path, list[Section]] = {}
+    for section in sections:
+        if section.slide is not None and section.name in roles:
+            on_slide.setdefault(section.slide.path.absolute(), []).append(section)
+    for sharing in on_slide.values():
+        tested = [section for section in sharing if (roles[section.name] == "test").any()]
+        if not 0 < len(tested) < len(sharing):
+            continue
+        side = max(map(side_px, sharing))
+        centres = cKDTree(np.floor(np.concatenate([section.xy_px for section in tested])))
+        for section in sharing:
+            near = centres.query(np.floor(section.xy_px), p=np.inf)[0] < side
+            roles[section.name][near & np.isin(roles[section.name], ("train", "validation"))] = "gap"
 
 
 def _check_training(roles: dict[str, np.ndarray], fold: str) -> dict[str, np.ndarray]:

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.sparse as sp
-from sklearn.preprocessing import PolynomialFeatures, StandardScaler, normalize
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
+from stexp.data.expression import ExpressionTable, PanelCounts
 from stexp.data.genes import choose_panel, normalise
+from stexp.data.rows import MappedRows, Rows, blocks, column_means, some_rows
 from stexp.data.section import Section
 from stexp.data.splits import units
 from stexp.errors import InputError
+from stexp.evaluation.knn import knn
 from stexp.evaluation.metrics import mean_or_none, mean_over_sections, pearson_per_gene, score_section, top_genes
-from stexp.evaluation.ridge import RidgeProbe, ridge_slope
+from stexp.evaluation.ridge import Projection, moments_of
 from stexp.protocol import Protocol
 
 ORACLES = frozenset({"depth_oracle"})
@@ -47,17 +49,17 @@ class SpotTable:
     features : (N, F) or None
         Tiles seen by a frozen image encoder.
     random : sequence of (N, at most 256)
-        `probe_components` of the features of the same architecture at random weights, one for each seed.
+        Components of the features of the same architecture at random weights, see `Projection`, one for each seed.
     """
 
-    expression: np.ndarray
+    expression: Rows
     log_depth: np.ndarray
     section: np.ndarray
     patient: np.ndarray
     xy: np.ndarray
     colour: np.ndarray | None = None
-    features: np.ndarray | None = None
-    random: Sequence[np.ndarray] = field(default=(), kw_only=True)
+    features: Rows | None = None
+    random: Sequence[Rows] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("log_depth", "section", "patient", "xy", "colour", "features"):
@@ -108,24 +110,30 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
             f"floors: {train.expression.shape[1]} genes in training, {test.expression.shape[1]} in test; need one panel"
         )
     expression = _fill(train.expression)
-    shape = (len(test), expression.shape[1])
-    floors = {
-        "mean": np.broadcast_to(expression.mean(axis=0), shape),
+    mean, shape = column_means(expression), (len(test), expression.shape[1])
+    designs: dict[str, tuple[Rows, Rows]] = {}
+    designs["coordinates"] = _standardise(*(_quadratic(table.xy) for table in (train, test)))
+    floors: dict[str, np.ndarray | None] = {
+        "mean": np.broadcast_to(mean, shape),
         "depth_oracle": np.broadcast_to(np.asarray(test.log_depth)[:, None], shape),
-        "coordinates": _ridge(*_standardise(*(_quadratic(table.xy) for table in (train, test))), expression),
+        "coordinates": None,
     }
     if train.colour is not None and test.colour is not None:
-        x_train, x_test = _standardise(train.colour, test.colour)
+        x_train, x_test = designs["colour_ridge"] = _standardise(train.colour, test.colour)
         floors["nearest_section"] = _nearest_section(x_train, x_test, train.section, test.section, expression)
-        floors["colour_ridge"] = _ridge(x_train, x_test, expression)
+        floors["colour_ridge"] = None
     if train.features is not None and test.features is not None:
-        x_train, x_test = _standardise(train.features, test.features)
-        floors["knn_features"] = _knn(x_train, x_test, expression)
-        probe = RidgeProbe.fit(train.features, expression)
-        floors["ridge_features"] = probe.predict(test.features)
-    for seed, (x_train, x_test) in enumerate(zip(train.random, test.random, strict=True)):
-        centre = np.asarray(x_train, dtype=np.float64).mean(axis=0)
-        floors[f"random_features{SEED}{seed}"] = _ridge(x_train - centre, x_test - centre, expression)
+        projection = Projection.fit(train.features)
+        floors["knn_features"] = knn(projection, train.features, test.features, expression)
+        designs["ridge_features"] = projection.of(train.features), projection.of(test.features)
+        floors["ridge_features"] = None
+    for seed, (own, tested) in enumerate(zip(train.random, test.random, strict=True)):
+        name, centre = f"random_features{SEED}{seed}", column_means(own, np.float64)
+        designs[name] = _centred(own, centre), _centred(tested, centre)
+        floors[name] = None
+    regressed = zip(designs.items(), moments_of([x for x, _ in designs.values()], expression, mean), strict=True)
+    for (name, (_, tested)), moments in regressed:
+        floors[name] = mean + tested[:] @ moments.slope()
     return {name: np.array(values, dtype=np.float32) for name, values in floors.items()}
 
 
@@ -244,13 +252,25 @@ def ceiling_per_gene(
     return np.where(scored, np.sqrt(2 * r / (1 + r)), np.nan)
 
 
-def _fill(expression: np.ndarray) -> np.ndarray:
-    expression = np.asarray(expression, dtype=np.float64)
-    missing = np.isnan(expression)
-    if not missing.any():
-        return expression
-    mean = np.nansum(expression, axis=0) / np.maximum((~missing).sum(axis=0), 1)
-    return np.where(missing, mean, expression)
+def _fill(expression: Rows) -> Rows:
+    """Expression in 64 bits, with the mean over the others in the place of what is not measured."""
+    n_measured, total = np.zeros((2, expression.shape[1]))
+    if not any(np.isnan(expression[block]).any() for block in blocks(len(expression))):
+        return MappedRows(expression, np.asarray, len(total))
+    for block in blocks(len(expression)):
+        part = np.asarray(expression[block], dtype=np.float64)
+        n_measured += (~np.isnan(part)).sum(axis=0)
+        total += np.nansum(part, axis=0)
+    mean = total / np.maximum(n_measured, 1)
+
+    def fill(part: np.ndarray) -> np.ndarray:
+        return np.where(np.isnan(part), mean, part)
+
+    return MappedRows(expression, fill, len(mean))
+
+
+def _centred(table: Rows, centre: np.ndarray) -> Rows:
+    return MappedRows(table, lambda part: part - centre, len(centre))
 
 
 def _quadratic(xy: np.ndarray) -> np.ndarray:
@@ -262,35 +282,22 @@ def _standardise(x_train: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, n
     return scaler.transform(x_train), scaler.transform(x_test)
 
 
-def _ridge(x_train: np.ndarray, x_test: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    return expression.mean(axis=0) + x_test @ ridge_slope(x_train, expression)
-
-
 def _nearest_section(
-    x_train: np.ndarray, x_test: np.ndarray, sections: np.ndarray, test_sections: np.ndarray, expression: np.ndarray
+    x_train: np.ndarray, x_test: np.ndarray, sections: np.ndarray, test_sections: np.ndarray, expression: Rows
 ) -> np.ndarray:
-    names = np.unique(sections)
-    colours = np.stack([x_train[sections == name].mean(axis=0) for name in names])
+    rows = _rows_by_name(sections)
+    colours = np.stack([x_train[own].mean(axis=0) for own in rows])
     out = np.empty((len(x_test), expression.shape[1]))
-    for name in np.unique(test_sections):
-        here = test_sections == name
-        nearest = names[np.linalg.norm(colours - x_test[here].mean(axis=0), axis=1).argmin()]
-        out[here] = expression[sections == nearest].mean(axis=0)
+    for own in _rows_by_name(test_sections):
+        nearest = np.linalg.norm(colours - x_test[own].mean(axis=0), axis=1).argmin()
+        out[own] = expression[rows[nearest]].mean(axis=0)
     return out
 
 
-def _knn(x_train: np.ndarray, x_test: np.ndarray, expression: np.ndarray, k: int = 50, chunk: int = 1024) -> np.ndarray:
-    """Plain mean over the `k` training spots with the highest cosine."""
-    k = min(k, len(x_train))
-    bank, queries = normalize(x_train), normalize(x_test)
-    out = np.empty((len(queries), expression.shape[1]))
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ bank.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        rows = np.arange(0, nearest.size + 1, k)
-        weights = sp.csr_matrix((np.full(nearest.size, 1 / k), nearest.ravel(), rows), shape=similarity.shape)
-        out[start : start + chunk] = weights @ expression
-    return out
+def _rows_by_name(names: np.ndarray) -> list[np.ndarray]:
+    """Rows of each name, in the order of the alphabet."""
+    _, which, times = np.unique(names, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(which, kind="stable"), np.cumsum(times)[:-1])
 
 
 def floors_without_images(sections: list[Section], protocol: Protocol, panel: list[str] | None) -> dict[str, dict]:
@@ -319,21 +326,16 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
         kept = [(section, spots) for section, spots in kept if spots.any()]
         choosing = sections if protocol.panel == "all" else [section.take(spots) for section, spots in kept]
         genes = panel or choose_panel(choosing, protocol)
-        train = [_table(section, genes, protocol, spots) for section, spots in kept]
-        together = SpotTable(
-            *(
-                np.concatenate([getattr(table, key) for table in train])
-                for key in ("expression", "log_depth", "section", "patient", "xy")
-            )
-        )
+        train = _table(kept, genes, protocol)
         for section in sections:
             spots = unit[section.name] == held_out
             if not spots.any():
                 continue
-            test, tested = _table(section, genes, protocol, spots), section.take(spots)
+            test, tested = _table([(section, spots)], genes, protocol), section.take(spots)
             heg = top_genes(_levels([(section, spots)] if protocol.heg == "test" else kept, genes, protocol))
-            for name, predicted in predict_floors(together, test).items():
-                scores.setdefault(name, []).append(score_section(test.expression, predicted, heg, name not in NO_SCALE))
+            observed = test.expression[:]
+            for name, predicted in predict_floors(train, test).items():
+                scores.setdefault(name, []).append(score_section(observed, predicted, heg, name not in NO_SCALE))
             ceiling = ceiling_per_gene(tested.counts(genes), tested.total_counts, protocol)
             scores.setdefault("ceiling", []).append(
                 {"pearson_acg": mean_or_none(ceiling), "pearson_heg50": mean_or_none(ceiling[heg])}
@@ -341,19 +343,29 @@ def floors_without_images(sections: list[Section], protocol: Protocol, panel: li
     return {name: mean_over_sections(parts) for name, parts in scores.items()}
 
 
+def _expression(
+    kept: Sequence[tuple[Section, np.ndarray]], genes: list[str], protocol: Protocol, scaling: str | None = None
+) -> Rows:
+    """Expression (N, G) of the spots of sections that masks (n_spots,) name, scaled by whole sections."""
+    counts = PanelCounts.of([section for section, _ in kept], genes)
+    spots = np.flatnonzero(np.concatenate([spots for _, spots in kept]))
+    return some_rows(ExpressionTable(counts, protocol, scaling), spots)
+
+
 def _levels(kept: Sequence[tuple[Section, np.ndarray]], genes: list[str], protocol: Protocol) -> np.ndarray:
     """Mean expression of genes over some spots of sections, (G,), that ranks them; residuals have no level."""
     scaling = "spot" if protocol.truth == "residuals" else None
-    parts = [normalise(part.counts(genes), part.total_counts, protocol, scaling)[spots] for part, spots in kept]
-    return np.concatenate(parts).mean(axis=0)
+    return column_means(_expression(kept, genes, protocol, scaling))
 
 
-def _table(section: Section, genes: list[str], protocol: Protocol, spots: np.ndarray) -> SpotTable:
-    """Those of a section's spots that a mask (n_spots,) names."""
+def _table(kept: Sequence[tuple[Section, np.ndarray]], genes: list[str], protocol: Protocol) -> SpotTable:
+    """Those of the spots of sections that masks (n_spots,) name."""
+    names, patients = zip(*((section.name, section.patient) for section, _ in kept), strict=True)
+    n_spots = [int(spots.sum()) for _, spots in kept]
     return SpotTable(
-        expression=normalise(section.counts(genes), section.total_counts, protocol)[spots],
-        log_depth=np.log1p(section.total_counts)[spots],
-        section=np.full(spots.sum(), section.name),
-        patient=np.full(spots.sum(), section.patient),
-        xy=unit_square(section.xy_px)[spots],
+        expression=_expression(kept, genes, protocol),
+        log_depth=np.concatenate([np.log1p(section.total_counts)[spots] for section, spots in kept]),
+        section=np.repeat(names, n_spots),
+        patient=np.repeat(patients, n_spots),
+        xy=np.concatenate([unit_square(section.xy_px)[spots] for section, spots in kept]),
     )

@@ -88,6 +88,33 @@ def over_blocks(
     return {"low": float(low), "high": float(high), "over": "blocks of spots"}
 
 
+def difference_over_blocks(
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    other: np.ndarray,
+    xy: np.ndarray,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+) -> dict | None:
+    """Interval of how much higher one prediction of a section scores than another, in the draws of `over_blocks`.
+
+    Parameters
+    ----------
+    observed, predicted, other : (Q, G)
+    xy : (Q, 2)
+
+    Returns
+    -------
+    dict or None
+        ``low``, ``high``; None where there are fewer than 4 blocks of 8 spots.
+    """
+    drawn = [_draw_blocks(observed, own, xy, n_draws, np.random.default_rng(seed)) for own in (predicted, other)]
+    if drawn[0] is None or drawn[1] is None:
+        return None
+    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+    return {"low": float(low), "high": float(high)}
+
+
 def _draw_blocks(
     observed: np.ndarray, predicted: np.ndarray, xy: np.ndarray, n_draws: int, rng: np.random.Generator
 ) -> np.ndarray | None:

@@ -8,13 +8,15 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from stexp.data.rows import MappedRows, Rows, column_means
+
 GENES_OF_A_MODULE = 40
 """About as many genes a module has on average."""
 LARGEST_PANEL = 2000
 """Of more genes, only those with the highest mean are in modules: distances between all of them take memory."""
 
 
-def co_expressed_modules(expression: np.ndarray, section: np.ndarray) -> np.ndarray:
+def co_expressed_modules(expression: Rows, section: np.ndarray) -> np.ndarray:
     """Modules of genes that rise and fall together over the spots of a section.
 
     Parameters
@@ -33,19 +35,23 @@ def co_expressed_modules(expression: np.ndarray, section: np.ndarray) -> np.ndar
     Ward's clustering of standardised genes, each section rid of its means beforehand: differences between sections
     would else make modules of their own. As many modules as the panel has times 40 genes.
     """
-    centred = np.array(expression, dtype=np.float64)
-    for name in np.unique(section):
-        rows = section == name
-        centred[rows] = np.nan_to_num(centred[rows] - centred[rows].mean(axis=0))
-    length = np.linalg.norm(centred, axis=0)
-    highest = np.argsort(-np.nan_to_num(np.asarray(expression)).mean(axis=0), kind="stable")[:LARGEST_PANEL]
-    varies = np.intersect1d(np.flatnonzero(length > 1e-6), highest)
+    filled = MappedRows(expression, np.nan_to_num, expression.shape[1], np.float32)
+    highest = np.sort(np.argsort(-column_means(filled), kind="stable")[:LARGEST_PANEL])
+    products = np.zeros((len(highest), len(highest)))
+    _, which, times = np.unique(section, return_inverse=True, return_counts=True)
+    for rows in np.split(np.argsort(which, kind="stable"), np.cumsum(times)[:-1]):
+        part = np.asarray(expression[rows], dtype=np.float64)[:, highest]
+        centred = np.nan_to_num(part - part.mean(axis=0))
+        products += centred.T @ centred
+    length = np.sqrt(np.diag(products))
+    moving = np.flatnonzero(length > 1e-6)
+    varies = highest[moving]
     modules = np.zeros(expression.shape[1], dtype=np.int64)
     if len(varies) < 2:
         modules[varies] = 1
         return modules
-    unit = centred[:, varies] / length[varies]
-    distance = np.sqrt(np.clip(2 - 2 * unit.T @ unit, 0, None))  # Euclidean, of columns of length 1
+    cosine = products[np.ix_(moving, moving)] / np.outer(length[moving], length[moving])
+    distance = np.sqrt(np.clip(2 - 2 * cosine, 0, None))  # Euclidean, of columns of length 1
     np.fill_diagonal(distance, 0)
     n_modules = max(1, round(len(varies) / GENES_OF_A_MODULE))
     modules[varies] = fcluster(linkage(squareform(distance, checks=False), "ward"), n_modules, "maxclust")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,58 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from stexp.data.rows import MappedRows, Rows, blocks, column_means
 
-def ridge_slope(x: np.ndarray, expression: np.ndarray, penalty: float | None = None) -> np.ndarray:
+
+@dataclass
+class Moments:
+    """Sums over spots of all that a ridge regression needs: x'x (F, F), x'y (F, G) and the sum of y^2, y centred."""
+
+    n: int
+    xx: np.ndarray
+    xy: np.ndarray
+    yy: float
+
+    def slope(self, penalty: float | None = None) -> np.ndarray:
+        """See :func:`ridge_slope`."""
+        eigenvalues, vectors = np.linalg.eigh(self.xx)
+        keep = eigenvalues > 1e-10 * max(eigenvalues.max(), 1e-300)
+        eigenvalues, vectors = eigenvalues[keep], vectors[:, keep]
+        projected = vectors.T @ self.xy  # (kept, G); over the roots of the eigenvalues: U^T Y
+        explained = (projected**2).sum(axis=1) / eigenvalues
+
+        def gcv(penalty: float) -> float:
+            shrink = eigenvalues / (eigenvalues + penalty)
+            residual = self.yy - ((2 * shrink - shrink**2) * explained).sum()
+            # 1: the intercept
+            return residual / (self.n - 1 - shrink.sum()) ** 2 if shrink.sum() < self.n - 1 else np.inf
+
+        if penalty is None:
+            penalty = min(self.n * np.logspace(-6, 4, 41), key=gcv)
+        return vectors @ (projected / (eigenvalues + penalty)[:, None])
+
+
+def moments_of(designs: Sequence[Rows], expression: Rows, mean: np.ndarray) -> list[Moments]:
+    """Moments of several designs (N, F), each with centred columns, and one expression (N, G), read block by block.
+
+    Parameters
+    ----------
+    mean : (G,)
+        Of the expression.
+    """
+    out = [Moments(len(x), np.zeros((n, n)), np.zeros((n, len(mean))), 0.0) for x in designs for n in (x.shape[1],)]
+    for block in blocks(len(expression)):
+        centred = expression[block] - mean
+        squared = (centred**2).sum()
+        for x, moments in zip(designs, out, strict=True):
+            part = x[block]
+            moments.xx += part.T @ part
+            moments.xy += part.T @ centred
+            moments.yy += squared
+    return out
+
+
+def ridge_slope(x: Rows, expression: Rows, penalty: float | None = None) -> np.ndarray:
     """Slope of a ridge regression with an intercept, which is the mean expression.
 
     Parameters
@@ -26,48 +77,46 @@ def ridge_slope(x: np.ndarray, expression: np.ndarray, penalty: float | None = N
     -------
     (F, G) float64
     """
-    n, centred = len(x), expression - expression.mean(axis=0)
-    eigenvalues, vectors = np.linalg.eigh(x.T @ x)
-    keep = eigenvalues > 1e-10 * max(eigenvalues.max(), 1e-300)
-    eigenvalues, vectors = eigenvalues[keep], vectors[:, keep]
-    projected = vectors.T @ (x.T @ centred)  # (kept, G); over the roots of the eigenvalues: U^T Y
-    explained = (projected**2).sum(axis=1) / eigenvalues
-    total = (centred**2).sum()
-
-    def gcv(penalty: float) -> float:
-        shrink = eigenvalues / (eigenvalues + penalty)
-        residual = total - ((2 * shrink - shrink**2) * explained).sum()
-        return residual / (n - 1 - shrink.sum()) ** 2 if shrink.sum() < n - 1 else np.inf  # 1: the intercept
-
-    if penalty is None:
-        penalty = min(n * np.logspace(-6, 4, 41), key=gcv)
-    return vectors @ (projected / (eigenvalues + penalty)[:, None])
+    return moments_of([x], expression, column_means(expression))[0].slope(penalty)
 
 
-def _components(x: np.ndarray, n: int) -> tuple[StandardScaler, PCA]:
-    scaler = StandardScaler().fit(x)
-    # of fewer spots than features, whose covariance would be the larger matrix by far
-    solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"
-    return scaler, PCA(min(n, *x.shape), svd_solver=solver).fit(scaler.transform(x))
+@dataclass(frozen=True)
+class Projection:
+    """Features, standardised and projected on their principal components.
 
-
-def probe_components(training: np.ndarray, features: np.ndarray, n_components: int = 256) -> np.ndarray:
-    """What the ridge of :class:`RidgeProbe` regresses on: principal components of the standardised features.
-
-    Parameters
+    Attributes
     ----------
-    training : (N, F)
-        Features that mean, spread and components are of.
-    features : (M, F)
-        Features to project; NaN rows stay NaN.
-
-    Returns
-    -------
-    (M, at most `n_components`) float32
-        Those of `training` are centred.
+    centre, scale : (F,)
+    vectors : (k, F)
     """
-    scaler, pca = _components(np.asarray(training, dtype=np.float64), n_components)
-    return ((features - scaler.mean_) @ (pca.components_ / scaler.scale_).T).astype(np.float32)
+
+    centre: np.ndarray
+    scale: np.ndarray
+    vectors: np.ndarray
+
+    @classmethod
+    def fit(cls, features: Rows, n_components: int = 256) -> Projection:
+        """Mean, spread and at most `n_components` components of N rows, read block by block."""
+        scaler, (n, width) = StandardScaler(), features.shape
+        for block in blocks(n):
+            scaler.partial_fit(np.asarray(features[block], dtype=np.float64))
+        kept = min(n_components, n, width)
+        if n < width:  # the covariance would be the larger matrix by far
+            whole = PCA(kept, svd_solver="full").fit(scaler.transform(np.asarray(features[:], dtype=np.float64)))
+            return cls(scaler.mean_, scaler.scale_, whole.components_)
+        covariance = np.zeros((width, width))
+        for block in blocks(n):
+            z = scaler.transform(np.asarray(features[block], dtype=np.float64))
+            covariance += z.T @ z
+        return cls(scaler.mean_, scaler.scale_, np.linalg.eigh(covariance)[1][:, ::-1].T[:kept])
+
+    def standardise(self, features: np.ndarray) -> np.ndarray:
+        """(n, F) -> (n, F) float64."""
+        return (np.asarray(features, dtype=np.float64) - self.centre) / self.scale
+
+    def of(self, features: Rows, dtype: type = np.float64) -> MappedRows:
+        """Components of features (M, F), made row by row: (M, k). NaN rows stay NaN; of what was fitted on, centred."""
+        return MappedRows(features, lambda part: self.standardise(part) @ self.vectors.T, len(self.vectors), dtype)
 
 
 @dataclass(frozen=True)
@@ -84,8 +133,8 @@ class RidgeProbe:
     @classmethod
     def fit(
         cls,
-        features: np.ndarray,
-        expression: np.ndarray,
+        features: Rows,
+        expression: Rows,
         n_components: int = 256,
         penalty: float | Literal["gcv", "hest"] = "gcv",
     ) -> RidgeProbe:
@@ -101,12 +150,12 @@ class RidgeProbe:
             ``gcv``: see :func:`ridge_slope`; ``hest``: 100 / (components x genes), as the benchmark has it;
             or a number.
         """
-        x = np.asarray(features, dtype=np.float64)
-        scaler, pca = _components(x, n_components)
-        x = scaler.transform(x)
-        chosen = 100 / (pca.n_components_ * expression.shape[1]) if penalty == "hest" else penalty
-        slope = ridge_slope(pca.transform(x), expression, None if chosen == "gcv" else chosen)
-        return cls(scaler.mean_, pca.components_.T @ slope / scaler.scale_[:, None], expression.mean(axis=0))
+        projection = Projection.fit(features, n_components)
+        n_kept, n_genes = len(projection.vectors), expression.shape[1]
+        chosen = 100 / (n_kept * n_genes) if penalty == "hest" else penalty
+        slope = ridge_slope(projection.of(features), expression, None if chosen == "gcv" else chosen)
+        slope = projection.vectors.T @ slope / projection.scale[:, None]
+        return cls(projection.centre, slope, column_means(expression))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(Q, F) -> (Q, G)."""

@@ -15,7 +15,7 @@ from stexp import construct
 from stexp.arguments import check_fields
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.digests import file_digest
-from stexp.data.duplicates import count_prints, files_on_record, spots_on_record
+from stexp.data.duplicates import files_on_record, prints_of, spots_on_record
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.records import SpotHashes, Spots, read_audit, read_provenance
@@ -179,7 +179,7 @@ def check_data(base: Base, data: SpotDataModule) -> None:
 
 def check_tiles(base: Base, data: SpotDataModule, tiles: Mapping[str, np.ndarray]) -> None:
     """`check_data` by the `tile_prints` of sections, which are there once their tiles are cut."""
-    prints = {section.name: count_prints(section.spots.X) for section in data.sections if section.name in tiles}
+    prints = {section.name: prints_of(section) for section in data.sections if section.name in tiles}
     records = [spots for record in _lineage(base.record) for spots in _spots_of(base, record)]
     seen = {
         name: "by its tiles"
@@ -209,7 +209,7 @@ def _refuse_held_out(base: Base, data: SpotDataModule, seen: Mapping[str, str]) 
 def _seen(base: Base, sections: Sequence[Section]) -> dict[str, str]:
     """Sections that are known to have trained the base or a model before it -> how."""
     seen: dict[str, str] = {}
-    counts = {section.name: count_prints(section.spots.X) for section in sections}
+    counts = {section.name: prints_of(section) for section in sections}
     for record in _lineage(base.record):
         spots, looks = _spots_of(base, record), record.get("looks")
         texts = {name: text for name, text in looks.items() if isinstance(text, str)} if isinstance(looks, dict) else {}

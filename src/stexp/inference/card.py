@@ -77,8 +77,8 @@ def _about(model: ExportedModel) -> str:
 def _references(model: ExportedModel) -> str:
     if model.bank is None:
         return "none"
-    what = "prototypes" if isinstance(model.bank, PrototypeBank) else "spots"
-    return f"{len(model.bank)} {what}, k = {model.facts['k']}"
+    what, k = "prototypes" if isinstance(model.bank, PrototypeBank) else "spots", model.facts["k"]
+    return f"{len(model.bank)} {what}" + (f", k = {k}" if k else "")
 
 
 def _sections(facts: Mapping[str, Any]) -> list[str]:

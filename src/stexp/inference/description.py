@@ -17,6 +17,7 @@ from stexp import __version__, construct
 from stexp.data.digests import file_digest
 from stexp.errors import InputError
 from stexp.inference.rebuild import FETCHING, class_of, class_of_method, plain
+from stexp.models.encoders.frozen import UNTUNED
 from stexp.runs import plugins
 from stexp.runs.finished import FinishedRun
 from stexp.training.checkpoints import load_checkpoint
@@ -51,8 +52,9 @@ def describe_model(run: FinishedRun) -> tuple[dict, dict[str, torch.Tensor]]:
         node["image_encoder"] = without_weights(node["image_encoder"], build_encoder(node["image_encoder"], bare=True))
     if "n_features" in inspect.signature(method).parameters:
         pl.seed_everything(config["seed"], verbose=False)  # random weights are those of the run's seed
-        built = build_encoder(encoder)
-        features = without_weights(encoder, built)
+        untuned = {**encoder, **UNTUNED}  # as the run read it, whatever its config says of training
+        built = build_encoder(untuned)
+        features = without_weights(untuned, built)
         weights |= {f"features.{key}": value for key, value in built.state_dict().items()}
         sizes["n_features"] = built.num_features
     facts = {

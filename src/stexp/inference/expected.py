@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from stexp.data.datamodule import SpotDataModule
 from stexp.evaluation import predictions
 from stexp.evaluation.floors import ORACLES, by_floor
 from stexp.evaluation.metrics import pearson_per_gene
+from stexp.inference.any_gene import AnyGene, Inputs
 from stexp.inference.intervals import PATIENTS
+from stexp.models.method import Prediction
 from stexp.runs.finished import FinishedRun
-from stexp.runs.results import floors_under, kept_random_components
+from stexp.runs.results import floors_under
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +42,25 @@ class Accuracy:
     pearson: pd.DataFrame
 
 
-def measure_accuracy(runs: Sequence[FinishedRun], genes: list[str]) -> list[Accuracy]:
+def measure_accuracy(runs: Sequence[FinishedRun], genes: list[str], beyond: Sequence[AnyGene | None]) -> list[Accuracy]:
     """Accuracy of the method and of the floors, oracles aside, in every held-out section of some runs.
 
-    Genes outside a run's panel are retrieved from its embeddings.
+    Parameters
+    ----------
+    beyond
+        What predicts genes outside the panel of each run; None: nothing does.
     """
     accuracies = []
-    for run in runs:
+    for run, of_run in zip(runs, beyond, strict=True):
         tables = _of_panel(run)
-        outside = _outside(run, genes)
+        outside = [] if of_run is None else _outside(run, genes)
+        inputs = of_run.inputs() if of_run is not None and outside else None
         for start in range(0, len(outside), AT_ONCE):
             part = outside[start : start + AT_ONCE]
             log.info("accuracy of genes outside the panel: %d of %d", start + len(part), len(outside))
-            tables = {name: pd.concat([tables[name], table]) for name, table in _retrieved(run, part).items()}
+            assert of_run is not None and inputs is not None  # there are genes outside
+            of_part = _predicted(run, run.serve(part), of_run.predict, inputs)
+            tables = {name: pd.concat([tables[name], table]) for name, table in of_part.items()}
         suffix = f" ({run.fold})" if run.protocol.hold_out == "block" else ""
         patient_of = dict(zip(run.predictions.obs["section"], run.predictions.obs["patient"], strict=True))
         accuracies += [Accuracy(name + suffix, str(patient_of[name]), table) for name, table in tables.items()]
@@ -71,7 +80,7 @@ def expect(accuracies: Sequence[Accuracy], genes: list[str]) -> pd.DataFrame:
     Notes
     -----
     The best floor is chosen per gene on the same spots, which favours the floor. Ridge floors of genes outside the
-    panel share their penalty with up to 2,047 others.
+    panel share their penalty with up to 2,047 others; of ``consensus`` they are without the floor of random features.
     """
     mean = _mean(accuracies, genes)
     floors = mean.drop(columns="pearson")
@@ -140,20 +149,18 @@ def _of_panel(run: FinishedRun) -> dict[str, pd.DataFrame]:
 
 def _outside(run: FinishedRun, genes: list[str]) -> list[str]:
     """Genes outside the panel that can be retrieved and scored."""
-    if run.embeddings is not None and run.protocol.truth != "gene" and run.protocol.library == "panel":
+    if run.protocol.truth != "gene" and run.protocol.library == "panel":
         log.warning("libraries are those of the panel: the accuracy of genes outside it is not measured")
     return run.outside_panel(genes)
 
 
-def _retrieved(run: FinishedRun, genes: list[str]) -> dict[str, pd.DataFrame]:
-    data = run.serve(genes)
-    embeddings, how = run.for_retrieval
-    prediction, _ = run.retrieve(data, how)
-    features, colour = embeddings.obsm["features"], embeddings.obsm["colour"]
-    random = kept_random_components(embeddings)
+def _predicted(
+    run: FinishedRun, data: SpotDataModule, predict: Callable[[SpotDataModule], Prediction], inputs: Inputs
+) -> dict[str, pd.DataFrame]:
+    features, colour, random = inputs
     floors, _ = floors_under(run.protocol, data, features, colour, random=random)
-    section = run.predictions.obs["section"].to_numpy(str)
-    return _per_section(section, genes, data.target[data.rows("test")], prediction.predicted.numpy(), floors)
+    section, predicted = run.predictions.obs["section"].to_numpy(str), predict(data).predicted.numpy()
+    return _per_section(section, data.panel, data.target[data.rows("test")], predicted, floors)
 
 
 def _per_section(

@@ -22,12 +22,13 @@ from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.evaluation.records import read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
+from stexp.inference.any_gene import any_gene, predict_together
 from stexp.inference.description import describe_model
 from stexp.inference.expected import expect, measure_accuracy, reliability_of_flags
 from stexp.inference.model_facts import read_json
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.prototype_bank import AnyBank, PrototypeBank
-from stexp.inference.references import bank_of, compress
+from stexp.inference.references import bank_of, compress, without_references
 from stexp.inference.trained import TrainedMethod
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
@@ -100,10 +101,12 @@ def export(
     runs = [source, *(FinishedRun(RunFolder(Path(fold))) for fold in folds or [])]
     _check_folds(runs)
     facts, weights = describe_model(source)
-    references = bank_of(source)
+    references = bank_of(source, weights)
     if references is None and (bank != "float32" or prototypes is not None):
         raise InputError(f"{facts['method']} does not retrieve: it has no bank to compress")
     model = TrainedMethod(facts, weights, references)
+    if references is not None:
+        weights = without_references(weights)
     facts["reproduces"] = _check(source, model)
     facts["exported"] = _exported_as([run.folder for run in runs], bank, prototypes, alpha)
 
@@ -164,7 +167,8 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
         ``genes.csv``.
     """
     source = runs[0]
-    accuracies = measure_accuracy(runs, genes)
+    beyond = [any_gene(run) for run in runs]
+    accuracies = measure_accuracy(runs, genes, beyond)
     table = pd.DataFrame({"in_panel": pd.Index(genes).isin(source.panel)}, index=pd.Index(genes, name="gene"))
     table = table.join(expect(accuracies, genes))
     expected = {
@@ -176,7 +180,9 @@ def _worth(runs: Sequence[FinishedRun], genes: list[str], alpha: float | None) -
         return {"expected": expected, "interval": None}, table
 
     def held_out(part: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        observed, predicted, spread = zip(*(run.held_out(part) for run in runs), strict=True)
+        both = zip(runs, beyond, strict=True)
+        of_runs = (run.held_out(part, None if outside is None else outside.predict) for run, outside in both)
+        observed, predicted, spread = zip(*of_runs, strict=True)
         return np.concatenate(observed), np.concatenate(predicted), np.concatenate(spread)
 
     with_spread = all(np.isfinite(run.predictions.layers["uncertainty"]).all() for run in runs)
@@ -277,7 +283,7 @@ def _check(source: FinishedRun, model: TrainedMethod) -> dict:
     arrays: dict[str, Any] = _encode(source, model, rows)
     if model.together:
         arrays = model.predict_together(arrays["image_embedding"], data.xy_um[rows])
-    if model.bank is not None:
+    elif model.bank is not None:
         arrays = model.retrieve(arrays["image_embedding"], model.panel, spread=False)
     of_run = source.predictions.layers["predicted"][: len(rows)]
     difference = np.abs(arrays["predicted"] - of_run)
@@ -305,10 +311,13 @@ def _check_folds(runs: Sequence[FinishedRun]) -> None:
 
 def _loss(source: FinishedRun, full: TrainedMethod, small: TrainedMethod) -> dict:
     """What a compressed bank costs on the held-out spots, over the panel."""
-    query = source.for_retrieval[0].obsm["image_embedding"][source.data.rows("test")]
     section = source.predictions.obs["section"].to_numpy(str)
     observed = source.predictions.layers["observed"]
-    whole, less = (each.retrieve(query, each.panel, spread=False)["predicted"] for each in (full, small))
+    if full.together:
+        whole, less = (predict_together(source, each, each.panel).predicted.numpy() for each in (full, small))
+    else:
+        query = source.for_retrieval[0].obsm["image_embedding"][source.data.rows("test")]
+        whole, less = (each.retrieve(query, each.panel, spread=False)["predicted"] for each in (full, small))
     return {
         "pearson_with_full": mean_pearson(whole, less, section),
         "pearson_acg_full": mean_pearson(observed, whole, section),

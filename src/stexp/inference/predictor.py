@@ -145,8 +145,8 @@ class Model:
         genes
             ``panel``; ``all`` that the references measure; or names.
         exclude_slide
-            Of a slide that is among the references: retrieve from those of other slides alone. The encoders have been
-            trained on it all the same.
+            Of a slide that is among the references: retrieve from those of other slides alone. What was trained or
+            fitted has seen it all the same.
         device
             ``auto`` takes CUDA where there is a GPU; ``cpu``, ``gpu``, ``mps``, or as torch names it.
         batch_size
@@ -160,11 +160,12 @@ class Model:
         -------
         AnnData, N spots x G genes
             ``X`` and ``layers["predicted"]``: expression on the scale the model was trained on;
-            ``layers["uncertainty"]``: its standard deviation among the retrieved references, NaN for methods that
-            do not retrieve; ``layers["lower"]``, ``layers["upper"]``: its interval. ``obs``: position, of a method
-            that retrieves where a prediction comes from, and of one that embeds tiles how unlike those of training a
-            tile is. ``var``: accuracy to expect of each gene, and how often its interval held. ``uns["stexp"]``:
-            ``verdict`` on the slide and the ``checks`` behind it, see :mod:`stexp.inference.slide_checks`.
+            ``layers["uncertainty"]``: its standard deviation among the retrieved references, or among the members of
+            ``consensus``, NaN for methods that have neither; ``layers["lower"]``, ``layers["upper"]``: its interval.
+            ``obs``: position, of a method that retrieves where a prediction comes from (of ``consensus`` its part by
+            neighbours), and of one that embeds tiles how unlike those of training a tile is. ``var``: accuracy to
+            expect of each gene, and how often its interval held. ``uns["stexp"]``: ``verdict`` on the slide and the
+            ``checks`` behind it, see :mod:`stexp.inference.slide_checks`.
             ``obsm["spatial"]`` in level-0 pixels, ``obsm["image_embedding"]``, ``obsm["neighbours"]``, see
             :func:`~stexp.evaluation.predictions.add_neighbours`, and the image in ``uns["spatial"]``, as scanpy
             and squidpy plot it.
@@ -191,7 +192,7 @@ class Model:
         arrays = self._finish(parts.arrays, places, names, on, bank)
 
         adata = as_anndata(places, arrays, self.genes.loc[names])
-        if bank is not None:
+        if bank is not None and "neighbours" in arrays:
             predictions.add_neighbours(adata, bank.spots(), arrays["neighbours"], arrays["neighbour_weights"])
         adata.uns["stexp"] = self._record(places, on)
         left_out = None if bank is None or self.bank is None else len(self.bank) - len(bank)
@@ -274,15 +275,15 @@ class Model:
         self, arrays: dict[str, Any], places: Places, names: list[str], device: torch.device, bank: AnyBank | None
     ) -> dict[str, Any]:
         """From what was encoded to the expression of some genes."""
-        if bank is not None:
+        if self.method.together:
+            made = {**arrays, **self.method.predict_together(arrays["image_embedding"], places.xy_um, names, bank=bank)}
+        elif bank is not None:
             # retrieval on Apple's GPU would gain little, and differ in the last digits
             where = torch.device("cpu") if device.type == "mps" else device
             made = {**arrays, **self.method.retrieve(arrays["image_embedding"], names, where, bank=bank)}
         else:
-            if self.method.together:
-                arrays = {**arrays, **self.method.predict_together(arrays["image_embedding"], places.xy_um)}
             columns = pd.Index(self.panel).get_indexer(names)
-            of_spots = {key: arrays[key] for key in ("image_embedding", "obs") if key in arrays}
+            of_spots = {key: arrays[key] for key in ("image_embedding",) if key in arrays}
             made = {key: value[:, columns] for key, value in arrays.items() if key not in of_spots} | of_spots
         if not np.isfinite(made["predicted"]).all():
             raise InputError("the model predicts values that are no finite numbers: nothing of this slide is known")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.spatial import cKDTree
 from sklearn.cluster import MiniBatchKMeans
 
@@ -14,12 +15,29 @@ from stexp.data.genes import normalise
 from stexp.errors import InputError
 from stexp.inference.bank import Bank
 from stexp.inference.prototype_bank import AnyBank, PrototypeBank
+from stexp.inference.rebuild import class_of_method
+from stexp.models.closed_form import LEARNT_FROM
+from stexp.models.consensus import Consensus
+from stexp.models.low_rank import reference_rows
 from stexp.models.prototypes import Standing
 from stexp.runs.finished import FinishedRun
 
+CONSENSUS = ("model.reference", "model.scores")
+"""Tensors of :class:`~stexp.models.consensus.Consensus` that its bank stands for."""
 
-def bank_of(run: FinishedRun) -> AnyBank | None:
-    """The references of a run that retrieves, with all genes that they and every section that trained measure."""
+
+def bank_of(run: FinishedRun, weights: dict[str, torch.Tensor]) -> AnyBank | None:
+    """The references of a run that retrieves, with all genes that they and every section that trained measure.
+
+    Those of ``consensus`` are the spots that it searches, embedded as its weights have them; None of one that learned
+    residuals: what they deviate from are whole sections.
+    """
+    if issubclass(class_of_method(run.config["model"]), Consensus):
+        if run.protocol.truth == "residuals":
+            return None
+        learnt, embedding = run.data.rows(*LEARNT_FROM), weights[CONSENSUS[0]].numpy()
+        rows = learnt if len(learnt) == len(embedding) else learnt[reference_rows(len(learnt))]
+        return spots_of(run.data, rows, embedding)
     if run.retrieval is None:
         return None
     if run.protocol.truth == "residuals":
@@ -33,6 +51,11 @@ def bank_of(run: FinishedRun) -> AnyBank | None:
     if standing is not None:
         return prototypes_of(run.data, rows, standing)
     return spots_of(run.data, rows, embeddings.obsm["spot_embedding"][rows])
+
+
+def without_references(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a model beside which its bank is written: of ``consensus``, without what stands there."""
+    return {key: value[:0] if key in CONSENSUS else value for key, value in weights.items()}
 
 
 def shared_genes(data: SpotDataModule, rows: np.ndarray) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,12 +17,17 @@ from stexp.errors import InputError
 from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.rebuild import rebuild_encoder, rebuild_method
 from stexp.inference.tensors import AGAIN
+from stexp.models.consensus import Consensus, Gallery, Readout
 from stexp.models.retrieval import Neighbours, ReferenceIndex
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.protocol import Protocol
 from stexp.runs.plugins import require_as_recorded
 
 QUERIES, GENES = 4096, 1024  # spots and genes that are retrieved at once
+NUMBERS = 1 << 26  # of the references' expression, that loadings are computed from at once
+
+
+_WITH_BANK = (RetrievalMethod, Consensus)
 
 
 class TrainedMethod:
@@ -34,7 +40,8 @@ class TrainedMethod:
     weights
         See :mod:`stexp.inference.model_folder`.
     bank
-        Of a method that retrieves.
+        Of a method that retrieves; of ``consensus``, whose own references those are, and with which it names them and
+        predicts any gene that they measure. Those that were exported without one predict their panel alone.
     """
 
     def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: AnyBank | None) -> None:
@@ -45,9 +52,35 @@ class TrainedMethod:
         self._encoder = facts["features_by"] and rebuild_encoder(facts["features_by"], weights)
         self._precision = facts["precision"]
         self._channels_last = facts["channels_last"]
-        if isinstance(self._method, RetrievalMethod) != (bank is not None) or (bank is not None and not facts["k"]):
+        retrieves, takes_bank = (isinstance(self._method, kind) for kind in (RetrievalMethod, _WITH_BANK))
+        if (retrieves and (bank is None or not facts["k"])) or (bank is not None and not takes_bank):
             raise InputError(f"{facts['method']} and its files do not fit: one retrieves, the other does not; {AGAIN}")
-        self.k = 0 if bank is None else min(facts["k"], len(bank))
+        if isinstance(self._method, Consensus):
+            self._take_references(self._method)
+            self.k = self._method.members.k
+        else:
+            self.k = 0 if bank is None else min(facts["k"], len(bank))
+
+    def _take_references(self, method: Consensus) -> None:
+        """Give a method the references of the bank, and their scores, where it was exported without its own."""
+        bank, (ranks, n_genes) = self.bank, method.loadings.shape
+        if bank is None:
+            if not len(method.reference):
+                raise InputError(f"{self.facts['method']} has neither references nor a bank of them; {AGAIN}")
+            return
+        if not n_genes == len(method.mean) == len(self.panel) or ranks > max(method.ranks):
+            raise InputError(f"{self.facts['method']}: its loadings are not of its panel and its ranks; {AGAIN}")
+        method.reference = torch.from_numpy(bank.embedding)
+        method.scores = torch.zeros(len(bank), ranks)
+        for genes, expression in self._expression(bank, self.panel):
+            method.scores += method.scores_of(expression, genes)
+
+    def _expression(self, bank: AnyBank, genes: list[str]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Expression of some genes in the references, (N, n), of as many genes at a time as memory is bounded by."""
+        step = max(1, min(GENES, NUMBERS // len(bank)))
+        for start in range(0, len(genes), step):
+            part = slice(start, start + step)
+            yield part, torch.from_numpy(bank.expression(genes[part], self.protocol, self.panel))
 
     def to(self, device: torch.device) -> None:
         """Move to a device, in the memory format of the training."""
@@ -145,23 +178,62 @@ class TrainedMethod:
         return self._method.together
 
     @torch.inference_mode()
-    def predict_together(self, embedding: np.ndarray, xy_um: np.ndarray) -> dict[str, Any]:
+    def predict_together(
+        self, embedding: np.ndarray, xy_um: np.ndarray, genes: list[str] | None = None, *, bank: AnyBank | None = None
+    ) -> dict[str, Any]:
         """Expression of a whole slide.
 
         Parameters
         ----------
         embedding, xy_um : (Q, D), (Q, 2)
             Of its tiles; NaN where the scale is not known.
+        genes
+            Of the panel, or, with a bank, that the references measure; None: the panel.
+        bank
+            References to search instead of the model's own.
 
         Returns
         -------
         dict
-            ``predicted`` and ``uncertainty``, (Q, G) float32 of the panel; ``obs``, where the method describes spots.
+            ``predicted`` and ``uncertainty``, (Q, G) float32; ``obs``, where the method describes spots; where it names
+            references, ``neighbours`` and ``neighbour_weights``, see `retrieve`.
         """
-        made = self._method.predict_together(torch.from_numpy(embedding), torch.from_numpy(xy_um))
-        arrays = {key: value for key, value in vars(made).items() if key in ("predicted", "uncertainty")}
+        genes, bank, method = genes or self.panel, bank or self.bank, self._method
+        query, where = torch.from_numpy(embedding), torch.from_numpy(xy_um)
+        if isinstance(method, Consensus) and bank is not None:
+            readout = self._readout(method, genes, bank)
+            made = method.predict_together(query, where, readout, self._gallery(method, bank))
+        else:
+            made = method.predict_together(query, where)
+            if genes != self.panel:
+                columns = torch.from_numpy(pd.Index(self.panel).get_indexer(genes))
+                made.predicted = made.predicted[:, columns]
+                made.uncertainty = None if made.uncertainty is None else made.uncertainty[:, columns]
+        keys = ("predicted", "uncertainty", "neighbours", "neighbour_weights")
+        arrays = {key: value for key, value in vars(made).items() if key in keys and value is not None}
         obs = {} if made.obs is None else {"obs": made.obs}
         return {key: value.cpu().numpy() for key, value in arrays.items()} | obs
+
+    def _gallery(self, method: Consensus, bank: AnyBank) -> Gallery:
+        index = ReferenceIndex(torch.from_numpy(bank.embedding).to(method.mean), bank.section, bank.patient)
+        return Gallery(index, method.scores[self._of_own(bank)])
+
+    def _readout(self, method: Consensus, genes: list[str], bank: AnyBank) -> Readout:
+        """Of the panel as it was learned; of other genes from the references."""
+        at = pd.Index(self.panel).get_indexer(genes)
+        outside = [gene for gene, column in zip(genes, at, strict=True) if column < 0]
+        mean, loadings = method.mean[at], method.loadings[:, at]
+        places, scores = torch.from_numpy(np.flatnonzero(at < 0)), method.scores[self._of_own(bank)]
+        for part, expression in self._expression(bank, outside):
+            other = method.readout_of(expression, scores)
+            mean[places[part]], loadings[:, places[part]] = other.mean, other.loadings
+        return Readout(mean, loadings)
+
+    def _of_own(self, bank: AnyBank) -> slice | torch.Tensor:
+        """Rows of the model's own references that those of a bank are."""
+        if self.bank is None or bank is self.bank:
+            return slice(None)
+        return torch.from_numpy(self.bank.spots().index.get_indexer(bank.spots().index))
 
     @torch.inference_mode()
     def retrieve(

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
-from stexp.arguments import Count, Positive, Rate, Share, Weight, Width, checked
+from stexp.arguments import Count, NotNegative, Positive, Rate, Share, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.models.blocks import ProjectionHead
+from stexp.models.contrastive_method import ContrastiveMethod
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.gather import gather
-from stexp.models.losses import info_nce, soft_info_nce
+from stexp.models.objectives import Objective, TargetTemperature
 from stexp.models.retrieval import Distance, Reference, Weighting
-from stexp.models.retrieval_method import RetrievalMethod
 
 
-class BLEEP(RetrievalMethod):
+class BLEEP(ContrastiveMethod):
     """Image encoder and head, and the same head directly on the expression, trained to agree on the same spots.
 
     Parameters
@@ -29,8 +30,18 @@ class BLEEP(RetrievalMethod):
         D of the shared space.
     dropout
         In both heads.
-    temperature, target_temperature
-        See :func:`~stexp.models.losses.soft_info_nce`.
+    temperature
+        tau, which divides the logits.
+    objective
+        Published: ``soft``; see :func:`~stexp.models.objectives.contrastive_loss`.
+    target_temperature
+        Targets of ``soft`` are the rows of softmax((I I^T + S S^T) / 2 x tau) (``multiply``: paper, and code until
+        October 2024), or of softmax((I I^T + S S^T) / 2 / tau) (``divide``: code since). As published, gradients go
+        through the targets, and the image loss has the transposed ones, whose rows do not sum to 1.
+    normalise
+        L2-normalise embeddings (the published code does not).
+    negatives_memory, mask_within_um
+        See :class:`~stexp.models.negatives.Negatives`; not published.
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`. Published: the plain mean of the
         50 nearest in cosine; ``k=1`` is what the paper calls simple.
@@ -48,8 +59,6 @@ class BLEEP(RetrievalMethod):
     here it is normalised as the protocol says.
     """
 
-    several_devices = True
-
     @checked("model")
     def __init__(
         self,
@@ -59,7 +68,11 @@ class BLEEP(RetrievalMethod):
         embedding_dim: Width = 256,
         dropout: Share = 0.1,
         temperature: Positive = 1.0,
-        target_temperature: Literal["multiply", "divide"] = "multiply",
+        objective: Objective = "soft",
+        target_temperature: TargetTemperature = "multiply",
+        normalise: bool = False,
+        negatives_memory: Whole = 0,
+        mask_within_um: NotNegative = 0.0,
         k: Count | Literal["auto"] = 50,
         distance: Distance = "cosine",
         weighting: Weighting = "mean",
@@ -69,11 +82,19 @@ class BLEEP(RetrievalMethod):
         lr: Rate = 1e-3,
         weight_decay: Weight = 1e-3,
     ) -> None:
-        super().__init__(k, distance, weighting, reference)
+        super().__init__(
+            *(k, distance, weighting, reference),
+            n_dims=embedding_dim,
+            objective=objective,
+            negatives_memory=negatives_memory,
+            mask_within_um=mask_within_um,
+            normalise=normalise,
+            temperature=temperature,
+        )
         self.image_encoder = image_encoder
         self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
-        self.temperature, self.target_temperature = temperature, target_temperature
+        self.temperature, self.target_temperature, self.normalise = temperature, target_temperature, normalise
         self.lr, self.weight_decay = lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
@@ -90,19 +111,19 @@ class BLEEP(RetrievalMethod):
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features of tiles (B, F) to embeddings (B, D)."""
-        return self.image_projection(features)
+        return self._finish(self.image_projection(features))
 
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch, each by its own expression alone, to embeddings (B, D)."""
-        return self.spot_projection(batch.expression)
+        return self._finish(self.spot_projection(batch.expression))
+
+    def _finish(self, embedding: torch.Tensor) -> torch.Tensor:
+        return F.normalize(embedding, dim=-1) if self.normalise else embedding
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
-        loss = soft_info_nce(image, spot, self.temperature, self.target_temperature)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
-        # soft targets come below log(batch) where nothing is learned, too
-        self.log_beside_chance(info_nce(image.detach(), spot.detach(), self.temperature), image, spot)
+        loss = self.contrast(image, spot, batch, self.temperature, target_temperature=self.target_temperature)
         return self.with_prototypes(loss, image, spot, self.temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

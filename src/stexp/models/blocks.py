@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from stexp.data.batches import nearest
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import column_means, some_rows
 from stexp.errors import InputError
 
 REACH = 1.6  # in array pitches: the 8 spots around one on a square array, the 6 on a hexagonal one
@@ -108,7 +109,7 @@ class ArrayEmbedding(nn.Module):
 @torch.no_grad()
 def start_as_mean(layer: nn.Linear, data: SpotDataModule) -> None:
     """Set the bias of a last layer to the mean expression of the training spots."""
-    layer.bias.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
+    layer.bias.copy_(torch.from_numpy(column_means(some_rows(data.target, data.rows("train")), "float64")))
 
 
 def central(image: torch.Tensor, share: float, px: int) -> torch.Tensor:

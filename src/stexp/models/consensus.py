@@ -5,33 +5,54 @@ A method of this project. All of it is one calculation; what is open is chosen o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import nnls
 
 from stexp.arguments import Count, NotNegative, Positive, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.features import TileEncoder
 from stexp.errors import InputError
-from stexp.evaluation.metrics import mean_pearson
+from stexp.models.choice import choose
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
-from stexp.models.low_rank import Components, Members, smooth
+from stexp.models.low_rank import Components, Fitted, Members, project, reference_rows, smooth_blocks
 from stexp.models.method import Prediction
-from stexp.models.retrieval import Neighbours, ReferenceIndex
-from stexp.models.table import Table
+from stexp.models.retrieval import ReferenceIndex
+from stexp.models.table import AT_ONCE, Table
 
 AT_MOST = 8192
 """Spots on which is chosen what is open: compact blocks of each section where there are more.
 
 There are then fewer references, too, than when all are searched, so that few neighbours may be given too little weight.
 """
-AT_ONCE = 4096  # spots whose spread over all genes is computed at once
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From scores of expression (R) to genes.
+
+    Parameters
+    ----------
+    mean : (G,)
+    loadings : (R, G)
+        Tapered: each component by the share of the ranks that have it.
+    """
+
+    mean: torch.Tensor
+    loadings: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """References that have names, and their scores of expression (N, R)."""
+
+    index: ReferenceIndex
+    scores: torch.Tensor
 
 
 class Consensus(ClosedForm):
@@ -47,6 +68,13 @@ class Consensus(ClosedForm):
     validation spots, each predicted by members, embedding and scores that were fitted without its patient (of three or
     more), else without its section, else without its block of the only section. Weights fit the scores, and are drawn
     to equal ones; the radius has the best Pearson correlation; the scale is a least-squares slope.
+
+    A gene outside the panel that the references measure is predicted from the same scores: its loadings are least
+    squares of its expression in the references on their scores, tapered as those of the panel are, which this gives
+    for a gene of the panel.
+
+    Spots to learn from are read in blocks; components, ridges and scores of many take time as their number and memory
+    as a block. What is open is chosen on about 8192 of them, and about 65,000 are searched at most.
 
     Parameters
     ----------
@@ -139,35 +167,39 @@ class Consensus(ClosedForm):
 
     def fit_table(self, table: Table) -> None:
         """`fit_to` spots in a table."""
-        choice = choose(table.thinned(AT_MOST), self)
-        space, expression, members = self.fit_members(table)
-        learned = {name: getattr(members, name) for name in ("slopes", "intercepts", "reference", "scores")}
-        learned |= {"centre": space.centre, "axes": space.axes, "mean": expression.centre}
-        learned |= {"loadings": self.loadings_of(expression), "weights": torch.from_numpy(choice.weights)}
+        choice = choose(table.thinned(AT_MOST), self.fit_members, self.radii_um, self.trust)
+        fitted = self.fit_members(table)
+        learned = {name: getattr(fitted.members, name) for name in ("slopes", "intercepts", "reference", "scores")}
+        learned |= {"centre": fitted.space.centre, "axes": fitted.space.axes, "mean": fitted.expression.centre}
+        learned |= {"loadings": fitted.loadings, "weights": torch.from_numpy(choice.weights)}
         learned["chosen"] = torch.tensor([choice.radius_um, choice.scale, choice.pearson])
         self.load_state_dict({name: value.float().contiguous() for name, value in learned.items()})
 
-    def loadings_of(self, expression: Components) -> torch.Tensor:
-        """Genes' loadings on the scores (R, G), each component by the share of the ranks that have it."""
-        loadings, ranks = expression.axes.T, torch.tensor(self.ranks)
-        return loadings * (ranks > torch.arange(len(loadings))[:, None]).float().mean(dim=1, keepdim=True)
+    def taper(self, n: int) -> torch.Tensor:
+        """Share of the ranks that have each of n components, (n, 1)."""
+        return (torch.tensor(self.ranks) > torch.arange(n)[:, None]).float().mean(dim=1, keepdim=True)
 
-    def fit_members(self, table: Table) -> tuple[Components, Components, Members]:
+    def fit_members(self, table: Table) -> Fitted:
         """The embedding, the scores of expression, and the members, from some spots."""
-        space = Components.fit(table.features, self.n_components, standardise=True)
-        expression = Components.fit(table.expression, max(self.ranks))
-        z, scores = space(torch.from_numpy(table.features)), expression(torch.from_numpy(table.expression))
-        return space, expression, Members.fit(z, scores, self.penalties, self.neighbours)
+        space = Components.fit(lambda: table.blocks(table.features), self.n_components, standardise=True)
+        expression = Components.fit(lambda: table.blocks(table.expression), max(self.ranks))
+        both = zip(table.blocks(table.features), table.blocks(table.expression), strict=True)
+        parts = ((space(torch.from_numpy(x)), expression(torch.from_numpy(y))) for x, y in both)
+        members = Members.fit(parts, len(table), self.penalties, self.neighbours)
+        loadings = expression.axes.T * self.taper(expression.axes.shape[1])
+        return Fitted(space, expression, members, loadings)
 
     def tune(self, data: SpotDataModule) -> dict:
         """What was chosen on spots that were left out."""
         radius, scale, pearson = self.chosen.tolist()
+        n = len(self.reference)
         names = [f"ridge {penalty:g}" for penalty in self.penalties] + [f"{k} neighbours" for k in self.neighbours]
         return {
             "radius_um": round(radius, 3),
             "weights": dict(zip(names, [round(weight, 4) for weight in self.weights.tolist()], strict=True)),
             "scale": round(scale, 4),
             "out_of_fold_pearson": round(pearson, 4),
+            "searched": n,
         }
 
     # predict
@@ -177,59 +209,104 @@ class Consensus(ClosedForm):
         """As they were fitted."""
         return Members(self.slopes, self.intercepts, self.reference, self.scores, self.neighbours)
 
+    @property
+    def readout(self) -> Readout:
+        """Of the panel."""
+        return Readout(self.mean, self.loadings)
+
+    def readout_of(self, expression: torch.Tensor, scores: torch.Tensor | None = None) -> Readout:
+        """Of other genes, from their expression in references (N, G') and `scores` of these; None: of all."""
+        scores = self.scores if scores is None else scores
+        mean, slopes = project(scores.cpu(), expression)
+        return Readout(mean.to(self.mean), (slopes * self.taper(len(slopes))).to(self.mean))
+
+    def scores_of(self, expression: torch.Tensor, genes: slice = slice(None)) -> torch.Tensor:
+        """Scores (N, R) of expression of the panel; of some `genes` of it (N, G'), what they add to the scores."""
+        axes = self.loadings[:, genes] / self.taper(len(self.loadings)).to(self.loadings)
+        return (expression.to(self.mean) - self.mean[genes]) @ axes.T
+
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """Frozen features of tiles (B, F) to embeddings (B, D)."""
         return Components(self.centre, self.axes)(features)
 
     @torch.no_grad()
-    def predict_together(self, embedding: torch.Tensor, xy_um: torch.Tensor) -> Prediction:
-        """Expression of all spots of one section or slide, its spread, and how near and many its references are.
+    def predict_together(
+        self,
+        embedding: torch.Tensor,
+        xy_um: torch.Tensor,
+        readout: Readout | None = None,
+        gallery: Gallery | None = None,
+    ) -> Prediction:
+        """Expression of all spots of one section or slide, its spread, and the references behind it.
 
         Parameters
         ----------
         embedding : (Q, D)
         xy_um : (Q, 2)
             NaN where the scale is not known; then nothing is smoothed.
-        """
-        made, nearest = self._agree(embedding, xy_um)
-        if nearest is None:
-            return made
-        columns = {
-            "neighbour_distance": (nearest.weight * nearest.distance).sum(dim=1).cpu().numpy(),
-            "neighbour_effective_k": (1 / nearest.weight.square().sum(dim=1)).cpu().numpy(),
-        }
-        return replace(made, obs=pd.DataFrame(columns))
+        readout
+            Of the genes to predict; None: of the panel.
+        gallery
+            References to search, and their names; None: those it was fitted to, which it does not name.
 
-    def _agree(self, embedding: torch.Tensor, xy_um: torch.Tensor) -> tuple[Prediction, Neighbours | None]:
-        """Prediction of a section's spots, and the references behind its retrieved part with their weights in it.
-
-        None where means over neighbours have no weight: no reference is behind the prediction.
+        Returns
+        -------
+        Prediction
+            References are those of the means over neighbours, by the weights that they have in them; none where those
+            means have no weight.
         """
-        members, nearest = self.members(embedding.to(self.reference))
-        n, n_spots, rank = members.shape
+        readout = readout or self.readout
+        members = self.members
+        if gallery is not None:
+            members = replace(members, reference=gallery.index.embedding, scores=gallery.scores)
+        values, of_neighbours = self._remember(members, embedding, gallery)
         xy = xy_um.cpu().numpy().astype(np.float64)
         radius, scale = self.chosen[:2].tolist()
-        values = members.permute(1, 0, 2).reshape(n_spots, -1).cpu().numpy()
-        smoothed = smooth(values, xy, radius if np.isfinite(xy).all() else 0.0)
-        members = scale * torch.from_numpy(smoothed).to(self.mean).view(n_spots, n, rank).permute(1, 0, 2)
-        agreed = torch.einsum("m,mqr->qr", self.weights, members)
-        made = Prediction(
-            torch.addmm(self.mean, agreed, self.loadings),
-            uncertainty=torch.cat([self._spread(part) for part in (members - agreed).split(AT_ONCE, dim=1)]),
-            image_embedding=embedding,
-        )
-        share = self.members.share_of_neighbours(self.weights)
-        if share is None:
-            return made, None
-        return made, replace(nearest, weight=share.to(self.mean).expand_as(nearest.distance))
+        shape = len(values), readout.loadings.shape[1]
+        predicted, uncertainty = self.mean.new_empty(shape), self.mean.new_empty(shape)
+        for rows, smoothed in smooth_blocks(values, xy, radius if np.isfinite(xy).all() else 0.0):
+            of_members = scale * torch.from_numpy(smoothed).to(self.mean).view(len(smoothed), len(self.weights), -1)
+            agreed = torch.einsum("m,qmr->qr", self.weights, of_members)
+            torch.addmm(readout.mean, agreed, readout.loadings, out=predicted[rows])
+            uncertainty[rows] = self._spread((of_members - agreed[:, None]).unbind(dim=1), readout.loadings)
+        return replace(of_neighbours, predicted=predicted, uncertainty=uncertainty, image_embedding=embedding)
 
-    def _spread(self, apart: torch.Tensor) -> torch.Tensor:
-        """Standard deviation among members of every gene (Q, G), from how far apart their scores (M, Q, R) are."""
-        variance = apart.new_zeros(apart.shape[1], self.loadings.shape[1])
+    def _remember(
+        self, members: Members, embedding: torch.Tensor, gallery: Gallery | None
+    ) -> tuple[np.ndarray, Prediction]:
+        """Scores of the members (Q, M * R), and of the references behind them what a prediction says, block by block.
+
+        Of many spots neighbours would take more memory than all else, so that few numbers of them are kept.
+        """
+        share = members.share_of_neighbours(self.weights)
+        values = np.empty((len(embedding), len(self.weights) * members.scores.shape[1]), dtype=np.float32)
+        obs, heaviest, start = [], [], 0
+        for scores, nearest in members.blocks(embedding.to(self.reference)):
+            n = scores.shape[1]
+            values[start : start + n] = scores.permute(1, 0, 2).reshape(n, -1).cpu().numpy()
+            start += n
+            if share is None:
+                continue
+            nearest = replace(nearest, weight=share.to(self.mean).expand_as(nearest.distance))
+            if gallery is not None:
+                obs.append(gallery.index.provenance(nearest))
+                heaviest.append(nearest.heaviest())
+                continue
+            columns = {
+                "neighbour_distance": (nearest.weight * nearest.distance).sum(dim=1).cpu().numpy(),
+                "neighbour_effective_k": (1 / nearest.weight.square().sum(dim=1)).cpu().numpy(),
+            }
+            obs.append(pd.DataFrame(columns))
+        which, weights = (torch.cat(each) for each in zip(*heaviest, strict=True)) if heaviest else (None, None)
+        told = pd.concat(obs, ignore_index=True) if obs else None
+        return values, Prediction(self.mean.new_empty(0), obs=told, neighbours=which, neighbour_weights=weights)
+
+    def _spread(self, apart: Iterable[torch.Tensor], loadings: torch.Tensor) -> torch.Tensor:
+        """Standard deviation among members of every gene (q, G), from how far apart the scores of each (q, R) are."""
+        variance = torch.zeros((), device=loadings.device)
         for weight, scores in zip(self.weights, apart, strict=True):
-            of_genes = scores @ self.loadings
-            variance.addcmul_(of_genes, of_genes, value=float(weight))
-        return variance.sqrt_()
+            variance = variance + weight * (scores @ loadings).square_()
+        return variance.sqrt()
 
     def on_validation_start(self) -> None:
         self.predict_spots(self.data, "validation")
@@ -240,21 +317,22 @@ class Consensus(ClosedForm):
     @torch.no_grad()
     def predict_spots(self, data: SpotDataModule, role: str) -> None:
         """Predict all spots of a role, section by section, for `predict_step` to look up."""
-        rows, learnt = data.rows(role), data.rows(*LEARNT_FROM)
+        rows = data.rows(role)
         if not len(rows):
             return
-        section = data.spots["section"].to_numpy(str)
-        origin = data.spots.iloc[learnt]
+        learnt = data.rows(*LEARNT_FROM)
+        searched = learnt[reference_rows(len(learnt))]
+        origin = data.spots.iloc[searched]
         index = ReferenceIndex(self.reference, origin["section"].to_numpy(str), origin["patient"].to_numpy(str))
-        parts = []
+        gallery, section, parts = Gallery(index, self.scores), data.spots["section"].to_numpy(str), []
         for name in data.names(role):
             own = rows[section[rows] == name]
-            features = torch.from_numpy(data.tile_features[own]).to(self.mean)
-            made, nearest = self._agree(self.embed_features(features), torch.from_numpy(data.xy_um[own]))
-            if nearest is not None:
-                heaviest, weight = nearest.heaviest()
-                named = {"neighbours": torch.from_numpy(learnt)[heaviest.cpu()], "neighbour_weights": weight}
-                made = replace(made, obs=index.provenance(nearest), **named)
+            blocks = np.array_split(own, -(-len(own) // AT_ONCE))
+            features = (torch.from_numpy(data.tile_features[block]).to(self.mean) for block in blocks)
+            embedding = torch.cat([self.embed_features(block) for block in features])
+            made = self.predict_together(embedding, torch.from_numpy(data.xy_um[own]), gallery=gallery)
+            if made.neighbours is not None:
+                made = replace(made, neighbours=torch.from_numpy(searched)[made.neighbours.cpu()])
             parts.append(made)
         self._of_spots = Prediction.concatenate(parts)
         self._place = torch.full((len(data.spots),), -1)
@@ -264,87 +342,3 @@ class Consensus(ClosedForm):
         """Expression (B, G) and what else is known of it, as predicted with the rest of the section."""
         assert self._of_spots is not None  # whatever predicts begins with all spots
         return self._of_spots.take(self._place[batch.spot.cpu()])
-
-
-# what is open, chosen on spots that are left out
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is learned on spots that were left out; see :class:`Consensus`."""
-
-    weights: np.ndarray  # (M,)
-    radius_um: float
-    scale: float
-    pearson: float
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A group of spots, as members see it that were fitted to the others."""
-
-    rows: np.ndarray  # (n,) of the table
-    mean: np.ndarray  # (G,)
-    loadings: np.ndarray  # (R, G), tapered
-    members: np.ndarray  # (M, n, R)
-    scores: np.ndarray  # (n, R), as measured
-
-
-def leave_out(table: Table, method: Consensus) -> Iterator[LeftOut]:
-    """Each group of spots in turn."""
-    for group in np.unique(table.group):
-        rows = np.flatnonzero(table.group == group)
-        space, expression, members = method.fit_members(table.take(np.flatnonzero(table.group != group)))
-        seen, _ = members(space(torch.from_numpy(table.features[rows])))
-        scores = expression(torch.from_numpy(table.expression[rows]))
-        yield LeftOut(
-            rows, *(value.numpy() for value in (expression.centre, method.loadings_of(expression), seen, scores))
-        )
-
-
-def choose(table: Table, method: Consensus) -> Choice:
-    """Weights, radius and scale; see :class:`Consensus`."""
-    parts = list(leave_out(table, method))
-    weights = fit_weights(parts, method.trust)
-    # a block is judged by itself: that it differs from the other blocks is no merit
-    unit = np.char.add(np.char.add(table.section, " "), table.group)
-    mean, added = np.empty_like(table.expression), np.empty_like(table.expression)
-    for part in parts:
-        mean[part.rows] = part.mean
-        added[part.rows] = np.tensordot(weights, part.members, 1) @ part.loadings
-
-    best, radius, smoothed = -np.inf, 0.0, added
-    for each in method.radii_um if np.isfinite(table.xy_um).all() else [0.0]:
-        values = _smooth_sections(table, added, each)
-        score = round(mean_pearson(table.expression, mean + values, unit), 4)
-        if score > best:  # ties: the smaller
-            best, radius, smoothed = score, each, values
-    slope = float(((table.expression - mean) * smoothed).sum() / max(np.square(smoothed).sum(), 1e-12))
-    return Choice(weights, radius, max(slope, 0.0), best)
-
-
-def fit_weights(parts: list[LeftOut], trust: float) -> np.ndarray:
-    """Weights of the members (M,), at least 0 and 1 together.
-
-    They are least squares of the scores of spots left out, with a penalty on the distance from equal weights that
-    counts `trust` times as much as the members themselves do on average.
-    """
-    n = len(parts[0].members)
-    gram, product = np.zeros((n, n)), np.zeros(n)
-    for part in parts:
-        members = part.members.reshape(n, -1).astype(np.float64)
-        gram += members @ members.T
-        product += members @ part.scores.ravel()
-    equal = max(product.sum() / max(gram.sum(), 1e-12), 0.0)
-    penalty = max(trust * np.trace(gram) / n, 1e-12)
-    root = np.linalg.cholesky(gram + penalty * np.eye(n))
-    weights, _ = nnls(root.T, np.linalg.solve(root, product + penalty * equal))
-    return weights / weights.sum() if weights.sum() > 0 else np.full(n, 1 / n)
-
-
-def _smooth_sections(table: Table, values: np.ndarray, radius: float) -> np.ndarray:
-    out = np.empty_like(values)
-    for name in np.unique(table.section):
-        rows = table.section == name
-        out[rows] = smooth(values[rows], table.xy_um[rows].astype(np.float64), radius)
-    return out

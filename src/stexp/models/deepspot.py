@@ -119,7 +119,7 @@ class DeepSpot(Method):
         group = data.spots.groupby(["section", "role"], sort=False).ngroup().to_numpy()
         self._parts = data.subtiles(self.side)
         self._around = torch.from_numpy(local_graphs(data.xy_px, group)[0][:, 1:]).to(self.device)
-        self._features = torch.from_numpy(data.tile_features).to(self.device)
+        self._features = torch.from_numpy(data.tile_features[:]).to(self.device)
 
     def standardised(self, batch: SpotBatch) -> torch.Tensor:
         """Standardised expression (B, G) of a batch of the trainer's data."""

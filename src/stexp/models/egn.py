@@ -167,7 +167,7 @@ class EGN(Method):
         rows, query_rows = torch.from_numpy(data.rows(*bank)), torch.from_numpy(data.rows(*queries))
         kinds = range(len(data.spots)) if self.apart == "spot" else pd.factorize(data.spots[self.apart])[0]
         kind = torch.as_tensor(kinds)
-        features = torch.from_numpy(data.tile_features)
+        features = torch.from_numpy(data.tile_features[:])
         on = self.device
         exemplars = nearest_exemplars(features.to(on), kind.to(on), rows.to(on), query_rows.to(on), self.n_exemplars)
         if exemplars is None:
@@ -179,7 +179,7 @@ class EGN(Method):
         self._exemplars = torch.full((len(data.spots), self.n_exemplars), -1, device=self.device)
         self._exemplars[query_rows] = exemplars
         self._bank_features = features[rows].to(self.device)
-        self._bank_expression = torch.from_numpy(data.target)[rows].to(self.device)
+        self._bank_expression = torch.from_numpy(data.target[rows.numpy()]).to(self.device)
 
     def predict(self, batch: SpotBatch) -> torch.Tensor:
         """Expression (B, G) of spots whose exemplars were searched for."""

@@ -9,6 +9,7 @@ import torch
 from stexp.arguments import Count, Positive, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import some_rows
 from stexp.evaluation.ridge import RidgeProbe
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
 from stexp.models.method import Prediction
@@ -59,7 +60,8 @@ class HestRidge(ClosedForm):
     def fit_to(self, data: SpotDataModule) -> None:
         """Fit the linear map to the features and expression of training and validation spots."""
         rows = data.rows(*LEARNT_FROM)
-        probe = RidgeProbe.fit(data.tile_features[rows], data.target[rows], self.n_components, self.penalty)
+        features, target = some_rows(data.tile_features, rows), some_rows(data.target, rows)
+        probe = RidgeProbe.fit(features, target, self.n_components, self.penalty)
         self.centre.copy_(torch.from_numpy(probe.centre))
         self.slope.copy_(torch.from_numpy(probe.slope))
         if self.intercept:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from stexp.models.objectives import Candidates, contrastive_loss
+
 
 def info_nce(
     image: torch.Tensor, spot: torch.Tensor, temperature: float | torch.Tensor = 1.0, image_weight: float = 0.5
@@ -31,12 +33,7 @@ def info_nce(
     Every other spot of the batch counts as a negative, neighbours included. Computed in float32: unnormalised
     embeddings make logits of several hundred, where bf16 has steps of 2.
     """
-    with torch.autocast(spot.device.type, enabled=False):
-        logits = (spot.float() @ image.float().T) / temperature
-    same = torch.arange(len(logits), device=logits.device)
-    image_loss = F.cross_entropy(logits.T, same)
-    spot_loss = F.cross_entropy(logits, same)
-    return image_weight * image_loss + (1 - image_weight) * spot_loss
+    return contrastive_loss("infonce", Candidates.of_batch(image, spot), temperature, image_weight)
 
 
 @torch.no_grad()
@@ -67,39 +64,31 @@ def beside_chance(info_nce: torch.Tensor, image: torch.Tensor, spot: torch.Tenso
     }
 
 
-def soft_info_nce(
-    image: torch.Tensor, spot: torch.Tensor, temperature: float = 1.0, target_temperature: str = "multiply"
-) -> torch.Tensor:
-    """InfoNCE whose targets are how alike spots and tiles are among themselves, in both directions (BLEEP).
+def image_targets(image: torch.Tensor, spot: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Cross entropy of each tile's spots with targets by how alike the tiles are, in this direction alone (HECLIP).
 
     Parameters
     ----------
     image, spot : (B, D)
         Embeddings I and S of the same B spots.
     temperature
-        tau, which divides the logits S I^T; > 0.
-    target_temperature
-        Targets are the rows of softmax((I I^T + S S^T) / 2 x tau) (``multiply``: paper, and code until October
-        2024), or of softmax((I I^T + S S^T) / 2 / tau) (``divide``: code since).
+        tau, which divides the logits S I^T and the likeness I I^T; > 0.
 
     Returns
     -------
     Tensor, shape ()
-        Mean of both cross entropies over the spots, in nats.
+        Mean over the tiles, in nats.
 
     Notes
     -----
-    As published, gradients go through the targets, and the image loss has the transposed targets, whose rows do not
-    sum to 1. Computed in float32, as :func:`info_nce` is.
+    Targets are the rows of softmax(I I^T / tau), transposed as in the published code, so that those of a tile do not
+    sum to 1; gradients go through them. Computed in float32, as :func:`info_nce` is.
     """
     with torch.autocast(spot.device.type, enabled=False):
         image, spot = image.float(), spot.float()
-        logits = spot @ image.T / temperature
-        alike = (image @ image.T + spot @ spot.T) / 2
-        target = (alike * temperature if target_temperature == "multiply" else alike / temperature).softmax(dim=1)
-        spot_loss = -(target * logits.log_softmax(dim=1)).sum(dim=1)
-        image_loss = -(target.T * logits.T.log_softmax(dim=1)).sum(dim=1)
-        return ((spot_loss + image_loss) / 2).mean()
+        target = (image @ image.T / temperature).softmax(dim=1)
+        log_share = (image @ spot.T / temperature).log_softmax(dim=1)
+        return -(target.T * log_share).sum(dim=1).mean()
 
 
 def zinb_nll(

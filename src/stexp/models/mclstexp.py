@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stexp.arguments import Count, OptionalDepth, Positive, Rate, Share, Weight, Whole, Width, checked
+from stexp.arguments import Count, NotNegative, OptionalDepth, Positive, Rate, Share, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch, nearest
 from stexp.errors import InputError
 from stexp.models.blocks import ProjectionHead
+from stexp.models.contrastive_method import ContrastiveMethod
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.encoders.spot import Position, SpotEncoder
 from stexp.models.encoders.weights import from_torchvision, load_tensors, one_line
 from stexp.models.gather import gather
-from stexp.models.losses import info_nce
+from stexp.models.objectives import Objective
 from stexp.models.retrieval import Distance, Reference, Weighting
-from stexp.models.retrieval_method import RetrievalMethod
 
 
-class MclSTExp(RetrievalMethod):
+class MclSTExp(ContrastiveMethod):
     """Image encoder and spot encoder, trained to agree on the same spots.
 
     Parameters
@@ -50,6 +50,10 @@ class MclSTExp(RetrievalMethod):
         L2-normalise embeddings for loss and retrieval (the published code does not).
     image_weight
         lambda, the weight of the image loss; see :func:`~stexp.models.losses.info_nce`.
+    objective
+        Published: ``infonce``; see :func:`~stexp.models.objectives.contrastive_loss`.
+    negatives_memory, mask_within_um
+        See :class:`~stexp.models.negatives.Negatives`; not published.
     k, distance, weighting, reference
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
     correct
@@ -64,8 +68,6 @@ class MclSTExp(RetrievalMethod):
     Where paper and published code differ, the defaults of ``conf/model/mclstexp.yaml`` follow the code and
     name the paper's value. The ReLU that the code leaves out is the image encoder's ``final_activation``.
     """
-
-    several_devices = True
 
     @checked("model")
     def __init__(
@@ -86,6 +88,9 @@ class MclSTExp(RetrievalMethod):
         learn_temperature: bool = False,
         normalise: bool = False,
         image_weight: Share = 0.5,
+        objective: Objective = "infonce",
+        negatives_memory: Whole = 0,
+        mask_within_um: NotNegative = 0.0,
         k: Count | Literal["auto"] = "auto",
         distance: Distance = "l2",
         weighting: Weighting = "inverse_square",
@@ -96,7 +101,15 @@ class MclSTExp(RetrievalMethod):
         lr: Rate = 1e-4,
         weight_decay: Weight = 1e-3,
     ) -> None:
-        super().__init__(k, distance, weighting, reference)
+        super().__init__(
+            *(k, distance, weighting, reference),
+            n_dims=embedding_dim,
+            objective=objective,
+            negatives_memory=negatives_memory,
+            mask_within_um=mask_within_um,
+            normalise=normalise,
+            temperature=temperature,
+        )
         self.image_encoder = image_encoder
         self.spot_encoder = SpotEncoder(
             n_genes, n_positions, position=position, depth=depth, heads=heads, head_dim=head_dim, dropout=dropout
@@ -181,9 +194,7 @@ class MclSTExp(RetrievalMethod):
         else:
             spot = gather(self.embed_batch_spots(batch), n)
         temperature = self.log_temperature.exp().clamp(min=0.01)
-        loss = info_nce(image, spot, temperature, self.image_weight)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
-        self.log_beside_chance(loss, image, spot)
+        loss = self.contrast(image, spot, batch, temperature, self.image_weight)
         return self.with_prototypes(loss, image, spot, temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

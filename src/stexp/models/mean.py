@@ -6,6 +6,7 @@ import torch
 
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import column_means, some_rows
 from stexp.models.closed_form import LEARNT_FROM, ClosedForm
 from stexp.models.method import Prediction
 
@@ -27,7 +28,7 @@ class Mean(ClosedForm):
 
     def fit_to(self, data: SpotDataModule) -> None:
         """Take the mean."""
-        self.mean.copy_(torch.from_numpy(data.target[data.rows(*LEARNT_FROM)].mean(axis=0, dtype="float64")))
+        self.mean.copy_(torch.from_numpy(column_means(some_rows(data.target, data.rows(*LEARNT_FROM)), "float64")))
 
     def predict_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:
         """Expression (B, G), the same in every row."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from stexp.arguments import checked
+from stexp.data.rows import Rows
 from stexp.errors import InputError
 from stexp.models.method import Prediction
 
@@ -125,27 +126,32 @@ class ReferenceIndex:
         return index, best, torch.cat(d)
 
     def average(
-        self, neighbours: Neighbours, expression: torch.Tensor, *, spread: bool = True, chunk_genes: int = 128
+        self, neighbours: Neighbours, expression: torch.Tensor | Rows, *, spread: bool = True, chunk_genes: int = 128
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weighted mean and standard deviation of the neighbours' expression.
 
         Parameters
         ----------
         expression : (N, G)
-            Of the references, in their order: the panel, or any other genes measured in them.
+            Of the references, in their order: the panel, or any other genes measured in them. Of a table that is no
+            tensor the rows of neighbours are taken.
 
         Returns
         -------
         mean, sd : (Q, G)
             `sd` is the weighted standard deviation among the neighbours; None without `spread`.
         """
-        index, weight = neighbours.index.to(expression.device), neighbours.weight.to(expression)
-        used, among = index.unique(return_inverse=True)
+        used, among = neighbours.index.unique(return_inverse=True)
         few = 2 * len(used) < len(expression)  # of many references most are nobody's neighbours
-        index = among if few else index
+        if not isinstance(expression, torch.Tensor):
+            made = torch.from_numpy(expression[used.cpu().numpy() if few else slice(None)])
+            expression = made.to(neighbours.index.device)
+        elif few:
+            expression = expression[used.to(expression.device)]
+        index = (among if few else neighbours.index).to(expression.device)
+        weight = neighbours.weight.to(expression)
         means, deviations = [], []
-        for genes in expression.split(chunk_genes, dim=1):
-            values = genes.index_select(0, used) if few else genes
+        for values in expression.split(chunk_genes, dim=1):
             # centred on their mean, so that the difference of squares below keeps its digits
             centre = values.mean(dim=0)
             values = (values - centre).contiguous()
@@ -182,7 +188,7 @@ class ReferenceIndex:
 def retrieve(
     index: ReferenceIndex,
     query: torch.Tensor,
-    expression: torch.Tensor,
+    expression: torch.Tensor | Rows,
     k: int,
     distance: Distance,
     weighting: Weighting,

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from stexp.arguments import Count, checked
-from stexp.data.batches import SpotBatch, SpotIndex
+from stexp.data.batches import SpotBatch, SpotIndex, tensor_or_rows
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import Rows, some_rows
 from stexp.errors import InputError
 from stexp.evaluation.metrics import mean_pearson
 from stexp.models.correction import (
@@ -59,7 +60,7 @@ class RetrievalMethod(Method):
         self.correction: Correction | None = None
         self.prototypes: Prototypes | None = None
         self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
-        self._reference_target: torch.Tensor | None = None  # (N, G), the expression of its spots
+        self._reference_target: torch.Tensor | Rows | None = None  # (N, G), the expression of its spots
 
     def correct(self, n_dims: int, n_genes: int) -> None:
         """Correct what is retrieved by a residual, see :class:`~stexp.models.correction.Correction`.
@@ -113,7 +114,7 @@ class RetrievalMethod(Method):
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=n)
 
     @property
-    def _searched(self) -> tuple[ReferenceIndex, torch.Tensor]:
+    def _searched(self) -> tuple[ReferenceIndex, torch.Tensor | Rows]:
         """What `set_reference` set: the index, and the expression of its spots, (N, G)."""
         if self._index is None or self._reference_target is None:
             raise RuntimeError("set_reference says what is searched, and was not called")
@@ -124,7 +125,7 @@ class RetrievalMethod(Method):
         data = self.data
         if self.k == "auto" and len(data.rows("validation")) == 0:
             raise InputError("model.k=auto needs validation spots; give a number, or protocol.validation=true")
-        for roles in (self._validation_roles(), RETRIEVED_FROM):
+        for roles in (self.validation_roles(), RETRIEVED_FROM):
             n = len(choose_references(data.spots.iloc[data.rows(*roles)], self.reference))
             if self.k != "auto" and self.k > n:
                 raise InputError(f"k={self.k}, but there are {n} reference spots; choose 1 to {n}")
@@ -142,12 +143,13 @@ class RetrievalMethod(Method):
         parts = (SpotIndex(part, image=False) for part in torch.from_numpy(rows).split(self.reference_batch))
         self.prototypes.start(torch.cat([self.embed_batch_spots(self.data.batch(i, self.device)) for i in parts]))
 
-    def _validation_roles(self) -> tuple[str, ...]:
+    def validation_roles(self) -> tuple[str, ...]:
+        """Roles that are retrieved from, when validation spots are predicted."""
         # validation spots must not retrieve themselves; sections without an image only where they are asked for
         return ("train",) if self.reference == "image" else ("train", "reference")
 
     def on_validation_start(self) -> None:
-        self.set_reference(self.data, *self._validation_roles())
+        self.set_reference(self.data, *self.validation_roles())
 
     def on_predict_start(self) -> None:
         self.set_reference(self.data, *RETRIEVED_FROM)
@@ -163,15 +165,16 @@ class RetrievalMethod(Method):
         embedding = torch.cat([self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader])
         chosen = choose_references(data.spots.iloc[rows], self.reference)
         table = data.spots.iloc[rows[chosen]]
-        searched = embedding[torch.from_numpy(chosen).to(embedding.device)]
-        target = torch.from_numpy(data.target[rows[chosen]]).to(self.device)
+        searched = embedding if len(chosen) == len(rows) else embedding[torch.from_numpy(chosen).to(embedding.device)]
         sections, prototype = list(table["section"].unique()), None
-        if self.prototypes is not None:
+        if self.prototypes is None:
+            self._reference_target = tensor_or_rows(some_rows(data.target, rows[chosen]), self.device)
+        else:
             prototype = self.prototypes.assign(embedding).cpu().numpy()
             standing = stand_for(prototype[chosen], searched, table)
-            searched, target, table = standing.embedding, standing.mean(target), standing.names
+            self._reference_target = standing.mean(torch.from_numpy(data.target[rows[chosen]]).to(self.device))
+            searched, table = standing.embedding, standing.names
         self._index = ReferenceIndex(searched, table["section"].to_numpy(str), table["patient"].to_numpy(str))
-        self._reference_target = target
         self.references = References(rows, embedding, sections, rows[chosen], prototype)
 
     def retrieved(self, batch: SpotBatch) -> Prediction:
@@ -205,7 +208,7 @@ class RetrievalMethod(Method):
             return {"k": self.k}
         rows = data.rows("validation")
         self.eval()
-        self.set_reference(data, *self._validation_roles())
+        self.set_reference(data, *self.validation_roles())
         query = self._embed_role(data, "validation")
         index, target = self._searched
         score: dict[int, float] = {}
@@ -229,7 +232,7 @@ class RetrievalMethod(Method):
         if self.correction is None:
             return {}
         self.eval()
-        self.set_reference(data, *self._validation_roles())
+        self.set_reference(data, *self.validation_roles())
         index, expression = self._searched
         assert self.references is not None  # by set_reference
         place = torch.full((len(data.spots),), -1, device=self.device)

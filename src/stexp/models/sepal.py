@@ -15,6 +15,7 @@ from torch import nn
 from stexp.arguments import Rate, Whole, Width, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import column_means, some_rows
 from stexp.errors import InputError
 from stexp.models.blocks import GeneHead, local_graphs
 from stexp.models.encoders.image import ImageEncoder
@@ -106,7 +107,7 @@ class SEPAL(Method):
     def on_fit_start(self) -> None:
         """Take the training mean, and look at the neighbours."""
         data = self.data
-        self.mean.copy_(torch.from_numpy(data.target[data.rows("train")].mean(axis=0, dtype="float64")))
+        self.mean.copy_(torch.from_numpy(column_means(some_rows(data.target, data.rows("train")), "float64")))
         epochs = self.trainer.max_epochs
         if epochs is not None and 0 <= epochs <= self.image_epochs:  # -1: without end
             log.warning(

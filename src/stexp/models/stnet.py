@@ -10,6 +10,7 @@ from torch import nn
 from stexp.arguments import OpenShare, Rate, Weight, checked
 from stexp.data.batches import SpotBatch
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.rows import column_means, some_rows
 from stexp.models.blocks import GeneHead
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.method import Method, Prediction
@@ -82,7 +83,7 @@ class STNet(Method):
     def start_from(self, data: SpotDataModule) -> None:
         """Set the bias to the mean expression of the training spots, and the input scale as `input_scale` says."""
         rows = data.rows("train")
-        self.head.bias.copy_(torch.from_numpy(data.target[rows].mean(axis=0, dtype="float64")))
+        self.head.bias.copy_(torch.from_numpy(column_means(some_rows(data.target, rows), "float64")))
         if self.input_scale == "train":
             sample = torch.from_numpy(rows[:: max(1, len(rows) // 2000)])
             moments = []  # (B, 2, 3): means of the colours of each tile, and of their squares

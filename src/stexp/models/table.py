@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -14,25 +16,37 @@ from stexp.errors import InputError
 BLOCKS = 4  # of the only section, each predicted by the others
 SPOTS_OF_A_BLOCK = 1024  # of those that thinned tables are made of, at most
 FEWEST_OF_A_BLOCK = 16
+AT_ONCE = 4096  # spots whose features and expression are read at once
+
+
+class Rows(Protocol):
+    """Numbers of spots, read some spots at a time: an array, in memory or mapped from a file, or what acts like one."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Table:
-    """N spots to learn from.
+    """N spots to learn from; their features and expression stay where they are until they are read.
 
     Parameters
     ----------
-    features, expression, xy_um : (N, F), (N, G), (N, 2)
+    features, expression : (n, F), (n, G)
+        Of these spots and perhaps others.
+    xy_um : (N, 2)
     section : (N,) str
     group : (N,) str
         What is left out together: patients where there are three, else sections, else blocks of the only one.
+    rows : (N,) int64
+        Rows of `features` and `expression`; None: all, in their order.
     """
 
-    features: np.ndarray
-    expression: np.ndarray
+    features: Rows
+    expression: Rows
     xy_um: np.ndarray
     section: np.ndarray
     group: np.ndarray
+    rows: np.ndarray | None = None
 
     @classmethod
     def of(cls, data: SpotDataModule, rows: np.ndarray) -> Table:
@@ -45,13 +59,27 @@ class Table:
             group = np.char.add("block", spatial_blocks(data.xy_px[rows], BLOCKS).astype(str))
         if len(np.unique(group)) < 2 or len(rows) < 2 * BLOCKS:
             raise InputError(f"model=consensus: {len(rows)} spots to learn from are too few to leave some out")
-        return cls(data.tile_features[rows], data.target[rows], data.xy_um[rows], section, group)
+        return cls(data.tile_features, data.target, data.xy_um[rows], section, group, rows)
 
     def __len__(self) -> int:
         return len(self.section)
 
+    def read(self, which: Rows) -> np.ndarray:
+        """`features` or `expression` of all spots, (N, ...)."""
+        return which[self._rows]
+
+    def blocks(self, which: Rows) -> Iterator[np.ndarray]:
+        """`features` or `expression` of all spots, `AT_ONCE` at a time."""
+        return (which[self._rows[start : start + AT_ONCE]] for start in range(0, len(self), AT_ONCE))
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.arange(len(self)) if self.rows is None else self.rows
+
     def take(self, rows: np.ndarray) -> Table:
-        return Table(*(values[rows] for values in vars(self).values()))
+        """Some of the spots."""
+        changed = {"xy_um": self.xy_um[rows], "section": self.section[rows], "group": self.group[rows]}
+        return replace(self, **changed, rows=self._rows[rows])
 
     def thinned(self, n: int) -> Table:
         """About `n` spots, where there are more: compact blocks of every section, the same share of each.

@@ -39,7 +39,9 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(style=Markup(_text("page.css")), **content)
 
 
-def render_report(template: str, maps: Maps, gene_columns: list[dict], gene_rows: list[dict], **content: Any) -> str:
+def render_report(
+    template: str, maps: Maps, gene_columns: list[dict], gene_rows: list[dict], *, parts: bool = False, **content: Any
+) -> str:
     """Fill a template that extends ``page.html.j2``: a page with maps and a table of genes.
 
     Parameters
@@ -47,6 +49,8 @@ def render_report(template: str, maps: Maps, gene_columns: list[dict], gene_rows
     gene_columns, gene_rows
         Of the gene table; a column has a key, a label and a kind: number, count, flag or text. The table is sorted
         by its first column of numbers.
+    parts
+        Whether what the maps call sections are parts of one.
     content
         What the template names besides.
     """
@@ -57,6 +61,7 @@ def render_report(template: str, maps: Maps, gene_columns: list[dict], gene_rows
         "first": maps.first,
         "sections": maps.sections,
         "references": maps.references,
+        "parts": parts,
         "table": {"columns": gene_columns, "rows": gene_rows},
     }
     return render(

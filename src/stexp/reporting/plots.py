@@ -64,9 +64,12 @@ def score_chart(metrics: dict[str, Any], score: str, title: str) -> ScoreChart:
     floors.sort(key=lambda bar: (bar.kind == "oracle", math.inf if bar.value is None else -bar.value))
     bars = [bar(metrics["model"], "method"), *floors]
     ceiling = metrics["ceiling"].get(score)
+    return ScoreChart(title, bars, ceiling, *axis_of(bars, ceiling))
+
+
+def axis_of(bars: list[Bar], ceiling: float | None) -> tuple[float, float]:
+    """Ends of an axis that holds bars, their sections, 0 and the ceiling."""
     values = [v for bar in bars for v in (bar.value, *bar.sections) if v is not None]
     values += [0.0, 0.1] if ceiling is None else [0.0, ceiling]
     span = max(values) - min(values)
-    return ScoreChart(
-        title, bars, ceiling, min(values) - (0.02 * span if min(values) < 0 else 0), max(values) + 0.04 * span
-    )
+    return min(values) - (0.02 * span if min(values) < 0 else 0), max(values) + 0.04 * span

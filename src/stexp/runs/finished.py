@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,8 +13,10 @@ import torch
 
 from stexp import construct
 from stexp.arguments import Count, checked
+from stexp.data.batches import tensor_or_rows
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
+from stexp.data.rows import some_rows
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation import predictions
@@ -173,12 +176,15 @@ class FinishedRun:
         embeddings, _ = self.for_retrieval
         rows = self.references(how.reference)
         spots, searched = data.spots.iloc[rows], torch.from_numpy(embeddings.obsm["spot_embedding"][rows])
-        expression, k, standing = torch.from_numpy(data.target[rows]), how.k, self.standing(rows)
+        k, standing = how.k, self.standing(rows)
         if standing is not None:
-            searched, expression, spots = standing.embedding, standing.mean(expression), standing.names
+            searched, spots = standing.embedding, standing.names
             k = min(k, len(searched))  # as the method does
         index = ReferenceIndex(searched, spots["section"].to_numpy(str), spots["patient"].to_numpy(str))
         query = torch.from_numpy(embeddings.obsm["image_embedding"][data.rows("test")])
+        expression = tensor_or_rows(some_rows(data.target, rows), query.device)
+        if standing is not None:
+            expression = standing.mean(torch.from_numpy(data.target[rows]))
         prediction = retrieve(index, query, expression, k, how.distance, how.weighting)
         neighbours = prediction.neighbours
         if standing is None and neighbours is not None:
@@ -186,24 +192,32 @@ class FinishedRun:
         return replace(prediction, image_embedding=query, neighbours=neighbours), rows
 
     def outside_panel(self, genes: list[str]) -> list[str]:
-        """Those of some genes that the panel lacks, and that can be retrieved and scored."""
-        if self.embeddings is None or (self.protocol.truth != "gene" and self.protocol.library == "panel"):
+        """Those of some genes that the panel lacks, and that can be predicted from references and scored."""
+        if self.protocol.truth != "gene" and self.protocol.library == "panel":
             return []
         common = set.intersection(*(set(section.genes) for section in self.data.sections)) - set(self.panel)
         return [gene for gene in genes if gene in common]
 
-    def held_out(self, genes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Observed, predicted and spread of the held-out spots, (Q, len(genes)); NaN where nothing is predicted."""
+    def held_out(
+        self, genes: list[str], predict: Callable[[SpotDataModule], Prediction] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Observed, predicted and spread of the held-out spots, (Q, len(genes)); NaN where nothing is predicted.
+
+        Parameters
+        ----------
+        predict
+            The held-out spots for the panel of the data it is given; None: of genes outside the panel nothing is known.
+        """
         observed, predicted, spread = np.full((3, self.predictions.n_obs, len(genes)), np.nan, dtype=np.float32)
         columns = pd.Index(genes)
         inside = [gene for gene in genes if gene in self.predictions.var_names]
         layers = self.predictions[:, inside].layers
         for array, key in ((observed, "observed"), (predicted, "predicted"), (spread, "uncertainty")):
             array[:, columns.get_indexer(inside)] = layers[key]
-        outside = self.outside_panel(genes)
-        if outside:
+        outside = [] if predict is None else self.outside_panel(genes)
+        if predict is not None and outside:
             data, where = self.serve(outside), columns.get_indexer(outside)
-            prediction, _ = self.retrieve(data, self.for_retrieval[1])
+            prediction = predict(data)
             observed[:, where] = data.target[data.rows("test")]
             predicted[:, where] = prediction.predicted.numpy()
             if prediction.uncertainty is not None:

@@ -19,15 +19,16 @@ from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
 from stexp.data.features import encode_tiles
-from stexp.data.genes import normalise
 from stexp.data.quality import Thresholds, inspect
+from stexp.data.rows import Rows, RowTable, column_means, some_rows
+from stexp.data.section import Section
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
 from stexp.evaluation.coverage import FOREIGN
 from stexp.evaluation.floors import SEED, SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
 from stexp.evaluation.programmes import co_expressed_modules, module_sets
-from stexp.evaluation.ridge import probe_components
+from stexp.evaluation.ridge import Projection
 from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
 from stexp.protocol import Protocol, other_protocols
@@ -74,7 +75,7 @@ def write_results(
     prediction: Prediction,
     chosen: dict,
     thresholds: Thresholds,
-    random: Sequence[np.ndarray] = (),
+    random: Sequence[Rows] = (),
 ) -> str:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``.
 
@@ -135,10 +136,10 @@ def write_scored_files(
     folder: Path,
     data: SpotDataModule,
     prediction: Prediction,
-    features: np.ndarray | None,
+    features: Rows | None,
     colour: np.ndarray,
     facts: RunFacts,
-    random: Sequence[np.ndarray] = (),
+    random: Sequence[Rows] = (),
     named: pd.DataFrame | None = None,
 ) -> str:
     """Write the two files that scoring reads, and ``pictures.h5``; returns the digest of the predictions.
@@ -158,13 +159,13 @@ def write_scored_files(
         predicted=prediction.predicted.numpy(),
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=levels(data)[train].mean(axis=0),
+        mean_train=column_means(some_rows(levels(data), train)),
         levels=levels(data)[test],
         uncertainty=_array(prediction.uncertainty),
         obs=prediction.obs,
         embedding=_array(prediction.image_embedding),
     )
-    predictions.add_images(adata, [section for section in data.sections if section.name in data.names("test")])
+    predictions.add_images(adata, _tested(data))
     if prediction.neighbours is not None and prediction.neighbour_weights is not None:
         weights = prediction.neighbour_weights.numpy()
         table = data.spots if named is None else named
@@ -184,7 +185,7 @@ def write_scored_files(
         adata.uns["stexp"][FOREIGN] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     floors = ad.AnnData(obs=adata.obs, var=adata.var)
-    modules = co_expressed_modules(data.target[train], data.spots["section"].to_numpy(str)[train])
+    modules = co_expressed_modules(some_rows(data.target, train), data.spots["section"].to_numpy(str)[train])
     floors.uns["gene_sets"] = json.dumps(module_sets(data.panel, modules))
     floors.uns["ceiling"] = {}
     unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
@@ -197,9 +198,15 @@ def write_scored_files(
     return predictions.digest(adata)
 
 
-def levels(data: SpotDataModule) -> np.ndarray:
+def levels(data: SpotDataModule) -> RowTable:
     """How high genes are, (n_spots, G): the truth, or, of residuals, which have no level, expression per spot."""
     return data.expression if data.protocol.truth == "residuals" else data.target
+
+
+def _tested(data: SpotDataModule) -> list[Section]:
+    """Sections with test spots."""
+    names = set(data.names("test"))
+    return [section for section in data.sections if section.name in names]
 
 
 def _array(values: torch.Tensor | None) -> np.ndarray | None:
@@ -208,7 +215,7 @@ def _array(values: torch.Tensor | None) -> np.ndarray | None:
 
 def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData, named: pd.DataFrame | None = None) -> None:
     """Write the slides of the test sections, and the tiles of those references that count most, as methods see them."""
-    test = [section for section in data.sections if section.name in data.names("test") and section.slide is not None]
+    test = [section for section in _tested(data) if section.slide is not None]
     budget = pictures.SLIDE_BYTES // max(1, len(test))
     slides = {}
     for section in test:
@@ -227,10 +234,10 @@ def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData, named: p
 def floors_under(
     protocol: Protocol,
     data: SpotDataModule,
-    features: np.ndarray | None,
+    features: Rows | None,
     colour: np.ndarray | None,
     unpredicted: np.ndarray | None = None,
-    random: Sequence[np.ndarray] = (),
+    random: Sequence[Rows] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
 
@@ -246,47 +253,46 @@ def floors_under(
     floors : dict of (Q, G)
     ceiling : dict of section -> (G,)
     """
-    expression, xy = np.empty_like(data.target), np.empty_like(data.xy_px)
-    ceiling = {}
+    expression, xy, ceiling = data.under(protocol), np.empty_like(data.xy_px), {}
     for section in data.sections:
-        rows = np.flatnonzero(data.spots["section"] == section.name)
-        expression[rows] = normalise(data.counts[rows], section.total_counts, protocol)
+        rows = data.rows_of(section)
         xy[rows] = unit_square(data.xy_px[rows])
-        if section.name in data.names("test"):
-            judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
-            judged |= not judged.any()
-            ceiling[section.name] = ceiling_per_gene(
-                data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
-            )
+    for section in _tested(data):
+        rows = data.rows_of(section)
+        judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
+        judged |= not judged.any()
+        ceiling[section.name] = ceiling_per_gene(
+            data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
+        )
 
     def table(rows: np.ndarray) -> SpotTable:
         spots = data.spots.iloc[rows]
         return SpotTable(
-            expression=expression[rows],
+            expression=some_rows(expression, rows),
             log_depth=np.log1p(spots["total_counts"].to_numpy()),
             section=spots["section"].to_numpy(str),
             patient=spots["patient"].to_numpy(str),
             xy=xy[rows],
             colour=None if colour is None else colour[rows],
-            features=None if features is None else features[rows],
-            random=[components[rows] for components in random],
+            features=None if features is None else some_rows(features, rows),
+            random=[some_rows(components, rows) for components in random],
         )
 
     return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test"))), ceiling
 
 
-def random_components(data: SpotDataModule) -> list[np.ndarray]:
+def random_components(data: SpotDataModule) -> list[Rows]:
     """What the floor on random features regresses on, (n_spots, at most 256) for each seed; NaN without an image.
 
-    The components are those of the training side. They are a fifth of the features or less, so that a run can keep
-    them.
+    The components are those of the training side, made row by row of the features in the cache. They are a fifth of
+    the features or less, so that a run can keep them.
     """
-    rows, out = data.rows(*TRAINING), []
-    with_image = data.spots["section"].isin([each.name for each in data.sections if each.slide is not None]).to_numpy()
+    rows, out = data.rows(*TRAINING), list[Rows]()
+    with_image = [section for section in data.sections if section.slide is not None]
     for encoder in () if data.encoder is None else data.encoder.at_random_weights():
         features = encode_tiles(encoder, data.tiled(), len(data.spots))
-        if np.isfinite(features[with_image]).all():
-            out.append(probe_components(features[rows], features))
+        if all(np.isfinite(features[data.rows_of(section)]).all() for section in with_image):
+            out.append(Projection.fit(some_rows(features, rows)).of(features, np.float32))
         else:
             log.warning("at random weights the image encoder gives infinite features; a seed of that floor is left out")
     return out
@@ -312,7 +318,7 @@ def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFram
     data.setup()
     stores = iter(data.open_tiles().stores)
     tiles = {section.name: next(stores) for section in data.sections if section.slide is not None}
-    test = [section for section in data.sections if section.name in data.names("test")]
+    test = _tested(data)
     for section in test:
         inspect(section, tiles[section.name], data.tile, thresholds)
     columns = pd.concat(
@@ -325,9 +331,9 @@ def embedding_table(
     data: SpotDataModule,
     references: References,
     query: np.ndarray,
-    features: np.ndarray,
+    features: Rows,
     colour: np.ndarray,
-    random: Sequence[np.ndarray] = (),
+    random: Sequence[Rows] = (),
 ) -> ad.AnnData:
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
@@ -345,7 +351,7 @@ def embedding_table(
     ):
         adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)
         adata.obsm[name][rows] = values
-    adata.obsm["features"], adata.obsm["colour"] = features, colour
+    adata.obsm["features"], adata.obsm["colour"] = np.asarray(features), colour
     for seed, components in enumerate(random):
-        adata.obsm[f"{RANDOM}{SEED}{seed}"] = components
+        adata.obsm[f"{RANDOM}{SEED}{seed}"] = np.asarray(components)
     return adata

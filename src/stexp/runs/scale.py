@@ -73,7 +73,7 @@ def put_on_scale(
 def _recognised(aligned: Aligned, data: SpotDataModule) -> str | None:
     genes, total_counts = np.flatnonzero(aligned.panel), data.spots["total_counts"].to_numpy()
     sides = [
-        Measured(data.target[np.ix_(rows, genes)], data.counts[np.ix_(rows, genes)], total_counts[rows])
+        Measured(data.target[rows][:, genes], data.counts[rows][:, genes], total_counts[rows])
         for rows in (data.rows("test")[aligned.spots], data.rows("train", "validation"))
     ]
     return recognise(aligned.predicted[np.ix_(aligned.spots, genes)], sides)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.duplicates import copies_by_tiles, copies_in_fold, count_prints, record_spots, tile_prints
+from stexp.data.duplicates import copies_by_tiles, copies_in_fold, prints_of, record_spots, tile_prints
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,11 @@ def compare_tiles(data: SpotDataModule) -> dict[str, np.ndarray]:
         return {}
     prints = {}
     for section in with_image:
-        rows = np.flatnonzero(data.spots["section"] == section.name)
+        rows = data.rows_of(section)
         parts = np.array_split(rows, -(-len(rows) // data.eval_batch_size))
         prints[section.name] = np.concatenate([tile_prints(data.tiles(part).numpy()) for part in parts])
     seen = {(copy.first, copy.second) for copy in data.copies}
-    copies = copies_in_fold(copies_by_tiles(prints), data.spots, data.allow_duplicates)
+    copies = copies_in_fold(copies_by_tiles(prints, set(data.names("test"))), data.spots, data.allow_duplicates)
     data.copies += [copy for copy in copies if (copy.first, copy.second) not in seen]
     return prints
 
@@ -51,7 +51,7 @@ def training_record(
     """
     names = {*data.names("train", "validation"), *references}
     return {
-        section.name: record_spots(count_prints(section.spots.X), tiles.get(section.name))
+        section.name: record_spots(prints_of(section), tiles.get(section.name))
         for section in data.sections
         if section.name in names
     }

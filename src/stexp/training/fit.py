@@ -146,8 +146,8 @@ def say_what_is_encoded(method: Method, data: SpotDataModule) -> None:
     if data.views and not reads_features:
         raise InputError(
             f"data.views={data.views} are kept features of a frozen encoder (image_encoder.frozen=true), for methods "
-            f"that read nothing else of a tile: mclstexp, bleep, sepal, deepspot, stnet with model.symmetries=false "
-            f"and model.input_scale=image_encoder; null would fit"
+            f"that read nothing else of a tile: mclstexp, bleep, heclip, stgchb, sepal, deepspot, stflow, stnet with "
+            f"model.symmetries=false and model.input_scale=image_encoder; null would fit"
         )
     if reads_features and (data.views or data.augmentation == "none" or method.frozen_encoder is None):
         log.info("training on features in the cache: the image encoder is frozen and need not run")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 
@@ -63,7 +64,7 @@ def truth_hidden(data: SpotDataModule) -> Iterator[None]:
     measured = {name: getattr(data, name) for name in names}
     held_out = data.rows("test")
     for name, table in measured.items():
-        other = table.copy()
+        other = np.array(table)
         other[held_out] += 100.0
         setattr(data, name, other)
     try:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.paths import choose_sections, data_folder
 from stexp.data.readers.spaceranger import find_counts
 from stexp.data.readers.text import read_table
-from stexp.data.readers.visium import find_image, read_section
+from stexp.data.readers.visium import read_section
+from stexp.data.readers.visium_image import find_image
 from stexp.data.section import Section
 from stexp.errors import InputError
 
@@ -69,10 +70,11 @@ def read_alex10x(
         )
     if len(there) < len(wanted):
         log.warning("not in %s, left out: %s", root, ", ".join(name for name in wanted if name not in there))
-    return [
-        _read_wu(root, name, gene_table) if name in WU else _read_tenx(root, name, gene_table)
-        for name in track(there, len(there), "reading sections")
-    ]
+
+    def read(name: str) -> Section:
+        return (_read_wu if name in WU else _read_tenx)(root, name, gene_table)
+
+    return read_each(there, len(there), "reading sections", read)
 
 
 def _folder(root: Path, name: str) -> Path:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.formats import read_all_positions, read_counts, um_per_px
 from stexp.data.readers.paths import choose_sections, user_path
 from stexp.data.section import Section
@@ -75,8 +75,10 @@ def read_cscc(
     if not names:
         raise InputError(f"{root} has no <GEO number>_P<patient>_ST_rep<n>_stdata.tsv or .tsv.gz (data.root=)")
     wanted = choose_sections(names, sections, root)
-    reading = track(wanted, len(wanted), "reading sections")
-    return [_read_section(root, files, name, gene_table, user_path(cache_dir)) for name in reading]
+    images = user_path(cache_dir)
+    return read_each(
+        wanted, len(wanted), "reading sections", lambda name: _read_section(root, files, name, gene_table, images)
+    )
 
 
 def _read_section(root: Path, files: list[Path], name: str, gene_table: str | Path | None, cache_dir: Path) -> Section:

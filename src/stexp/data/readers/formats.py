@@ -13,12 +13,20 @@ import numpy as np
 import pandas as pd
 
 from stexp.data.join import split_ids
+from stexp.data.readers.cells import read_cell_centres
 from stexp.data.readers.count_tables import read_count_table
 from stexp.data.readers.features import genes_of
 from stexp.data.readers.h5ad import counts_of, read_h5ad
 from stexp.data.readers.numbers import check_thousands, without_blanks
 from stexp.data.readers.paths import user_path
-from stexp.data.readers.spaceranger import find_positions, flags, matrix_of, read_10x_counts, read_visium_positions
+from stexp.data.readers.spaceranger import (
+    find_positions,
+    flags,
+    matrix_of,
+    read_10x_counts,
+    read_visium_positions,
+    refuse_xenium,
+)
 from stexp.data.readers.text import ending_of, read_table
 from stexp.errors import InputError
 
@@ -141,6 +149,9 @@ def read_all_positions(path: str | Path) -> pd.DataFrame:
           coordinates unless another column comes first; ``selected`` 0 is not on tissue;
         - ``tissue_positions*`` of SpaceRanger, with or without a header, also ``.parquet``, or the folder ``spatial``.
 
+        Or ``cell_segmentations.geojson`` of SpaceRanger 4: cells at the centres of their outlines, with whole pixels as
+        array coordinates.
+
     Returns
     -------
     DataFrame
@@ -154,6 +165,11 @@ def read_all_positions(path: str | Path) -> pd.DataFrame:
     """
     path = user_path(path)
     path = find_positions(path) if path.is_dir() else path
+    if ending_of(path) == ".geojson":
+        centres = read_cell_centres(path)
+        least = np.minimum(centres.min().to_numpy(), 0)
+        centres[["array_x", "array_y"]] = np.floor(centres - least).to_numpy()
+        return centres.assign(in_tissue=True)
     if ending_of(path) == ".parquet":
         return _of_visium(path)
     table = read_table(path, "spots", header=None, **TEXT).fillna("")
@@ -184,6 +200,7 @@ def _of_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     is_selection = "x" in header and "array_x" not in header
     needed = ("x", "y", "pixel_x", "pixel_y") if is_selection else POSITIONS
     missing = [name for name in needed if name not in header]
+    refuse_xenium(header, f"spots {path}")
     if missing:
         raise InputError(
             f"spots {path} lacks {', '.join(missing)}; it needs the spot id first, then {', '.join(POSITIONS)}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.formats import read_all_positions, read_counts, spot_ids, um_per_px
 from stexp.data.readers.paths import choose_sections, data_folder
 from stexp.data.readers.text import read_table
@@ -53,7 +53,7 @@ def read_her2st(root: str | Path, sections: list[str] | None = None) -> list[Sec
     if not counts:
         raise InputError(f"no counts in {root / 'ST-cnts'}: need <section>.tsv.gz or <section>.tsv")
     names = choose_sections(sorted(counts), sections, root)
-    return [_read_section(root, name, counts[name]) for name in track(names, len(names), "reading sections")]
+    return read_each(names, len(names), "reading sections", lambda name: _read_section(root, name, counts[name]))
 
 
 def _is_data(folder: Path) -> bool:

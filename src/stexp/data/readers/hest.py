@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from stexp.data.gene_names import harmonise
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.h5ad import counts_of, read_h5ad
 from stexp.data.readers.paths import choose_sections, data_folder
 from stexp.data.readers.text import read_table
@@ -82,8 +82,11 @@ def read_hest(
         counted = ", ".join(f"{name or 'none given'} ({count} sections)" for name, count in n.items())
         raise InputError(f"sections of {len(n)} species: {counted or 'none'}; choose one with data.species=")
     log.info("%d sections of %s pass the filters; %d have counts in %s", len(rows), n.index[0], len(there), root / "st")
-    reading = track(rows.iterrows(), len(rows), "reading sections")
-    return [_read_section(root, row, patients[row.name], gene_table) for _, row in reading]
+
+    def read(row: pd.Series) -> Section:
+        return _read_section(root, row, patients[row.name], gene_table)
+
+    return read_each((row for _, row in rows.iterrows()), len(rows), "reading sections", read)
 
 
 def read_metadata(root: Path) -> pd.DataFrame:

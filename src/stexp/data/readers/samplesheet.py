@@ -13,7 +13,7 @@ import pandas as pd
 
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.formats import TEXT, read_all_positions, read_counts
 from stexp.data.readers.paths import user_path
 from stexp.data.readers.spaceranger import files_of_counts, find_positions
@@ -63,12 +63,14 @@ def read_samplesheet(sheet: str | Path, gene_table: str | Path | None = None) ->
     """
     sheet = _sheet_file(user_path(sheet))
     rows = _rows(sheet)
-    sections: list[Section] = []
-    for index, row in track(rows.iterrows(), len(rows), f"reading {sheet.name}: sections"):
+
+    def read(line: tuple[int, pd.Series]) -> Section:
         try:
-            sections.append(_section(row, sheet.parent, gene_table))
+            return _section(line[1], sheet.parent, gene_table)
         except InputError as error:
-            raise InputError(f"{sheet.name} line {index + 1}: {error}") from error
+            raise InputError(f"{sheet.name} line {line[0] + 1}: {error}") from error
+
+    sections = read_each(rows.iterrows(), len(rows), f"reading {sheet.name}: sections", read)
     _say_shared_counts(sections, [sheet.parent / user_path(name) for name in rows["counts"]])
     return sections
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +64,16 @@ def read_10x_counts(path: str | Path) -> ad.AnnData:
     if not path.exists():
         raise InputError(f"counts {path} do not exist")
     with one_line_without_memory(f"counts {path}"):
-        matrix = _read_mtx(path) if path.is_dir() else _read_h5(path)
+        matrix = read_mtx(path) if path.is_dir() else _read_h5(path)
         return genes_of(
             matrix.values, matrix.barcodes, matrix.symbols, matrix.ids, matrix.types, matrix.genomes, f"counts {path}"
         )
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
+    """Counts as a file has them, before genes are told from other features."""
+
     values: sp.csr_matrix  # barcodes x features
     barcodes: list[str]
     ids: list[str]
@@ -78,7 +82,8 @@ class _Matrix:
     genomes: list[str] | None = None
 
 
-def _check_shape(path: Path, shape: tuple[int, int], n_barcodes: int, n_features: int) -> None:
+def check_shape(path: Path, shape: tuple[int, int], n_barcodes: int, n_features: int) -> None:
+    """InputError unless a matrix, barcodes x features, has as many of both as are named."""
     if shape != (n_barcodes, n_features):
         raise InputError(
             f"counts {path} hold {shape[1]} features x {shape[0]} barcodes, but {n_features} features and "
@@ -86,23 +91,56 @@ def _check_shape(path: Path, shape: tuple[int, int], n_barcodes: int, n_features
         )
 
 
-def _read_h5(path: Path) -> _Matrix:
+def _read_h5(path: Path) -> Matrix:
+    with open_h5(path) as (group, features):
+        barcodes = _text(group["barcodes"])
+        n_features, n_barcodes = (int(n) for n in group["shape"][:])
+        check_shape(path, (n_barcodes, n_features), len(barcodes), len(features.ids))
+        # compressed by barcode: CSC of features x barcodes is CSR of barcodes x features
+        parts = group["data"][:].astype(np.float32), group["indices"][:], group["indptr"][:]
+        values = sp.csr_matrix(parts, shape=(n_barcodes, n_features))
+        values.check_format(full_check=True)  # indices beyond the shape would be read from foreign memory
+        return Matrix(values, barcodes, **vars(features))
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a matrix of 10x, in its order; types and genomes are None where the file has none."""
+
+    ids: list[str]
+    symbols: list[str]
+    types: list[str] | None = None
+    genomes: list[str] | None = None
+
+
+def read_10x_features(path: Path) -> Features:
+    """Features of a matrix in HDF5, without its counts; InputError where it is none."""
+    with open_h5(path, ("matrix/features",)) as (_, features):
+        return features
+
+
+@contextmanager
+def open_h5(path: Path, names: Sequence[str] = ("/",)) -> Iterator[tuple[h5py.Group, Features]]:
+    """The group of a matrix in HDF5, and its features; whatever lacks or breaks while it is open is one line.
+
+    Parameters
+    ----------
+    names
+        What will be read, and must fit into memory; see :func:`~stexp.data.hdf5.open_hdf5`.
+    """
     try:
-        with open_hdf5(path, "counts") as file:
+        with open_hdf5(path, "counts", names) as file:
             group, is_old = _matrix_group(path, file)
             features = group if is_old else group["features"]
-            ids = _text(features["genes" if is_old else "id"])
-            symbols = _text(features["gene_names" if is_old else "name"])
-            types = None if is_old else _text(features["feature_type"])
-            genomes = _text(features["genome"]) if not is_old and "genome" in features else None
-            barcodes = _text(group["barcodes"])
-            n_features, n_barcodes = (int(n) for n in group["shape"][:])
-            _check_shape(path, (n_barcodes, n_features), len(barcodes), len(ids))
-            # compressed by barcode: CSC of features x barcodes is CSR of barcodes x features
-            parts = group["data"][:].astype(np.float32), group["indices"][:], group["indptr"][:]
-            values = sp.csr_matrix(parts, shape=(n_barcodes, n_features))
-            values.check_format(full_check=True)  # indices beyond the shape would be read from foreign memory
-            return _Matrix(values, barcodes, ids, symbols, types, genomes)
+            yield (
+                group,
+                Features(
+                    ids=_text(features["genes" if is_old else "id"]),
+                    symbols=_text(features["gene_names" if is_old else "name"]),
+                    types=None if is_old else _text(features["feature_type"]),
+                    genomes=_text(features["genome"]) if not is_old and "genome" in features else None,
+                ),
+            )
     except InputError:
         raise
     except (OSError, KeyError, ValueError) as error:  # how h5py and scipy say that something is not there or broken
@@ -127,7 +165,8 @@ def _text(dataset: h5py.Dataset) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[:]]
 
 
-def _read_mtx(folder: Path) -> _Matrix:
+def read_mtx(folder: Path) -> Matrix:
+    """What ``matrix.mtx``, ``features.tsv`` and ``barcodes.tsv`` of a folder hold."""
     files = files_of_counts(folder)
     features, barcodes = (_read_names(file) for file in files[1:])
     ids = features[0].tolist()
@@ -136,14 +175,14 @@ def _read_mtx(folder: Path) -> _Matrix:
     names = barcodes[0].tolist()
     try:
         rows, columns, n_entries = _announced(files[0])
-        _check_shape(folder, (columns, rows), len(names), len(ids))
+        check_shape(folder, (columns, rows), len(names), len(ids))
         check_fits(BYTES_PER_ENTRY * n_entries, f"counts {files[0]}")
         values = sp.csr_matrix(scipy.io.mmread(files[0]).T, dtype=np.float32)
     except InputError:
         raise
     except (ValueError, OSError, EOFError, OverflowError, zlib.error) as error:
         raise InputError(f"counts {folder} cannot be read: {' '.join(str(error).split())}") from error
-    return _Matrix(values, names, ids, symbols, types)
+    return Matrix(values, names, ids, symbols, types)
 
 
 def _announced(path: Path) -> tuple[int, int, int]:
@@ -246,6 +285,7 @@ def read_visium_positions(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     table = _read_positions_table(path)
     missing = [name for name in POSITIONS if name not in table.columns]
+    refuse_xenium(table.columns, f"positions {path}")
     if missing:
         raise InputError(
             f"positions {path} lack {', '.join(missing)}; {', '.join(POSITIONS)} would fit, or six columns in this "
@@ -288,6 +328,15 @@ def _read_positions_table(path: Path) -> pd.DataFrame:
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are ValueErrors
         raise InputError(f"positions {path} cannot be read as a table: {' '.join(str(error).split())}") from error
     return table
+
+
+def refuse_xenium(columns: Iterable[object], subject: str) -> None:
+    """InputError for the columns of a table of Xenium's cells, which lie in micrometres beside any image."""
+    if {"x_centroid", "y_centroid"} <= set(columns):
+        raise InputError(
+            f"{subject} are cells of Xenium in micrometres, of which only the matrix of the H&E image makes pixels; "
+            f"data=xenium data.spots=cells reads both"
+        )
 
 
 def flags(column: pd.Series) -> pd.Series:

@@ -18,7 +18,7 @@ from stexp.data.gene_names import harmonise
 from stexp.data.progress import track
 from stexp.data.readers.h5ad import counts_of
 from stexp.data.readers.paths import choose_sections, user_path
-from stexp.data.readers.visium import read_patients
+from stexp.data.readers.patients import read_patients
 from stexp.data.readers.visium_scale import bin_size_um, fit_um_per_px
 from stexp.data.section import Section
 from stexp.data.slides.ome_zarr import is_zarr, without_pickles

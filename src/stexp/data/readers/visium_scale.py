@@ -14,6 +14,7 @@ from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
 
+FACTORS = "scalefactors_json.json"
 PITCH_UM = 100.0
 """Centre to centre of neighbouring spots, each with six neighbours: columns of the array are half of it apart."""
 

@@ -18,6 +18,7 @@ from stexp.data.digests import file_digest
 from stexp.data.progress import track
 from stexp.data.section import Section
 from stexp.data.slides.pixels import WHITE, free_memory
+from stexp.data.slides.scales import tile_and_scales
 from stexp.data.slides.slide import SlideReader
 from stexp.data.slides.store import SUFFIXES, StoreInTheMaking, TileStore, open_store
 from stexp.errors import InputError
@@ -47,6 +48,20 @@ class TileSpec:
         if self.um is not None and not (isinstance(self.um, int | float) and 0 < self.um < np.inf):
             raise InputError(f"data.tile_um={self.um}: a length above 0 in micrometres, or null, would fit")
 
+    @classmethod
+    def of(
+        cls, px: int, um: float | None, scales: Sequence[float] | None, scales_um: Sequence[float] | None
+    ) -> TileSpec:
+        """The tile that is cut and stored once for all views of it, which are its middle.
+
+        Parameters
+        ----------
+        px, um, scales, scales_um
+            ``data.tile_px``, and the others as :func:`~stexp.data.slides.scales.tile_and_scales` has them.
+        """
+        side_um, in_sides = tile_and_scales(um, scales, scales_um)
+        return cls(px, side_um).wide(in_sides)
+
     def wide(self, scales: Sequence[float] | None) -> TileSpec:
         """As wide as the widest of some views, whose sides are multiples of this one's; never less."""
         reach = max([1.0, *(scales or [])])
@@ -59,7 +74,7 @@ class TileSpec:
             if section.um_per_px is None:
                 raise InputError(
                     f"section {section.name}: tiles of {self.um} um need um_per_px, which nobody gave; "
-                    f"give it, or take raw pixels (data.tile_um=null)"
+                    f"give it, or take raw pixels (data.tile_um=null, and no data.scales_um)"
                 )
             side = round(self.um / section.um_per_px)
             if side < 1:

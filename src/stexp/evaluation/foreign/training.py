@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from stexp.data.duplicates import FEWEST_SPOTS, count_prints, files_on_record, spots_on_record
+from stexp.data.duplicates import FEWEST_SPOTS, files_on_record, prints_of, spots_on_record
 from stexp.data.section import Section
 from stexp.evaluation.records import Manifest, Spots
 
@@ -85,7 +85,7 @@ def sections_of_training(
         matches = {section.name: by_files.get(section.name, set()) & trained for section in sections}
         for section in sections:
             if section.name not in counts:
-                counts[section.name] = count_prints(section.spots.X)
+                counts[section.name] = prints_of(section)
             own = counts[section.name], tiles.get(section.name)
             matches[section.name] |= {name for name, of_section in spots.items() if spots_on_record(of_section, *own)}
         names |= {name for name, others in matches.items() if others}

@@ -16,7 +16,7 @@ from torch import nn
 
 from stexp.construct import build
 from stexp.data.augment import augment
-from stexp.data.cache import kept_array
+from stexp.data.cache import mapped_array
 from stexp.data.features import Stain, View
 from stexp.data.progress import track
 from stexp.data.section import Section
@@ -103,7 +103,7 @@ class FrozenEncoder:
     def of_tiles(
         self, section: Section, store: TileStore, stain: Stain | None = None, view: View | None = None
     ) -> np.ndarray:
-        """Features of a section's tiles as they are, or of an augmented view, (n_spots, F) float32."""
+        """Features of a section's tiles as they are, or of an augmented view, (n_spots, F) float32, memory-mapped."""
 
         def parts() -> Iterable[tuple[np.ndarray, np.ndarray]]:
             rows = np.split(np.arange(len(store)), range(self.batch_size, len(store), self.batch_size))
@@ -124,8 +124,8 @@ class FrozenEncoder:
         """
         what = f"section {section.name}: frozen features of {k} x {k} tiles around {len(section)} spots"
         path, n = self._path(store, stain, f"-around{k}"), len(section) * k * k
-        self._kept(path, n, lambda: tiles_around(section, spec, k), what, stain)
-        return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
+        kept = self._kept(path, n, lambda: tiles_around(section, spec, k), what, stain)
+        return kept.reshape(len(section), k * k, -1)
 
     def of_subtiles(self, section: Section, store: TileStore, k: int, stain: Stain | None = None) -> np.ndarray:
         """Features of the k x k parts of each spot's own tile, (n_spots, k * k, F) float32, memory-mapped."""
@@ -138,8 +138,8 @@ class FrozenEncoder:
 
         what = f"section {section.name}: frozen features of {k} x {k} parts of {len(section)} tiles"
         path = self._path(store, stain, f"-parts{k}")
-        self._kept(path, len(section) * k * k, parts, what, stain)
-        return np.load(path, mmap_mode="r").reshape(len(section), k * k, -1)
+        kept = self._kept(path, len(section) * k * k, parts, what, stain)
+        return kept.reshape(len(section), k * k, -1)
 
     def _path(self, store: TileStore, stain: Stain | None, ending: str = "") -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class FrozenEncoder:
                         ) from error
             return out
 
-        return kept_array(path, (n, self.encoder.num_features), encode)
+        return mapped_array(path, (n, self.encoder.num_features), encode)
 
     def _at_once(self, px: int) -> int:
         """How many tiles of a width are encoded at once, so that wide ones do not take more memory."""

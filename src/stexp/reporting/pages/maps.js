@@ -63,8 +63,10 @@ async function choose() {
 function aboutGene() {
   const { section, gene } = state, name = page.genes[gene], row = page.table.rows.find(own => own.gene === name) ?? {};
   $("gene").value = name;
-  $("about-gene").textContent = section.pearson
-    ? `${name} in section ${section.name}: Pearson ${fixed(section.pearson[gene])}${page.sections.length > 1 ? `; mean over sections ${fixed(row.pearson)}` : ""}, ceiling ${fixed(row.ceiling)}`
+  const of = page.parts ? `${name}, ${section.name}` : `${name} in section ${section.name}`;
+  $("about-gene").textContent = page.parts && !(section.pearson[gene] >= -1) ? `${of}. Pearson at what was hidden ${fixed(row.pearson)}, ceiling ${fixed(row.ceiling)}`
+    : section.pearson
+    ? `${of}: Pearson ${fixed(section.pearson[gene])}${page.sections.length > 1 && !page.parts ? `; mean over sections ${fixed(row.pearson)}` : ""}, ceiling ${fixed(row.ceiling)}`
     : `${name}: Pearson to expect ${fixed(row.expected_pearson)}, best floor ${fixed(row.expected_floor)}`
       + (row.expected_pearson === null ? " (never measured on a held-out section)" : row.beats_floor !== 0 ? "" : ": no better than its floor");
 }
@@ -88,12 +90,14 @@ function paint(side) {
     const x = left + section.xy[2 * i] * view.zoom, y = top + section.xy[2 * i + 1] * view.zoom;
     if (x < -radius || y < -radius || x > width + radius || y > height + radius) continue;
     pen.globalAlpha = spread && !Number.isNaN(spread[i]) ? opacity * (1 - 0.92 * Math.min(spread[i] / state.most, 1)) : opacity;
+    if (page.parts && Number.isNaN(values[i])) continue;
     pen.beginPath();
-    pen.arc(x, y, radius, 0, 2 * Math.PI);
+    if (section.square) pen.rect(x - radius, y - radius, 2 * radius, 2 * radius);
+    else pen.arc(x, y, radius, 0, 2 * Math.PI);
     if (Number.isNaN(values[i]) || !at) { pen.strokeStyle = missing; pen.lineWidth = 1; pen.stroke(); continue; }
     const share = at.high > at.low ? (values[i] - at.low) / (at.high - at.low) : 0;
     pen.fillStyle = pen.strokeStyle = COLOURS[Math.round(255 * Math.min(Math.max(share, 0), 1))];
-    if (radius < RING) { pen.fill(); continue; }
+    if (radius < RING || section.square) { pen.fill(); continue; }
     // near by, the tissue is what one looks at: a ring, and little within
     pen.lineWidth = Math.min(0.2 * radius, 14);
     pen.beginPath(); pen.arc(x, y, radius - pen.lineWidth / 2, 0, 2 * Math.PI); pen.stroke();

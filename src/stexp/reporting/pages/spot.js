@@ -131,8 +131,8 @@ function scatterFrame() {
 
 function paintScatter() {
   const { section, shown, gene } = state;
-  $("scatter-figure").hidden = !section?.pearson;
-  const canvas = section?.pearson && shown.observed && penOf($("scatter"));
+  $("scatter-figure").hidden = !section?.pearson || section.square;
+  const canvas = section?.pearson && !section.square && shown.observed && penOf($("scatter"));
   if (!canvas) return;
   const { pen, width, height } = canvas, frame = scatterFrame(), name = page.genes[gene];
   $("scatter-title").textContent = `${name}, observed and predicted`;

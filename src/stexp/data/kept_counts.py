@@ -1,0 +1,60 @@
+"""Counts of a section in a file of the cache, memory-mapped, and what was made of them there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from stexp.data.cache import locked, write_whole
+
+
+@dataclass(frozen=True, eq=False)
+class KeptCounts:
+    """Counts of a whole transcriptome, of which memory holds what is looked at.
+
+    Attributes
+    ----------
+    path
+        An h5ad, named by its content.
+    matrix : (n_spots, n_genes) CSR
+        Memory-mapped.
+    total : (n_spots,) float64
+        Sum of every row.
+    """
+
+    path: Path
+    matrix: sp.csr_matrix
+    total: np.ndarray
+
+    def made(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays that depend on the counts and on `what` alone: from beside them, else made and written there."""
+        path = self.path.with_name(f"{self.path.stem}-{what}.npz")
+        arrays = _load(path)
+        if arrays is None:
+            with locked(path):
+                arrays = _load(path)
+                if arrays is None:
+                    file, arrays = io.BytesIO(), make()
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # its checksums tell a damaged file
+                    write_whole(path, file.getbuffer())
+        return arrays
+
+
+def digest_of(names: Sequence[str]) -> str:
+    """Short hash of names in their order."""
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None  # not there, or damaged

@@ -1,0 +1,31 @@
+"""Work on every section of a data set, on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from stexp import hardware
+from stexp.data.progress import track
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def on_all_cores(items: Iterable[Item], total: int, what: str, make: Callable[[Item], Made]) -> list[Made]:
+    """What is made of each item, in order: as many at once as there are cores; the first error of the order is raised.
+
+    Parameters
+    ----------
+    total
+        Number of items.
+    what
+        Is done, for the progress.
+    """
+    with ThreadPoolExecutor(min(hardware.usable_cores(), max(1, total))) as pool:
+        waiting = [pool.submit(make, item) for item in items]
+        try:
+            return [each.result() for each in track(waiting, total, what)]
+        finally:
+            pool.shutdown(cancel_futures=True)

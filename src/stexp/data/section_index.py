@@ -1,0 +1,193 @@
+"""What a reader read, on record in the cache, so that a second start reads no source file that did not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stexp.data.cache import write_whole
+from stexp.data.digests import file_digest
+from stexp.data.kept_sections import keeping, open_counts
+from stexp.data.progress import track
+from stexp.data.readers.paths import user_path
+from stexp.data.section import Section
+from stexp.data.slides.slide import Slide
+from stexp.errors import InputError
+
+log = logging.getLogger(__name__)
+
+READERS = "stexp.data.readers."
+MOST_FILES = 100_000
+"""Of a data set's folders, beyond which it is read anew rather than looked through for changes."""
+
+Stamp = dict[str, dict[str, list[int]]]
+"""Folder -> name -> size and time of change of what lies in it."""
+
+
+def read_once(reader: Mapping[str, Any], cache_dir: str | Path, read: Callable[[], list[Section]]) -> list[Section]:
+    """The sections of a reader: from the cache where all they came from is unchanged, else read and kept there.
+
+    Parameters
+    ----------
+    reader
+        Config of the reader; one that is not of stexp may do anything, and is asked every time.
+    read
+        Reads them.
+    """
+    folder = user_path(cache_dir) / "sections"
+    if not str(reader["_target_"]).startswith(READERS) or not _is_writable(folder):
+        return read()
+    path = folder / f"{_key(reader)}.json"
+    sections = _recorded(path, folder)
+    if sections is not None:
+        return sections
+    with keeping(folder), _heard() as messages:
+        sections = read()
+    _record(path, reader, sections, messages)
+    return sections
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _key(reader: Mapping[str, Any]) -> str:
+    """Hash of the reader's config and of the code that reads."""
+    digest = hashlib.blake2b(json.dumps(dict(reader), sort_keys=True, default=str).encode(), digest_size=12)
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(os.getcwd().encode())  # which paths may be relative to
+    return digest.hexdigest()
+
+
+@contextmanager
+def _heard() -> Iterator[list[tuple[str, int, str]]]:
+    """Warnings of a reading, to be said again when it is not done again."""
+    messages: list[tuple[str, int, str]] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.startswith("stexp.data.slides"):
+                return  # slides are opened again, and say it themselves
+            messages.append((record.name, record.levelno, record.getMessage()))
+
+    listener, root = Listener(logging.WARNING), logging.getLogger("stexp")
+    root.addHandler(listener)
+    try:
+        yield messages
+    finally:
+        root.removeHandler(listener)
+
+
+def _record(path: Path, reader: Mapping[str, Any], sections: list[Section], messages: list) -> None:
+    """Write what :func:`_recorded` needs; nothing where that would not tell a change."""
+    files = {file for section in sections for file in section.files}
+    kept = [section.kept for section in sections]
+    if not sections or None in kept or any(file.is_dir() for file in files):
+        return
+    roots = [user_path(value) for value in reader.values() if isinstance(value, str) and user_path(value).exists()]
+    folders = sorted({str(file.parent) for file in files})
+    stamp = _stamp([str(root) for root in roots], folders, path.parent.parent)
+    if stamp is None:
+        return
+    images = {section.slide.path for section in sections if section.slide is not None}
+    facts = {
+        "roots": [str(root) for root in roots],
+        "folders": folders,
+        "stamp": stamp,
+        # of images their tiles are named by the content
+        "digests": {str(file): file_digest(file) for file in sorted(files - images)},
+        "messages": messages,
+        "sections": [
+            {
+                "name": section.name,
+                "patient": section.patient,
+                "um_per_px": section.um_per_px,
+                "slide": None if section.slide is None else str(section.slide.path),
+                "files": [str(file) for file in section.files],
+                "counts": section.kept.path.name,
+                "bytes": section.kept.path.stat().st_size,
+            }
+            for section in sections
+            if section.kept is not None
+        ],
+    }
+    try:
+        write_whole(path, json.dumps(facts).encode())
+    except InputError as error:
+        log.warning("%s", error)
+
+
+def _recorded(path: Path, folder: Path) -> list[Section] | None:
+    """The sections on record; None where there is no record, something changed, or a file of the cache is gone."""
+    try:
+        facts = json.loads(path.read_bytes())
+        if _stamp(facts["roots"], facts["folders"], folder.parent) != facts["stamp"]:
+            return None
+        if any(file_digest(file) != digest for file, digest in facts["digests"].items()):
+            return None
+        rows = facts["sections"]
+        sections = [_open(row, folder) for row in track(rows, len(rows), "opening sections")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if path.exists():
+            log.info("the data are read anew: %s", error)
+        return None
+    for name, level, message in facts["messages"]:
+        logging.getLogger(name).log(level, "%s", message)
+    return sections
+
+
+def _open(row: Mapping[str, Any], folder: Path) -> Section:
+    counts = folder / row["counts"]
+    if counts.stat().st_size != row["bytes"]:
+        raise OSError(f"{counts} is damaged")
+    spots, kept = open_counts(counts)
+    return Section(
+        name=row["name"],
+        patient=row["patient"],
+        spots=spots,
+        slide=None if row["slide"] is None else Slide(row["slide"]),
+        um_per_px=row["um_per_px"],
+        files=tuple(Path(file) for file in row["files"]),
+        kept=kept,
+    )
+
+
+def _stamp(roots: list[str], folders: list[str], cache: Path) -> Stamp | None:
+    """What lies in and below some places, and in some folders, but for the cache; None where it is too much to see."""
+    stamp: Stamp = {}
+    waiting, n_files = [*map(Path, roots)], 0
+    for root in waiting:  # grows
+        if root.is_file():
+            folders = [*folders, str(root.parent)]
+        elif str(root) not in stamp and root != cache:
+            stamp[str(root)] = entries = _entries(root)
+            n_files += len(entries)
+            waiting += [root / name for name, facts in entries.items() if not facts and not name.startswith(".")]
+        if n_files > MOST_FILES:
+            return None
+    for folder in folders:
+        if folder not in stamp:
+            stamp[folder] = _entries(Path(folder))
+    return stamp
+
+
+def _entries(folder: Path) -> dict[str, list[int]]:
+    """Name -> size and time of change of what lies in a folder; nothing of a folder in it."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    return {
+        entry.name: [] if entry.is_dir() else [entry.stat().st_size, entry.stat().st_mtime_ns]
+        for entry in entries
+        if not entry.name.startswith(".")
+    }
