@@ -154,7 +154,7 @@ def references_kept(kept: list[dict]) -> str:
             searched, size = (sum(run[key] for run in runs.values()) / len(runs) for key in ("references", "bytes"))
             base = "" if "difference" not in score else f"{score['difference']:+.4f}"
             folds = sorted({key.split()[0] for key in runs})
-            means = " / ".join(f"{_mean_of(runs, fold):.3f}" for fold in folds)
+            means = ", ".join(f"{fold} {_mean_of(runs, fold):.3f}" for fold in folds)
             rows.append(
                 f"| [{way}](../experiments/results/{record['name']}.json) | {searched:.0f} | {size / 1e6:.1f} | "
                 f"{means} | {score['mean']:.4f} | {base} | {part['mse']['mean']:.4f} |"
