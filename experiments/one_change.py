@@ -36,7 +36,7 @@ from stexp.data.section import Section
 from stexp.evaluation.compare import compare
 from stexp.evaluation.contrast import read_contrast
 from stexp.evaluation.metrics import mean_pearson, score_section, top_genes
-from stexp.models.method import Method
+from stexp.models.method import Method, Prediction
 from stexp.models.retrieval_method import RetrievalMethod
 from stexp.runs.provenance import git_state, manifest, now, versions
 from stexp.training.fit import build_method, fit, predict
@@ -93,8 +93,19 @@ CHANGES: dict[str, list[str]] = {
 def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule, change: str) -> dict[str, Any]:
     """Train and score one change on one fold: ``sections``, ``validation``, ``contrast`` and ``seconds``."""
     start = time.perf_counter()
+    method, prediction, contrast = trained([*SETTINGS, *keys, *CHANGES[change]], seed, data)
+    return {
+        "sections": scored(prediction.predicted.numpy(), data, fold),
+        "validation": validation_score(method, data),
+        "contrast": {key: contrast[key] for key in (*CONTRAST, "left_chance")},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def trained(keys: list[str], seed: int, data: SpotDataModule) -> tuple[Method, Prediction, dict[str, Any]]:
+    """A method trained and its prediction of the test spots, with what its contrastive loss came to."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = compose("train", [*SETTINGS, *keys, *CHANGES[change], f"seed={seed}", f"output_dir={folder}"])
+        cfg = compose("train", [*keys, f"seed={seed}", f"output_dir={folder}"])
         config = to_plain(cfg)
         machine = machine_of(config)
         data.seed, data.batch_size = seed, config["data"]["batch_size"]
@@ -103,23 +114,23 @@ def measure(keys: list[str], fold: str, seed: int, data: SpotDataModule, change:
         trainer = fit(method, data, Path(folder), machine, callbacks=callbacks)
         best, last = (Path(folder) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
         prediction, _ = predict(method, data, machine, trainer, best if best.exists() else last)
-        contrast, validation = read_contrast(Path(folder)), validation_score(method, data)
+        contrast = read_contrast(Path(folder))
     assert contrast is not None
+    return method, prediction, dict(contrast)
+
+
+def scored(predicted: np.ndarray, data: SpotDataModule, fold: str) -> dict[str, dict]:
+    """Scores of every test section, by fold and section, with its patient."""
     rows = data.rows("test")
     heg = top_genes(data.target[data.rows("train", "validation")].mean(axis=0))
     names, sections = data.spots["section"].to_numpy(str)[rows], {}
     for name in data.names("test"):
         own = names == name
         depth = data.spots["total_counts"].to_numpy()[rows[own]]
-        scores = score_section(data.target[rows[own]], prediction.predicted.numpy()[own], heg, total_counts=depth)
+        scores = score_section(data.target[rows[own]], predicted[own], heg, total_counts=depth)
         patient = data.spots["patient"].iloc[rows[own][0]]
         sections[f"{fold}:{name}"] = {key: scores[key] for key in SCORES} | {"patient": patient}
-    return {
-        "sections": sections,
-        "validation": validation,
-        "contrast": {key: contrast[key] for key in (*CONTRAST, "left_chance")},  # type: ignore[literal-required]
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return sections
 
 
 @torch.no_grad()
@@ -136,8 +147,8 @@ def validation_score(method: Method, data: SpotDataModule) -> float | None:
     return mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
 
 
-def compared(runs: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Each change's mean scores and its paired differences to the published settings.
+def compared(runs: dict[str, dict[str, dict]], base_name: str = PUBLISHED) -> dict[str, dict]:
+    """Each change's mean scores and its paired differences to the published settings, or to `base_name`.
 
     Parameters
     ----------
@@ -146,16 +157,16 @@ def compared(runs: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """
     table: dict[str, dict] = {}
     for change, own in runs.items():
-        both = [key for key in own if key in runs[PUBLISHED]]
+        both = [key for key in own if key in runs[base_name]]
         if not both:
             continue
-        means, base = _over_seeds(own, both), _over_seeds(runs[PUBLISHED], both)
+        means, base = _over_seeds(own, both), _over_seeds(runs[base_name], both)
         patients = [value["patient"] for value in means.values()]
         seconds = float(np.mean([own[key]["seconds"] for key in both]))
         entry: dict[str, Any] = {"runs": len(both), "seconds": round(seconds, 1)}
         for score in SCORES:
             entry[score] = {"mean": float(np.mean([value[score] for value in means.values()]))}
-            if change != PUBLISHED:
+            if change != base_name:
                 differences = [means[section][score] - base[section][score] for section in means]
                 entry[score] |= asdict(compare(differences, patients))
         if all("validation" in own[run] and own[run]["validation"] is not None for run in both):

@@ -105,7 +105,7 @@ def tables() -> str:
         groups.setdefault(title, []).append(run)
     ablations = {each["name"]: each for each in kept if each["name"].startswith("ablation-")}
     parts = [*(_table(title, members) for title, members in groups.items()), by_section(runs), sure(runs)]
-    parts.append(ablation_table.tables(ablations))
+    parts += [references_kept(kept), domains(kept), ablation_table.tables(ablations)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -143,6 +143,96 @@ def sure(runs: list[dict]) -> str:
             )
     head = ["| record | all genes | 95 % interval | over |", "|---|---|---|---|"]
     return "\n".join(["How sure the mean over all genes is:", "", *head, *rows]) if rows else ""
+
+
+def references_kept(kept: list[dict]) -> str:
+    """Of records of experiments/prototypes.py: accuracy, and size of the exported references."""
+    rows = []
+    for record in kept:
+        for way, part in record["table"].items() if record["name"].startswith("prototypes-") else ():
+            score, runs = part["pearson_acg"], record["runs"][way]
+            searched, size = (sum(run[key] for run in runs.values()) / len(runs) for key in ("references", "bytes"))
+            base = "" if "difference" not in score else f"{score['difference']:+.4f}"
+            folds = sorted({key.split()[0] for key in runs})
+            means = ", ".join(f"{fold} {_mean_of(runs, fold):.3f}" for fold in folds)
+            rows.append(
+                f"| [{way}](../experiments/results/{record['name']}.json) | {searched:.0f} | {size / 1e6:.1f} | "
+                f"{means} | {score['mean']:.4f} | {base} | {part['mse']['mean']:.4f} |"
+            )
+    head = "| references of mclstexp | searched | MB | all genes, by fold | mean | to all spots | MSE |"
+    what = (
+        "References kept as spots, as spots selected after training (`stexp-export prototypes=N`), and as prototypes "
+        "learned with the encoders (`model.prototypes=N`); searched and MB exported are means:"
+    )
+    return "\n".join([what, "", head, "|---|---|---|---|---|---|---|", *rows]) if rows else ""
+
+
+def _mean_of(runs: dict[str, dict], fold: str) -> float:
+    """Mean over the seeds and test sections of a fold."""
+    of = [run["sections"] for key, run in runs.items() if key.split()[0] == fold]
+    values = [scores["pearson_acg"] for sections in of for scores in sections.values()]
+    return sum(values) / len(values)
+
+
+def domains(kept: list[dict]) -> str:
+    """Of records of experiments/domains.py: agreement of spatial domains with labels, over seeds, and with observed."""
+    parts = []
+    for record in kept:
+        if not record["name"].startswith("domains-"):
+            continue
+        link = f"[{record['name']}](../experiments/results/{record['name']}.json)"
+        of = {key: [row["section"] for row in record[key]] for key in ("labelled", "held_out")}
+        names = {key: ", ".join(dict.fromkeys(sections)) for key, sections in of.items()}
+        parts += [
+            f"Spatial domains ({link}), means over sections. Measured expression against a pathologist's labels, as "
+            f"many domains as labels ({names['labelled']}, which have no image here):",
+            "",
+            "| domains | method | ARI | NMI | ARI over seeds | best ARI in |",
+            "|---|---|---|---|---|---|",
+            *_labelled_rows(record["labelled"]),
+            "",
+            f"Without labels ({names['held_out']}, held out by mclstexp, 6 domains): the adjusted Rand index of three "
+            "seeds with each other, and of domains by predicted with those by measured expression:",
+            "",
+            "| domains | method | over seeds, measured | over seeds, predicted | predicted with measured |",
+            "|---|---|---|---|---|",
+            *_held_out_rows(record["held_out"]),
+        ]
+    return "\n".join(parts)
+
+
+def _by_way(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    out: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        out.setdefault((row["domains"], row["method"]), []).append(row)
+    return out
+
+
+def _average(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _labelled_rows(rows: list[dict]) -> list[str]:
+    best: dict[str, tuple[float, tuple[str, str]]] = {}
+    for row in rows:
+        own = row["ari"], (row["domains"], row["method"])
+        best[row["section"]] = max(best.get(row["section"], own), own)
+    lines = []
+    for way, of in sorted(_by_way(rows).items(), key=lambda item: -_average(item[1], "ari")):
+        values = " | ".join(f"{_average(of, key):.3f}" for key in ("ari", "nmi", "over_seeds"))
+        wins = sum(leader == way for _, leader in best.values())
+        lines.append(f"| {way[0]} | {way[1]} | {values} | {wins} of {len(best)} |")
+    return lines
+
+
+def _held_out_rows(rows: list[dict]) -> list[str]:
+    lines = []
+    for way, of in _by_way(rows).items():
+        measured, predicted = ([row for row in of if row["expression"] == key] for key in ("observed", "predicted"))
+        shown = [_average(measured, "over_seeds"), _average(predicted, "over_seeds")]
+        shown.append(_average(predicted, "with_observed"))
+        lines.append(f"| {way[0]} | {way[1]} | {' | '.join(f'{value:.3f}' for value in shown)} |")
+    return lines
 
 
 def _table(title: str, runs: list[dict]) -> str:

@@ -84,7 +84,7 @@ def test_a_folder_of_slides_is_taken_slide_by_slide(tmp_path):
         (["run=nowhere", "exports=csv"], "nowhere holds no predictions.h5ad"),
         (["run=x", "exports=[xls]"], "exports=xls: choose of geojson"),
         (["run=x", "downstream.domains=tissue"], "downstream.domains=tissue: choose image, expression, joint"),
-        (["run=x", "downstream.domains=image", "downstream.method=ward"], "choose kmeans, leiden"),
+        (["run=x", "downstream.domains=image", "downstream.method=ward"], "choose kmeans, leiden, mixture"),
         (["run=x", "downstream.gene_sets=none.gmt"], "none.gmt does not exist"),
         (["run=x", "downstream.against=none"], "downstream.against=none is no folder"),
     ],

@@ -14,7 +14,10 @@ from predicted import predicted
 from stexp.data.readers.gene_sets import read_gene_sets
 from stexp.errors import InputError
 from stexp.evaluation.spatial import adjacency, morans_i, rows_to_one, variable_genes
-from stexp.reporting.domains import agreement, read_labels, spatial_domains
+from stexp.models import multimodal
+from stexp.reporting import domain_comparison
+from stexp.reporting.domain_comparison import compare_domains
+from stexp.reporting.domains import agreement, majority, read_labels, spatial_domains
 from stexp.reporting.gene_sets import gene_set_scores
 from stexp.reporting.references import neighbour_table
 
@@ -152,7 +155,10 @@ def test_leiden_finds_the_groups():
     ("arguments", "says"),
     [
         ({"by": "pixels"}, "choose image, expression, joint"),
-        ({"method": "ward"}, "choose kmeans or leiden"),
+        ({"method": "ward"}, "choose kmeans, leiden, mixture"),
+        ({"expression": "measured"}, "choose predicted or observed"),
+        ({"expression": "observed"}, "nothing was measured"),
+        ({"by": "multimodal", "n_domains": 0}, "a whole number from 1"),
         ({"n_domains": 500}, "a whole number from 1 to 144 would fit"),
         ({"method": "leiden", "resolution": -1}, "a number above 0 would fit"),
     ],
@@ -167,6 +173,47 @@ def test_domains_by_image_need_an_embedding():
     del adata.obsm["image_embedding"]
     with pytest.raises(InputError, match="take expression"):
         spatial_domains(adata, "joint")
+    with pytest.raises(InputError, match="take expression"):
+        spatial_domains(adata, "multimodal")
+
+
+def test_a_spot_joins_the_majority_around_it_and_stays_where_there_is_none():
+    around = sp.csr_matrix(np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 1]]))
+    assert list(majority(np.array([0, 1, 1, 0]), around)) == [1, 1, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def compared() -> pd.DataFrame:
+    adata = quadrants()
+    adata.layers["observed"] = adata.layers["predicted"] + np.float32(0.1)
+    adata.layers["observed"][:, 0] = np.nan  # not measured
+    labels = adata.obs["side"] + adata.obs["level"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multimodal, "EPOCHS", 150)
+        patch.setattr(domain_comparison, "SEEDS", range(2))
+        return compare_domains(adata, labels, n_domains=4, resolution=0.3, smooth=True)
+
+
+def test_domains_that_no_modality_tells_alone_are_those_of_both(compared, monkeypatch):
+    monkeypatch.setattr(multimodal, "EPOCHS", 150)
+    scores = compared.query("domains == 'multimodal'").set_index("expression")
+    assert (scores["ari"] > 0.9).all() and (scores["nmi"] > 0.9).all() and (scores["over_seeds"] > 0.9).all()
+    adata = quadrants()
+    labels = adata.obs["side"] + adata.obs["level"]
+    for by in ("image", "expression", "graph"):
+        domains = spatial_domains(adata, by, method="mixture", n_domains=4)
+        assert agreement(domains, labels, adata.obs["section"].to_numpy(str))["ari"].item() < 0.75
+
+
+def test_each_way_has_its_own_scores(compared):
+    ways = {("multimodal", "mixture"), ("joint", "kmeans")}
+    assert ways <= set(zip(compared["domains"], compared["method"], strict=True))
+    assert (compared.groupby(["domains", "method"]).size() == 2).all()  # by observed and by predicted expression
+    observed = compared["expression"] == "observed"
+    assert (
+        compared.loc[observed, "with_observed"].isna().all() and (compared.loc[~observed, "with_observed"] > 0.8).all()
+    )
+    assert (compared["section"] == "S0").all() and (compared["n_spots"] == 144).all()
 
 
 def test_agreement_leaves_out_spots_without_a_label():

@@ -27,9 +27,9 @@ from stexp.evaluation import predictions
 from stexp.evaluation.foreign import training
 from stexp.evaluation.records import read_provenance
 from stexp.inference import hub, model_folder, predictor
-from stexp.inference.bank import Bank
 from stexp.inference.export import export
 from stexp.inference.out_of_distribution import KnownTiles
+from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.trained import TrainedMethod
 from stexp.protocol import Protocol
 from stexp.runs.plugins import load_plugins
@@ -118,7 +118,7 @@ class Model:
         return self.exported.panel if self._run is None else list(self._held_out.var_names)
 
     @property
-    def bank(self) -> Bank | None:
+    def bank(self) -> AnyBank | None:
         """Reference spots of a method that retrieves."""
         return self.exported.bank
 

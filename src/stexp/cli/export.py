@@ -57,7 +57,8 @@ def lines(facts: dict) -> list[str]:
     )
     if "bank" in facts:
         bank = facts["bank"]
-        out.append(f"  bank: {bank['spots']} of {bank['of']} reference spots, embeddings in {bank['embedding']}")
+        what = f"{bank['spots']} prototypes" if facts["model"].get("prototypes") else str(bank["spots"])
+        out.append(f"  bank: {what} of {bank['of']} reference spots, embeddings in {bank['embedding']}")
         if "loss" in bank:
             loss = bank["loss"]
             out.append(

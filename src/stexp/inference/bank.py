@@ -165,7 +165,7 @@ def read_bank(path: Path) -> Bank:
         a gene or a spot twice.
     """
     arrays, texts = read_arrays(path, _NEEDED, _OPTIONAL)
-    names = {key: _names(path, key, texts.get(key)) for key in ("genes", "spot", "section", "patient")}
+    names = {key: read_names(path, key, texts.get(key)) for key in ("genes", "spot", "section", "patient")}
     n, n_genes = len(arrays["embedding"]), len(names["genes"])
     for key in ("section", "patient", "total_counts"):
         if len(arrays[key]) != n:
@@ -176,7 +176,7 @@ def read_bank(path: Path) -> Bank:
         raise damaged(path, "it names a gene twice, or none")
     if (arrays["total_counts"] < 0).any():
         raise damaged(path, "total_counts are below 0")
-    labels = {key: _label(path, key, arrays[key], names[key]) for key in ("section", "patient")}
+    labels = {key: read_label(path, key, arrays[key], names[key]) for key in ("section", "patient")}
     bank = Bank(
         embedding=arrays["embedding"].astype(np.float32),
         section=labels["section"],
@@ -192,7 +192,8 @@ def read_bank(path: Path) -> Bank:
     return bank
 
 
-def _names(path: Path, key: str, text: str | None) -> list[str]:
+def read_names(path: Path, key: str, text: str | None) -> list[str]:
+    """Names that stand as JSON in a file's texts."""
     try:
         names = json.loads(text or "null")
     except (ValueError, RecursionError) as error:
@@ -202,7 +203,8 @@ def _names(path: Path, key: str, text: str | None) -> list[str]:
     return names
 
 
-def _label(path: Path, key: str, codes: np.ndarray, names: list[str]) -> np.ndarray:
+def read_label(path: Path, key: str, codes: np.ndarray, names: list[str]) -> np.ndarray:
+    """The name that each code stands for."""
     if not names or codes.min() < 0 or codes.max() >= len(names):
         raise damaged(path, f"{key} has codes from {codes.min()} to {codes.max()}, and {len(names)} names")
     return np.array(names)[codes]

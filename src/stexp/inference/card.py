@@ -11,6 +11,7 @@ import yaml
 from stexp.evaluation.verdict import by_score, count, is_oracle, label, number
 from stexp.inference import confidence
 from stexp.inference.model_folder import ExportedModel
+from stexp.inference.prototype_bank import PrototypeBank
 
 SHOWN = {"pearson_acg": "Pearson, all genes", "pearson_heg50": "Pearson, 50 highest genes"}
 """Scores of the card, as ``metrics.json`` names them."""
@@ -53,7 +54,8 @@ def what_is_shared(model: ExportedModel) -> str:
     if model.bank is None:
         return names
     tiles = 0 if model.tiles is None else len(model.tiles.names)
-    counts = f"it holds counts of {len(model.bank)} spots x {len(model.bank.genes)} genes"
+    what = "mean expression of {} prototypes" if isinstance(model.bank, PrototypeBank) else "counts of {} spots"
+    counts = f"it holds {what.format(len(model.bank))} x {len(model.bank.genes)} genes"
     return f"{counts}, {count(tiles, 'small tile')} and the names of their sections and patients"
 
 
@@ -75,8 +77,8 @@ def _about(model: ExportedModel) -> str:
 def _references(model: ExportedModel) -> str:
     if model.bank is None:
         return "none"
-    k = model.facts["k"]
-    return f"{len(model.bank)} spots" + (f", k = {k}" if k else "")
+    what, k = "prototypes" if isinstance(model.bank, PrototypeBank) else "spots", model.facts["k"]
+    return f"{len(model.bank)} {what}" + (f", k = {k}" if k else "")
 
 
 def _sections(facts: Mapping[str, Any]) -> list[str]:

@@ -23,16 +23,16 @@ from stexp.evaluation.metrics import mean_pearson
 from stexp.evaluation.records import read_metrics
 from stexp.inference import intervals, model_folder, out_of_distribution, slide_checks, training_slides
 from stexp.inference.any_gene import any_gene, predict_together
-from stexp.inference.bank import Bank
 from stexp.inference.description import describe_model
 from stexp.inference.expected import expect, measure_accuracy, reliability_of_flags
 from stexp.inference.model_facts import read_json
 from stexp.inference.model_folder import ExportedModel
+from stexp.inference.prototype_bank import AnyBank, PrototypeBank
 from stexp.inference.references import bank_of, compress, without_references
 from stexp.inference.trained import TrainedMethod
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
-from stexp.runs.results import tiles_of
+from stexp.runs.tiles import tiles_of, with_image
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ def export(
     known, facts["known_tiles"] = _known_tiles(source, model)
     facts["looks"] = _looks(source)
     if references is not None:
-        whole = len(references)
-        facts["bank"] = {"spots": whole, "of": whole, "embedding": bank}
+        searched, how = len(references), source.for_retrieval[1]
+        facts["bank"] = {"spots": searched, "of": len(source.references(how.reference)), "embedding": bank}
         if bank != "float32" or prototypes is not None:
             references = compress(references, bank, prototypes)
             loss = _loss(source, model, TrainedMethod(facts, weights, references))
@@ -247,14 +247,21 @@ def _looks(source: FinishedRun) -> dict[str, dict]:
     return looks
 
 
-def _tiles(source: FinishedRun, references: Bank) -> Sheet | None:
-    """Small tiles of the references that have an image, of every so many-th where they are very many."""
-    spots = source.data.spots
-    rows = spots.index.get_indexer(references.spots().index)
-    with_image = [section.name for section in source.sections if section.slide is not None]
-    rows = rows[spots["section"].iloc[rows].isin(with_image).to_numpy()]
-    rows = rows[:: max(1, math.ceil(len(rows) / BANK_TILES))]
-    return sheet(list(spots.index[rows]), tiles_of(source.data, rows)) if len(rows) else None
+def _tiles(source: FinishedRun, references: AnyBank) -> Sheet | None:
+    """Small tiles of the references that have an image, of every so many-th where they are very many.
+
+    That of a prototype is the tile nearest to it.
+    """
+    names = references.spots().index
+    if isinstance(references, PrototypeBank):
+        named = source.named_prototypes(source.references(source.for_retrieval[1].reference))
+        assert named is not None  # of a run whose bank is one of prototypes
+        rows = named["row"].to_numpy()
+    else:
+        rows = source.data.spots.index.get_indexer(names)
+    shown = np.flatnonzero(with_image(source.data)[rows] & (rows >= 0))
+    shown = shown[:: max(1, math.ceil(len(shown) / BANK_TILES))]
+    return sheet(list(names[shown]), tiles_of(source.data, rows[shown])) if len(shown) else None
 
 
 def _encode(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from stexp.errors import InputError
-from stexp.inference.bank import Bank
+from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.trained import TrainedMethod, device_of
 
 
@@ -27,7 +27,7 @@ class TrainedModel(Protocol):
     def panel(self) -> list[str]: ...
 
     @property
-    def bank(self) -> Bank | None: ...
+    def bank(self) -> AnyBank | None: ...
 
     @property
     def method(self) -> TrainedMethod: ...

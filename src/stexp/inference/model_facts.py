@@ -32,7 +32,8 @@ Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Above0 = Annotated[float, Field(gt=0, le=1e6)]
 Colours = Annotated[list[Number], Field(min_length=3, max_length=3)]
 Stains = Annotated[list[Colours], Field(min_length=2, max_length=2)]
-File = Literal["model.safetensors", "bank.safetensors", "references.jpg", "known.safetensors", "genes.csv"]
+Bank = Literal["bank.safetensors", "prototypes.safetensors"]
+File = Literal["model.safetensors", Bank, "references.jpg", "known.safetensors", "genes.csv"]
 FILES: tuple[str, ...] = get_args(File)
 """What a folder may hold beside ``model.json``."""
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{1,128}$")]

@@ -6,7 +6,7 @@
 ``model.safetensors``
     Weights of the method (``model.``) and, where it reads frozen features, of their encoder (``features.``).
 ``bank.safetensors``
-    Of a method that retrieves: the reference spots.
+    Of a method that retrieves: the reference spots. ``prototypes.safetensors`` instead, of one that learned prototypes.
 ``references.jpg``
     Small tiles of some of them, which reports show.
 ``known.safetensors``
@@ -42,6 +42,7 @@ from stexp.inference.bank import Bank, read_bank, write_bank
 from stexp.inference.intervals import COLUMNS
 from stexp.inference.model_facts import check, read_json
 from stexp.inference.out_of_distribution import KnownTiles
+from stexp.inference.prototype_bank import AnyBank, read_prototype_bank, write_prototype_bank
 from stexp.inference.tensors import (
     AGAIN,
     FLOATS,
@@ -75,7 +76,7 @@ class ExportedModel:
 
     facts: dict
     weights: dict[str, torch.Tensor]
-    bank: Bank | None
+    bank: AnyBank | None
     genes: pd.DataFrame
     tiles: Sheet | None = None
     known: KnownTiles | None = None
@@ -137,8 +138,10 @@ def _fill(part: Path, model: ExportedModel, embedding_dtype: str) -> dict:
     facts = model.facts
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in model.weights.items()}
     write_arrays(part / "model.safetensors", weights)
-    if model.bank is not None:
+    if isinstance(model.bank, Bank):
         write_bank(part / "bank.safetensors", model.bank, embedding_dtype)
+    elif model.bank is not None:
+        write_prototype_bank(part / "prototypes.safetensors", model.bank, embedding_dtype)
     if model.tiles is not None:
         with naming(part / "references.jpg"):
             (part / "references.jpg").write_bytes(model.tiles.jpeg)
@@ -191,11 +194,17 @@ def read(folder: str | Path) -> ExportedModel:
     return ExportedModel(
         facts,
         weights=read_weights(folder / "model.safetensors"),
-        bank=read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None,
+        bank=_read_bank(folder, files),
         genes=read_genes(folder / "genes.csv", facts),
         tiles=tiles,
         known=_read_known(folder / "known.safetensors") if "known.safetensors" in files else None,
     )
+
+
+def _read_bank(folder: Path, files: dict[str, str]) -> AnyBank | None:
+    if "prototypes.safetensors" in files:
+        return read_prototype_bank(folder / "prototypes.safetensors")
+    return read_bank(folder / "bank.safetensors") if "bank.safetensors" in files else None
 
 
 def _read_facts(folder: Path) -> dict:

@@ -24,13 +24,13 @@ from stexp.data.slides.stream import tile_batches
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.inference import confidence, hub, model_folder, slide_checks, training_slides
-from stexp.inference.bank import Bank
 from stexp.inference.gene_choice import choose_genes
 from stexp.inference.intervals import COLUMNS as CALIBRATED
 from stexp.inference.layout import as_anndata
 from stexp.inference.model_folder import ExportedModel
 from stexp.inference.parts import Parts
 from stexp.inference.places import Places, lay_out
+from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.tensors import AGAIN
 from stexp.inference.trained import TrainedMethod, device_of
 from stexp.runs.plugins import load_plugins
@@ -215,7 +215,7 @@ class Model:
         by_look = training_slides.by_look(training_slides.fingerprint(slide), images) if images else []
         return {**dict.fromkeys(by_look, "by its look"), **dict.fromkeys(by_digest, "by its file")}
 
-    def _bank_without(self, sections: dict[str, str]) -> Bank:
+    def _bank_without(self, sections: dict[str, str]) -> AnyBank:
         if self.bank is None:
             raise InputError(f"exclude_slide=true: {self.facts['method']} retrieves nothing that could be left out")
         if not set(sections) & set(self.bank.section):
@@ -272,7 +272,7 @@ class Model:
         parts.save()
 
     def _finish(
-        self, arrays: dict[str, Any], places: Places, names: list[str], device: torch.device, bank: Bank | None
+        self, arrays: dict[str, Any], places: Places, names: list[str], device: torch.device, bank: AnyBank | None
     ) -> dict[str, Any]:
         """From what was encoded to the expression of some genes."""
         if self.method.together:

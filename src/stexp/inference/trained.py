@@ -14,7 +14,7 @@ from stexp import hardware
 from stexp.data.augment import augment
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
-from stexp.inference.bank import Bank
+from stexp.inference.prototype_bank import AnyBank
 from stexp.inference.rebuild import rebuild_encoder, rebuild_method
 from stexp.inference.tensors import AGAIN
 from stexp.models.consensus import Consensus, Gallery, Readout
@@ -44,7 +44,7 @@ class TrainedMethod:
         predicts any gene that they measure. Those that were exported without one predict their panel alone.
     """
 
-    def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: Bank | None) -> None:
+    def __init__(self, facts: dict, weights: dict[str, torch.Tensor], bank: AnyBank | None) -> None:
         self.facts, self.bank, self.panel = facts, bank, facts["panel"]
         self.protocol = Protocol(**facts["protocol"])
         require_as_recorded(facts.get("plugins"), f"the model {facts['method']}")
@@ -75,7 +75,7 @@ class TrainedMethod:
         for genes, expression in self._expression(bank, self.panel):
             method.scores += method.scores_of(expression, genes)
 
-    def _expression(self, bank: Bank, genes: list[str]) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _expression(self, bank: AnyBank, genes: list[str]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Expression of some genes in the references, (N, n), of as many genes at a time as memory is bounded by."""
         step = max(1, min(GENES, NUMBERS // len(bank)))
         for start in range(0, len(genes), step):
@@ -179,7 +179,7 @@ class TrainedMethod:
 
     @torch.inference_mode()
     def predict_together(
-        self, embedding: np.ndarray, xy_um: np.ndarray, genes: list[str] | None = None, *, bank: Bank | None = None
+        self, embedding: np.ndarray, xy_um: np.ndarray, genes: list[str] | None = None, *, bank: AnyBank | None = None
     ) -> dict[str, Any]:
         """Expression of a whole slide.
 
@@ -214,11 +214,11 @@ class TrainedMethod:
         obs = {} if made.obs is None else {"obs": made.obs}
         return {key: value.cpu().numpy() for key, value in arrays.items()} | obs
 
-    def _gallery(self, method: Consensus, bank: Bank) -> Gallery:
+    def _gallery(self, method: Consensus, bank: AnyBank) -> Gallery:
         index = ReferenceIndex(torch.from_numpy(bank.embedding).to(method.mean), bank.section, bank.patient)
         return Gallery(index, method.scores[self._of_own(bank)])
 
-    def _readout(self, method: Consensus, genes: list[str], bank: Bank) -> Readout:
+    def _readout(self, method: Consensus, genes: list[str], bank: AnyBank) -> Readout:
         """Of the panel as it was learned; of other genes from the references."""
         at = pd.Index(self.panel).get_indexer(genes)
         outside = [gene for gene, column in zip(genes, at, strict=True) if column < 0]
@@ -229,7 +229,7 @@ class TrainedMethod:
             mean[places[part]], loadings[:, places[part]] = other.mean, other.loadings
         return Readout(mean, loadings)
 
-    def _of_own(self, bank: Bank) -> slice | torch.Tensor:
+    def _of_own(self, bank: AnyBank) -> slice | torch.Tensor:
         """Rows of the model's own references that those of a bank are."""
         if self.bank is None or bank is self.bank:
             return slice(None)
@@ -243,7 +243,7 @@ class TrainedMethod:
         device: torch.device | str = "cpu",
         *,
         spread: bool = True,
-        bank: Bank | None = None,
+        bank: AnyBank | None = None,
     ) -> dict[str, Any]:
         """Expression of `genes` for image embeddings (Q, D), from the bank, in bounded memory beside the result.
 

@@ -47,6 +47,8 @@ class BLEEP(ContrastiveMethod):
         50 nearest in cosine; ``k=1`` is what the paper calls simple.
     correct
         Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
+    prototypes
+        Learn as many prototypes, and search them instead of spots (not published); see :mod:`stexp.models.prototypes`.
     lr, weight_decay
         Of AdamW.
 
@@ -76,6 +78,7 @@ class BLEEP(ContrastiveMethod):
         weighting: Weighting = "mean",
         reference: Reference = "image",
         correct: bool = False,
+        prototypes: Count | None = None,
         lr: Rate = 1e-3,
         weight_decay: Weight = 1e-3,
     ) -> None:
@@ -95,6 +98,8 @@ class BLEEP(ContrastiveMethod):
         self.lr, self.weight_decay = lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
+        if prototypes is not None:
+            self.learn_prototypes(prototypes, embedding_dim)
 
     @property
     def frozen_encoder(self) -> ImageEncoder | None:
@@ -118,7 +123,8 @@ class BLEEP(ContrastiveMethod):
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
-        return self.contrast(image, spot, batch, self.temperature, target_temperature=self.target_temperature)
+        loss = self.contrast(image, spot, batch, self.temperature, target_temperature=self.target_temperature)
+        return self.with_prototypes(loss, image, spot, self.temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -74,6 +74,7 @@ class ContrastiveMethod(RetrievalMethod):
 
     def on_train_start(self) -> None:
         """Forget what is in the memory, unless a training goes on: its rows are of other data."""
+        super().on_train_start()
         if self.trainer.global_step == 0:
             self.negatives.forget()
 

@@ -58,6 +58,8 @@ class MclSTExp(ContrastiveMethod):
         Retrieval; see :class:`~stexp.models.retrieval_method.RetrievalMethod`.
     correct
         Correct what is retrieved by a residual (not published); see :mod:`stexp.models.correction`.
+    prototypes
+        Learn as many prototypes, and search them instead of spots (not published); see :mod:`stexp.models.prototypes`.
     optimizer, lr, weight_decay
         ``adam`` (published code) or ``adamw`` (paper).
 
@@ -94,6 +96,7 @@ class MclSTExp(ContrastiveMethod):
         weighting: Weighting = "inverse_square",
         reference: Reference = "image",
         correct: bool = False,
+        prototypes: Count | None = None,
         optimizer: Literal["adam", "adamw"] = "adam",
         lr: Rate = 1e-4,
         weight_decay: Weight = 1e-3,
@@ -119,6 +122,8 @@ class MclSTExp(ContrastiveMethod):
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
+        if prototypes is not None:
+            self.learn_prototypes(prototypes, embedding_dim)
         if spot_context == "batch":
             self.reference_batch = 32  # as the published code embeds them
 
@@ -189,7 +194,8 @@ class MclSTExp(ContrastiveMethod):
         else:
             spot = gather(self.embed_batch_spots(batch), n)
         temperature = self.log_temperature.exp().clamp(min=0.01)
-        return self.contrast(image, spot, batch, temperature, self.image_weight)
+        loss = self.contrast(image, spot, batch, temperature, self.image_weight)
+        return self.with_prototypes(loss, image, spot, temperature)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]

@@ -33,7 +33,8 @@ class Prediction:
     image_embedding : (B, D)
         Of the tile, in the space that is searched.
     neighbours : (B, n) int64
-        The retrieved references that count most, as positions in ``References.retrieved_rows``.
+        The retrieved references that count most, as positions in ``References.retrieved_rows``, or among the
+        prototypes of these.
     neighbour_weights : (B, n)
         Their weights.
     """
@@ -85,12 +86,15 @@ class References:
         Sections that were searched.
     retrieved_rows : (R,) int64
         Rows of the spots that were searched, a part of `rows`.
+    prototype : (N,) int64 or None
+        Which prototype each of `rows` belongs to, of a method that searches prototypes instead of spots.
     """
 
     rows: np.ndarray
     embedding: torch.Tensor
     sections: list[str]
     retrieved_rows: np.ndarray
+    prototype: np.ndarray | None = None
 
 
 class Method(pl.LightningModule, ABC):

@@ -6,10 +6,11 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from stexp.arguments import Count, checked
-from stexp.data.batches import SpotBatch, tensor_or_rows
+from stexp.data.batches import SpotBatch, SpotIndex, tensor_or_rows
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.rows import Rows, some_rows
 from stexp.errors import InputError
@@ -24,6 +25,7 @@ from stexp.models.correction import (
 )
 from stexp.models.losses import beside_chance
 from stexp.models.method import Method, Prediction, References
+from stexp.models.prototypes import Prototypes, stand_for
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
 
 K_CANDIDATES = (5, 10, 25, 50, 100, 200, 400, 800)
@@ -56,6 +58,7 @@ class RetrievalMethod(Method):
         super().__init__()
         self.k, self.distance, self.weighting, self.reference = k, distance, weighting, reference
         self.correction: Correction | None = None
+        self.prototypes: Prototypes | None = None
         self._index: ReferenceIndex | None = None  # searched, set before validation and prediction
         self._reference_target: torch.Tensor | Rows | None = None  # (N, G), the expression of its spots
 
@@ -65,6 +68,27 @@ class RetrievalMethod(Method):
         Neighbours then count by their similarity, whatever `weighting` says.
         """
         self.weighting, self.correction = "similarity", Correction(n_dims, n_genes)
+
+    def learn_prototypes(self, n: int, n_dims: int) -> None:
+        """Search `n` prototypes instead of spots, see :class:`~stexp.models.prototypes.Prototypes`."""
+        if self.correction is not None:
+            raise InputError(
+                "model.correct=true learns from spots that are retrieved without themselves, which prototypes cannot "
+                "leave out; model.prototypes=null would fit"
+            )
+        if self.k != "auto" and self.k > n:
+            raise InputError(f"model.k={self.k}, but there are {n} prototypes; choose 1 to {n}, or more prototypes")
+        self.prototypes = Prototypes(n, n_dims)
+
+    def with_prototypes(
+        self, loss: torch.Tensor, image: torch.Tensor, spot: torch.Tensor, temperature: float | torch.Tensor
+    ) -> torch.Tensor:
+        """The contrastive loss of a batch, and that of its prototypes where the method learns any."""
+        if self.prototypes is None:
+            return loss
+        own = self.prototypes(image, spot, temperature)
+        self.log("train/prototypes", own, on_step=False, on_epoch=True, batch_size=len(image))
+        return loss + own
 
     @abstractmethod
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
@@ -105,6 +129,19 @@ class RetrievalMethod(Method):
             n = len(choose_references(data.spots.iloc[data.rows(*roles)], self.reference))
             if self.k != "auto" and self.k > n:
                 raise InputError(f"k={self.k}, but there are {n} reference spots; choose 1 to {n}")
+        n = len(data.rows("train"))
+        if self.prototypes is not None and len(self.prototypes) > n:
+            raise InputError(f"model.prototypes={len(self.prototypes)}, but {n} spots train; choose 1 to {n}")
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Place prototypes that are nowhere yet at training spots, drawn by the seed of the data."""
+        if self.prototypes is None or self.prototypes.started:
+            return
+        rows, n = self.data.rows("train"), len(self.prototypes)
+        rows = np.sort(np.random.default_rng(self.data.seed).choice(rows, n, replace=False))
+        parts = (SpotIndex(part, image=False) for part in torch.from_numpy(rows).split(self.reference_batch))
+        self.prototypes.start(torch.cat([self.embed_batch_spots(self.data.batch(i, self.device)) for i in parts]))
 
     def validation_roles(self) -> tuple[str, ...]:
         """Roles that are retrieved from, when validation spots are predicted."""
@@ -119,19 +156,26 @@ class RetrievalMethod(Method):
 
     @torch.no_grad()
     def set_reference(self, data: SpotDataModule, *roles: str) -> None:
-        """Embed the training-side spots of the given roles that `reference` admits, and search among them."""
+        """Embed the training-side spots of the given roles that `reference` admits, and search among them.
+
+        Of a method with prototypes, these are searched that the spots belong to.
+        """
         loader = data.loader(*roles, image=False, batch_size=self.reference_batch)
         rows = data.rows(*roles)
         embedding = torch.cat([self.embed_batch_spots(data.batch(index, self.device)).float() for index in loader])
         chosen = choose_references(data.spots.iloc[rows], self.reference)
         table = data.spots.iloc[rows[chosen]]
-        self._index = ReferenceIndex(
-            embedding if len(chosen) == len(rows) else embedding[torch.from_numpy(chosen).to(embedding.device)],
-            table["section"].to_numpy(str),
-            table["patient"].to_numpy(str),
-        )
-        self._reference_target = tensor_or_rows(some_rows(data.target, rows[chosen]), self.device)
-        self.references = References(rows, embedding, list(table["section"].unique()), rows[chosen])
+        searched = embedding if len(chosen) == len(rows) else embedding[torch.from_numpy(chosen).to(embedding.device)]
+        sections, prototype = list(table["section"].unique()), None
+        if self.prototypes is None:
+            self._reference_target = tensor_or_rows(some_rows(data.target, rows[chosen]), self.device)
+        else:
+            prototype = self.prototypes.assign(embedding).cpu().numpy()
+            standing = stand_for(prototype[chosen], searched, table)
+            self._reference_target = standing.mean(torch.from_numpy(data.target[rows[chosen]]).to(self.device))
+            searched, table = standing.embedding, standing.names
+        self._index = ReferenceIndex(searched, table["section"].to_numpy(str), table["patient"].to_numpy(str))
+        self.references = References(rows, embedding, sections, rows[chosen], prototype)
 
     def retrieved(self, batch: SpotBatch) -> Prediction:
         """Expression (B, G) as it is retrieved, its spread among the neighbours, where it came from, the embedding."""
@@ -141,7 +185,9 @@ class RetrievalMethod(Method):
         return replace(made, image_embedding=query)
 
     def _k(self, index: ReferenceIndex) -> int:
-        return min(DEFAULT_K, len(index)) if self.k == "auto" else self.k
+        k = DEFAULT_K if self.k == "auto" else self.k
+        # prototypes that no reference belongs to are not there
+        return min(k, len(index)) if self.k == "auto" or self.prototypes is not None else k
 
     def validation_step(self, batch: SpotBatch, batch_idx: int = 0) -> Prediction:  # type: ignore[override]
         """What is retrieved: while the encoders train there is no correction."""

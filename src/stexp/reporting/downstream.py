@@ -16,7 +16,8 @@ from stexp.evaluation.coverage import covered
 from stexp.evaluation.spatial import variable_genes
 from stexp.files import write_atomically, write_csv
 from stexp.reporting import differences, exports
-from stexp.reporting.domains import DOMAINS, METHODS, agreement, read_labels, spatial_domains
+from stexp.reporting.domain_comparison import compare_domains
+from stexp.reporting.domains import DOMAINS, LAYERS, METHODS, agreement, default_method, read_labels, spatial_domains
 from stexp.reporting.gene_sets import gene_set_scores
 from stexp.reporting.references import neighbour_table
 
@@ -40,7 +41,7 @@ def check(cfg: dict) -> None:
     exports.check(cfg["exports"])
     if chosen["gene_sets"] is not None:
         chosen["gene_sets"] = str(chosen["gene_sets"])
-    for key, names in (("domains", (None, *DOMAINS)), ("method", METHODS)):
+    for key, names in (("domains", (None, *DOMAINS)), ("method", (None, *METHODS)), ("expression", LAYERS)):
         if chosen[key] not in names:
             choices = [name for name in names if name]
             near = did_you_mean(str(chosen[key]), choices)
@@ -106,11 +107,13 @@ def analyse(folder: Path, cfg: dict) -> list[str]:
 
 
 def _domains(adata: ad.AnnData, chosen: dict[str, Any], lines: list[str]) -> dict[str, pd.DataFrame]:
-    """Tables of domains, which ``obs`` gets too, and of their agreement with labels."""
-    keys = ("method", "n_domains", "resolution", "smooth")
-    domains = spatial_domains(adata, chosen["domains"], **{key: chosen[key] for key in keys})
+    """Tables of domains, which ``obs`` gets too, of their agreement with labels, and of other ways to make them."""
+    by, options = chosen["domains"], {key: chosen[key] for key in ("n_domains", "resolution", "smooth")}
+    method = chosen["method"] = chosen["method"] or default_method(by)
+    domains = spatial_domains(adata, by, method=method, expression=chosen["expression"], **options)
     adata.obs["domain"] = domains
-    lines.append(f"{len(domains.categories)} domains by {chosen['domains']}, {chosen['method']}")
+    layer = "" if by == "image" else f" ({chosen['expression']} expression)"
+    lines.append(f"{len(domains.categories)} domains by {by}{layer}, {method}")
     tables = {"domains": adata.obs[["section", "domain"]]}
     labels = read_labels(adata, chosen["labels"])
     if labels is not None and labels.notna().any():
@@ -120,7 +123,19 @@ def _domains(adata: ad.AnnData, chosen: dict[str, Any], lines: list[str]) -> dic
             f"with the labels of {row.section}: ARI {row.ari:.3f}, NMI {row.nmi:.3f} ({row.n_spots} spots)"
             for row in table.itertuples()
         ]
+    if by == "multimodal":
+        tables["domains_compared"] = compare_domains(adata, labels, **options)
+        lines += [_compared(row) for row in tables["domains_compared"].to_dict("records")]
     return tables
+
+
+def _compared(row: dict[str, Any]) -> str:
+    parts = [f"ARI of three seeds with each other {row['over_seeds']:.3f}"]
+    if not pd.isna(row["with_observed"]):
+        parts.append(f"with those by observed expression {row['with_observed']:.3f}")
+    if "ari" in row:
+        parts.append(f"with the labels of {row['section']} {row['ari']:.3f}, NMI {row['nmi']:.3f}")
+    return f"{row['domains']}, {row['method']}, {row['expression']} expression: {'; '.join(parts)}"
 
 
 def _write(folder: Path, tables: dict[str, pd.DataFrame], chosen: dict[str, Any]) -> list[Path]:

@@ -7,14 +7,18 @@ from pathlib import Path
 from stexp.completion.result import RESULT
 from stexp.errors import InputError
 from stexp.evaluation.predictions import is_of_a_slide
+from stexp.evaluation.prototype_record import FACTS
 from stexp.files import write_atomically
 from stexp.reporting.completion_page import completion_page
 from stexp.reporting.prediction_page import prediction_page
+from stexp.reporting.prototype_page import NAME, prototype_page
 from stexp.reporting.run_page import run_page
 
 
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` into the folder of a run, or of a predicted slide, whole or not at all.
+
+    Of a run that learned prototypes ``prototypes.html``, too.
 
     Parameters
     ----------
@@ -35,6 +39,8 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give that of a run or of a predicted slide, as in run=runs/x")
+    if (folder / FACTS).is_file():
+        write_atomically(folder / NAME, prototype_page(folder))
     if (folder / RESULT).is_file():
         page = completion_page(folder)
     else:

@@ -16,6 +16,7 @@ from stexp.evaluation.contrast import describe_contrast
 from stexp.evaluation.coverage import covered, sentences
 from stexp.evaluation.metrics import DEPTH_NOTE
 from stexp.evaluation.predictions import CHANGED, OF_RUN, changed_since_run, protocol_of, read
+from stexp.evaluation.prototype_record import FACTS
 from stexp.evaluation.records import (
     Audit,
     ForeignAudit,
@@ -29,6 +30,7 @@ from stexp.evaluation.verdict import best_floor, has_more_than_highest, is_oracl
 from stexp.reporting.maps import make_maps
 from stexp.reporting.page import render_report, unit
 from stexp.reporting.plots import score_chart
+from stexp.reporting.prototype_page import NAME
 
 # columns of the score table: key, heading, whether less is better; None: neither less nor more is
 COLUMNS: list[tuple[str, str, bool | None]] = [
@@ -90,6 +92,7 @@ def run_page(run: Path) -> str:
         provenance,
         genes,
         predictions,
+        prototypes=NAME if (run / FACTS).is_file() else "",
         maps=make_maps(predictions, slides, references, by_worth=[row["gene"] for row in by_worth]),
         notice=f"{CHANGED}." if changed_since_run(run) else "",
     )

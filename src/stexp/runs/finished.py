@@ -22,9 +22,11 @@ from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.evaluation.records import Chosen, read_provenance
 from stexp.models.method import Prediction
+from stexp.models.prototypes import Standing, stand_for
 from stexp.models.retrieval import Distance, Reference, ReferenceIndex, Weighting, choose_references, retrieve
 from stexp.protocol import Protocol
 from stexp.runs.folder import RunFolder
+from stexp.runs.prototypes import name_prototypes
 from stexp.runs.provenance import changed_sections
 
 EMBEDDINGS = (
@@ -140,6 +142,21 @@ class FinishedRun:
         rows = np.flatnonzero(~np.isnan(embeddings.obsm["spot_embedding"]).any(axis=1))
         return rows[choose_references(self.data.spots.iloc[rows], which)]
 
+    def standing(self, rows: np.ndarray) -> Standing | None:
+        """Prototypes that stand for the references `rows`; None of a run that searches spots."""
+        embeddings, _ = self.for_retrieval
+        if "prototype" not in embeddings.obs:
+            return None
+        number = embeddings.obs["prototype"].to_numpy(np.int64)[rows]
+        return stand_for(number, torch.from_numpy(embeddings.obsm["spot_embedding"][rows]), self.data.spots.iloc[rows])
+
+    def named_prototypes(self, rows: np.ndarray) -> pd.DataFrame | None:
+        """`standing` as a table that predictions name, see :func:`~stexp.runs.prototypes.name_prototypes`."""
+        standing, (embeddings, _) = self.standing(rows), self.for_retrieval
+        if standing is None:
+            return None
+        return name_prototypes(self.data, standing, rows, torch.from_numpy(embeddings.obsm["spot_embedding"][rows]))
+
     def retrieve(self, data: SpotDataModule, how: Retrieval) -> tuple[Prediction, np.ndarray]:
         """Predict the held-out spots anew from the kept embeddings.
 
@@ -151,22 +168,27 @@ class FinishedRun:
         Returns
         -------
         Prediction
-            Its neighbours are rows of the data's spots.
+            Its neighbours are rows of the data's spots, or positions among the prototypes of the second result, see
+            `standing`.
         (N,) int64
             Rows of the data's spots that were retrieved from.
         """
         embeddings, _ = self.for_retrieval
         rows = self.references(how.reference)
-        spots = data.spots.iloc[rows]
-        index = ReferenceIndex(
-            torch.from_numpy(embeddings.obsm["spot_embedding"][rows]),
-            spots["section"].to_numpy(str),
-            spots["patient"].to_numpy(str),
-        )
+        spots, searched = data.spots.iloc[rows], torch.from_numpy(embeddings.obsm["spot_embedding"][rows])
+        k, standing = how.k, self.standing(rows)
+        if standing is not None:
+            searched, spots = standing.embedding, standing.names
+            k = min(k, len(searched))  # as the method does
+        index = ReferenceIndex(searched, spots["section"].to_numpy(str), spots["patient"].to_numpy(str))
         query = torch.from_numpy(embeddings.obsm["image_embedding"][data.rows("test")])
         expression = tensor_or_rows(some_rows(data.target, rows), query.device)
-        prediction = retrieve(index, query, expression, how.k, how.distance, how.weighting)
-        neighbours = torch.from_numpy(rows)[prediction.neighbours]
+        if standing is not None:
+            expression = standing.mean(torch.from_numpy(data.target[rows]))
+        prediction = retrieve(index, query, expression, k, how.distance, how.weighting)
+        neighbours = prediction.neighbours
+        if standing is None and neighbours is not None:
+            neighbours = torch.from_numpy(rows)[neighbours]
         return replace(prediction, image_embedding=query, neighbours=neighbours), rows
 
     def outside_panel(self, genes: list[str]) -> list[str]:

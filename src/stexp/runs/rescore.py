@@ -68,6 +68,7 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
         log.warning("the correction of %s (model.correct) is left out: retrieved again is what is retrieved alone", run)
     data, how = source.serve(panel), replace(as_run, **changes)
     prediction, rows = source.retrieve(data, how)
+    named = source.named_prototypes(rows)
     quality = source.predictions.obs.filter(like="qc_").reset_index(drop=True)
     prediction = replace(prediction, obs=pd.concat([prediction.obs, quality], axis=1))
 
@@ -99,7 +100,7 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     kept = embeddings.obsm
     facts_of_run, random = describe_run(config, data, chosen), kept_random_components(embeddings)
     record[DIGEST] = write_scored_files(
-        folder, data, prediction, kept["features"], kept["colour"], facts_of_run, random
+        folder, data, prediction, kept["features"], kept["colour"], facts_of_run, random, named
     )
     write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
 from stexp.protocol import Protocol, other_protocols
 from stexp.runs.folder import RunFolder
+from stexp.runs.prototypes import write_prototypes
 from stexp.runs.provenance import git_state, manifest
+from stexp.runs.tiles import tiles_of, with_image
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,10 @@ def write_results(
     str
         Digest of the predictions, by which a later change of them is seen.
     """
-    references = method.references
-    if references is not None and prediction.neighbours is not None:
+    references, named = method.references, None
+    if references is not None and references.prototype is not None:
+        named = write_prototypes(folder.path, data, references)
+    elif references is not None and prediction.neighbours is not None:
         rows = torch.from_numpy(references.retrieved_rows)[prediction.neighbours]
         prediction = replace(prediction, neighbours=rows)
     quality = quality_of_test(data, thresholds)
@@ -106,7 +110,7 @@ def write_results(
         table = embedding_table(data, references, query.numpy(), data.tile_features, colour, random)
         predictions.write(table, folder.path / "embeddings.h5ad")
     facts_of_run = describe_run(folder.config, data, chosen)
-    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run, random)
+    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run, random, named)
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
         "train": data.names("train"),
@@ -136,13 +140,16 @@ def write_scored_files(
     colour: np.ndarray,
     facts: RunFacts,
     random: Sequence[Rows] = (),
+    named: pd.DataFrame | None = None,
 ) -> str:
     """Write the two files that scoring reads, and ``pictures.h5``; returns the digest of the predictions.
 
     Parameters
     ----------
     prediction
-        Of the test spots, NaN throughout for those that are not predicted; its neighbours are rows of the data's spots.
+        Of the test spots, NaN throughout for those that are not predicted; its neighbours are rows of `named`.
+    named
+        Prototypes, see :func:`~stexp.runs.prototypes.name_prototypes`; None: the data's spots.
     """
     test, train = data.rows("test"), data.rows(*TRAINING)
     adata = predictions.make_predictions(
@@ -161,8 +168,9 @@ def write_scored_files(
     predictions.add_images(adata, _tested(data))
     if prediction.neighbours is not None and prediction.neighbour_weights is not None:
         weights = prediction.neighbour_weights.numpy()
-        predictions.add_neighbours(adata, data.spots, prediction.neighbours.numpy(), weights)
-    write_pictures(folder / pictures.NAME, data, adata)
+        table = data.spots if named is None else named
+        predictions.add_neighbours(adata, table, prediction.neighbours.numpy(), weights)
+    write_pictures(folder / pictures.NAME, data, adata, named)
     adata.uns["stexp"] = {
         "protocol": json.dumps(asdict(data.protocol)),
         "model": facts.model,
@@ -205,7 +213,7 @@ def _array(values: torch.Tensor | None) -> np.ndarray | None:
     return None if values is None else values.numpy()
 
 
-def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData) -> None:
+def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData, named: pd.DataFrame | None = None) -> None:
     """Write the slides of the test sections, and the tiles of those references that count most, as methods see them."""
     test = [section for section in _tested(data) if section.slide is not None]
     budget = pictures.SLIDE_BYTES // max(1, len(test))
@@ -215,19 +223,12 @@ def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData) -> None:
         slides[section.name] = pictures.picture(section.image, xy, data.tile.side_px(section), budget)
     sheet = None
     if "neighbours" in adata.obsm:
-        names = predictions.heaviest_references(adata)
-        rows = data.spots.index.get_indexer(names)
-        with_image = {section.name for section in data.sections if section.slide is not None}
-        rows = rows[data.spots["section"].iloc[rows].isin(with_image).to_numpy()][: pictures.REFERENCES]
-        if len(rows):
-            sheet = pictures.sheet(list(data.spots.index[rows]), tiles_of(data, rows))
+        names = np.array(predictions.heaviest_references(adata))
+        rows = data.spots.index.get_indexer(names) if named is None else named.loc[names, "row"].to_numpy()
+        shown = np.flatnonzero(with_image(data)[rows] & (rows >= 0))[: pictures.REFERENCES]
+        if len(shown):
+            sheet = pictures.sheet(list(names[shown]), tiles_of(data, rows[shown]))
     pictures.write(path, slides, sheet)
-
-
-def tiles_of(data: SpotDataModule, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Tiles of the spots `rows`, (px, px, 3) uint8, one by one, in bounded memory."""
-    for start in range(0, len(rows), data.eval_batch_size):
-        yield from data.tiles(rows[start : start + data.eval_batch_size]).numpy()
 
 
 def floors_under(
@@ -337,9 +338,13 @@ def embedding_table(
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
     ``obsm``: ``spot_embedding`` of what may be retrieved from, ``image_embedding`` of the test spots,
-    ``features`` and ``colour`` of spots with a tile; NaN elsewhere.
+    ``features`` and ``colour`` of spots with a tile; NaN elsewhere. ``obs["prototype"]``: of a method that has them,
+    which one a spot that may be retrieved from belongs to; -1 elsewhere.
     """
     adata = ad.AnnData(obs=data.spots[["section", "patient", "spot", "role"]].copy())
+    if references.prototype is not None:
+        adata.obs["prototype"] = np.int64(-1)
+        adata.obs.iloc[references.rows, adata.obs.columns.get_loc("prototype")] = references.prototype
     for name, rows, values in (
         ("spot_embedding", references.rows, references.embedding.cpu().numpy()),
         ("image_embedding", data.rows("test"), query),
