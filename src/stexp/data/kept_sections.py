@@ -43,7 +43,9 @@ def keeping(folder: Path | None) -> Iterator[None]:
         _folder.reset(token)
 
 
-def read_each(items: Iterable[Item], total: int, what: str, read: Callable[[Item], Section]) -> list[Section]:
+def read_each(
+    items: Iterable[Item], total: int, what: str, read: Callable[[Item], Section], at_most: int | None = None
+) -> list[Section]:
     """Sections of a data set, in order, by :func:`~stexp.data.parallel.on_all_cores`; kept where `keeping` says so."""
     folder = _folder.get()
 
@@ -51,7 +53,7 @@ def read_each(items: Iterable[Item], total: int, what: str, read: Callable[[Item
         section = read(item)
         return section if folder is None else keep(section, folder)
 
-    return on_all_cores(items, total, what, read_one)
+    return on_all_cores(items, total, what, read_one, at_most)
 
 
 def keep(section: Section, folder: Path) -> Section:

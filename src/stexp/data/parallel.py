@@ -13,7 +13,9 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def on_all_cores(items: Iterable[Item], total: int, what: str, make: Callable[[Item], Made]) -> list[Made]:
+def on_all_cores(
+    items: Iterable[Item], total: int, what: str, make: Callable[[Item], Made], at_most: int | None = None
+) -> list[Made]:
     """What is made of each item, in order: as many at once as there are cores; the first error of the order is raised.
 
     Parameters
@@ -22,8 +24,11 @@ def on_all_cores(items: Iterable[Item], total: int, what: str, make: Callable[[I
         Number of items.
     what
         Is done, for the progress.
+    at_most
+        Made at once, of what takes much memory; None: as many as there are cores.
     """
-    with ThreadPoolExecutor(min(hardware.usable_cores(), max(1, total))) as pool:
+    n = min(hardware.usable_cores(), max(1, total))
+    with ThreadPoolExecutor(n if at_most is None else min(n, at_most)) as pool:
         waiting = [pool.submit(make, item) for item in items]
         try:
             return [each.result() for each in track(waiting, total, what)]

@@ -13,7 +13,7 @@ import pandas as pd
 from stexp.arguments import Positive, check
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.bins import read_bins, squares_of
 from stexp.data.readers.cells import read_cell_centres
 from stexp.data.readers.paths import choose_sections, user_path
@@ -81,15 +81,18 @@ def read_visium_hd(
     folders = _outs(root)
     names = choose_sections(sorted(folders), sections, root)
     patients = read_patients(root / "patients.csv", names)
-    image, read = user_path(image) if image else None, []
-    for name in track(names, len(names), "reading sections"):
+    of_all = user_path(image) if image else None
+
+    def read(name: str) -> Section:
         outs = folders[name]
-        own = None if cytassist and image is None else image_of(image, root, outs, name, len(names))
+        own = None if cytassist and of_all is None else image_of(of_all, root, outs, name, len(names))
         if spots == "cells":
-            read.append(_read_cells(name, patients[name], outs, own, gene_table, cytassist))
-        else:
-            read.append(_read_bins(name, patients[name], outs, bin_um, own, gene_table, cytassist))
-    return read
+            return _read_cells(name, patients[name], outs, own, gene_table, cytassist)
+        return _read_bins(name, patients[name], outs, bin_um, own, gene_table, cytassist)
+
+    return read_each(
+        names, len(names), "reading sections", read, at_most=1
+    )  # a whole array takes 3 GB while it is read
 
 
 def _outs(root: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ import pandas as pd
 from stexp.arguments import NotNegative, Positive, check
 from stexp.data.gene_names import harmonise
 from stexp.data.join import join
-from stexp.data.progress import track
+from stexp.data.kept_sections import read_each
 from stexp.data.readers.alignment import read_alignment, scale_of, to_image
 from stexp.data.readers.paths import choose_sections, user_path
 from stexp.data.readers.patients import read_patients
@@ -93,8 +93,8 @@ def read_xenium(
     folders = _folders(root)
     names = choose_sections(sorted(folders), sections, root)
     patients = read_patients(root / "patients.csv", names)
-    read = []
-    for name in track(names, len(names), "reading sections"):
+
+    def read(name: str) -> Section:
         folder, where = folders[name], f"section {name}"
         pixel_um = _pixel_um(folder / EXPERIMENT)
         own_image = _image(user_path(image) if image else None, root, folder, name, len(names))
@@ -109,14 +109,13 @@ def read_xenium(
         files = (folder / EXPERIMENT, *files)
         if own_image is None or own_alignment is None:
             log.warning("%s: no H&E image (..._he_image.ome.tif); its spots can only be referred to", where)
-            read.append(Section(name, patients[name], counts, None, pixel_um, files))
-        else:
-            matrix, slide = read_alignment(own_alignment), Slide(own_image)
-            counts = _on_image(counts, matrix, slide, own_alignment, where)
-            um_per_px = pixel_um * scale_of(matrix)
-            files = (*files, own_alignment, own_image)
-            read.append(Section(name, patients[name], counts, slide, um_per_px, files))
-    return read
+            return Section(name, patients[name], counts, None, pixel_um, files)
+        matrix, slide = read_alignment(own_alignment), Slide(own_image)
+        counts = _on_image(counts, matrix, slide, own_alignment, where)
+        um_per_px = pixel_um * scale_of(matrix)
+        return Section(name, patients[name], counts, slide, um_per_px, (*files, own_alignment, own_image))
+
+    return read_each(names, len(names), "reading sections", read, at_most=1)  # which takes a gigabyte
 
 
 def _folders(root: Path) -> dict[str, Path]:
