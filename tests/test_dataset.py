@@ -21,7 +21,7 @@ def test_a_section_listed_under_two_names_is_refused(tmp_path):
 
 
 def test_that_spots_are_rows_is_said_once_of_all_tables(demo, tmp_path, caplog):
-    cfg = configure(demo, tmp_path / "run")
+    cfg = configure(demo, tmp_path / "run", f"data.cache_dir={tmp_path}")  # where nothing was read before
     caplog.set_level("INFO")
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     lines = [record.getMessage() for record in caplog.records if "rows" in record.getMessage()]

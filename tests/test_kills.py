@@ -123,7 +123,7 @@ def content(path: Path, model: str) -> Any:
 
 
 def results(home: Path) -> dict[str, Path]:
-    """Files that a command leaves, but for logs, seconds of stages, and pages, which say date and seconds."""
+    """Files that a command leaves, but for logs, seconds of stages, and what says dates, seconds or its own folder."""
     return {
         str(path.relative_to(home)): path
         for path in sorted(home.rglob("*"))
@@ -131,6 +131,7 @@ def results(home: Path) -> dict[str, Path]:
         and path.suffix not in (".log", ".lock", ".html")
         and path.name not in ("stages.json", "multirun.yaml")
         and "logs" not in path.relative_to(home).parts
+        and not (path.parent.name == "sections" and path.suffix == ".json")
     }
 
 

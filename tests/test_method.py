@@ -29,7 +29,7 @@ def test_every_method_of_conf_is_a_method(name):
 
 def test_slides_are_predicted_by_methods_that_read_tiles_alone():
     assert {name for name, method in CLASSES.items() if method.predicts_slides} == {
-        *("bleep", "consensus", "hest_ridge", "mclstexp", "mean", "stnet")
+        *("bleep", "consensus", "heclip", "hest_ridge", "m2ort", "mclstexp", "mclstexp_plus", "mean", "stnet")
     }
 
 

@@ -49,4 +49,4 @@ def test_truth_floors_and_ceiling_are_those_of_residuals(folder: Path) -> None:
 
 def test_single_references_do_not_hold_what_residuals_are_of(folder: Path) -> None:
     with pytest.raises(InputError, match="retrieves residuals"):
-        bank_of(FinishedRun(RunFolder(folder)))
+        bank_of(FinishedRun(RunFolder(folder)), {})

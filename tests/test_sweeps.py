@@ -671,7 +671,7 @@ def test_a_search_chooses_by_validation_and_not_by_the_test_spots(tmp_path):
     [
         ("model.lrr=1", "there is no key model.lrr; did you mean model.lr?"),
         ("lr=1", "there is no key lr; did you mean model.lr?"),
-        ("model=stnet model.k=3", "there is no key model.k; model=bleep and model=mclstexp have it"),
+        ("model=stnet model.k=3", "there is no key model.k; model=bleep and "),
         ("trainer.max_epoch=1", "did you mean trainer.max_epochs?"),
         ("modell=x", "did you mean model?"),
         ("model=foo", "model=foo: choose "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from stexp.data.cache import locked, write_whole
+from stexp.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,10 @@ class KeptCounts:
                 if arrays is None:
                     file, arrays = io.BytesIO(), make()
                     np.savez(file, **arrays)  # type: ignore[arg-type]  # its checksums tell a damaged file
-                    write_whole(path, file.getbuffer())
+                    try:
+                        write_whole(path, file.getbuffer())
+                    except InputError as error:  # it is made again the next time
+                        log.warning("%s", error)
         return arrays
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 from stexp import hardware
@@ -29,7 +30,8 @@ def on_all_cores(
     """
     n = min(hardware.usable_cores(), max(1, total))
     with ThreadPoolExecutor(n if at_most is None else min(n, at_most)) as pool:
-        waiting = [pool.submit(make, item) for item in items]
+        # threads do not inherit context variables, such as where lines about tables are counted
+        waiting = [pool.submit(copy_context().run, make, item) for item in items]
         try:
             return [each.result() for each in track(waiting, total, what)]
         finally:

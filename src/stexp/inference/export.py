@@ -116,8 +116,10 @@ def export(
     known, facts["known_tiles"] = _known_tiles(source, model)
     facts["looks"] = _looks(source)
     if references is not None:
-        searched, how = len(references), source.for_retrieval[1]
-        facts["bank"] = {"spots": searched, "of": len(source.references(how.reference)), "embedding": bank}
+        spots = len(references)  # unless prototypes stand for more
+        if isinstance(references, PrototypeBank):
+            spots = len(source.references(source.for_retrieval[1].reference))
+        facts["bank"] = {"spots": len(references), "of": spots, "embedding": bank}
         if bank != "float32" or prototypes is not None:
             references = compress(references, bank, prototypes)
             loss = _loss(source, model, TrainedMethod(facts, weights, references))
