@@ -51,7 +51,7 @@ $(PAPER): $(READY)
 tables: $(READY)  ## all of these again from the finished runs, without training; ARGS=allow_missing=true prints gaps
 	$(BIN)/stexp-table sweep=all runs=$(RUNS) $(ARGS)
 
-test: $(READY)  ## quick tests; those on real data run where STEXP_DATA names a folder
+test: $(READY)  ## tests of up to two seconds each; those on real data run where STEXP_DATA names a folder
 	$(BIN)/pytest -n 2 -m "not slow"
 
 test-all: $(READY)  ## all tests, and what of the code they cover

@@ -42,6 +42,7 @@ def of_all(model) -> ad.AnnData:
     return predict(model, "all")
 
 
+@pytest.mark.slow
 def test_loadings_from_the_references_are_those_of_the_components(model):
     """Of panel genes, which it need not compute; the references come without a copy beside those of the bank."""
     method, bank = model.method._method, model.bank
@@ -127,6 +128,7 @@ def test_without_names_it_predicts_its_panel_as_before(model, tmp_path):
         TrainedMethod(now.facts, other, now.bank)
 
 
+@pytest.mark.slow
 def test_fewer_references_cost_what_is_measured(tmp_path):
     facts = export(finished_run(*CONSENSUS), tmp_path / "few", prototypes=40, alpha=None)
     assert facts["bank"]["spots"] <= 40 < facts["bank"]["of"]

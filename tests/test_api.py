@@ -84,6 +84,7 @@ def own(tmp_path_factory) -> stexp.Model:
 # one run, two ways
 
 
+@pytest.mark.slow
 def test_python_and_command_train_the_same(model: stexp.Model, strict: Path) -> None:
     ours, theirs = (ad.read_h5ad(folder / "predictions.h5ad") for folder in (model.folder, strict))
     assert list(ours.obs_names) == list(theirs.obs_names) and list(ours.var_names) == list(theirs.var_names)
@@ -132,6 +133,7 @@ def test_held_out_spots_come_with_their_truth(model: stexp.Model, data: stexp.Sp
     np.testing.assert_array_equal(adata.layers["observed"], data.target[data.rows("test")])
 
 
+@pytest.mark.slow
 def test_a_section_is_predicted_at_its_spots(
     model: stexp.Model, data: stexp.SpotDataModule, sections: list[stexp.Section], saved: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_truth_of_a_block_is_scaled_by_its_whole_section(saved: Path, data, sect
     np.testing.assert_array_equal(adata.layers["observed"], whole[rows])
 
 
+@pytest.mark.slow
 def test_training_is_known_under_other_names_and_not_by_names(saved: Path, sections: list[stexp.Section], data) -> None:
     a, b, c = sections
     renamed = [a, replace(b, name="Q1", patient="A"), replace(c, name="B1", patient="B")]
@@ -326,6 +329,7 @@ def test_predictions_of_a_model_score_as_its_run(evaluated: stexp.Score, model: 
     assert evaluated.report().is_file()
 
 
+@pytest.mark.slow
 def test_arrays_and_tables_are_scored_too(
     evaluated: stexp.Score, model: stexp.Model, data: stexp.SpotDataModule, tmp_path: Path
 ) -> None:

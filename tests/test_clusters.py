@@ -116,6 +116,7 @@ def test_the_search_puts_the_nearest_definition_first(tmp_path: Path):
     np.testing.assert_allclose(found["distance"], off)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_papers_observed_column_and_counts_from_the_real_sections(real_data: Path):
     from stexp.data.readers import her2st

@@ -97,6 +97,7 @@ def cohort(demo: Path, tmp_path_factory):
     return cfg, sections, out
 
 
+@pytest.mark.slow
 def test_a_run_on_another_cohort_has_all_that_a_run_has(cohort) -> None:
     cfg, sections, out = cohort
     metrics, audit, record = (
@@ -121,6 +122,7 @@ def test_a_run_on_another_cohort_opens_with_both(cohort, tmp_path: Path) -> None
     assert json.loads((again / "audit.json").read_text())["facts"]["cohorts"]
 
 
+@pytest.mark.slow
 def test_a_copy_across_cohorts_is_refused(demo: Path, tmp_path: Path) -> None:
     cfg = configure(demo, tmp_path / "run", f"test_data.root={demo / 'data'}", "test_data.reader.seed=0")
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))

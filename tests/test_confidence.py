@@ -68,6 +68,7 @@ def test_a_wrong_scale_is_named_as_a_cause_of_blur(model):
     assert blurred["verdict"] != "ok" and "the stated scale is not right (2 um per pixel" in blurred["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", wrong_slides.WRONG)
 def test_a_slide_that_is_wrong_on_purpose_is(model, name, tmp_path):
     path, options = wrong_slides.write(name, slide(), tmp_path), dict(OPTIONS)
@@ -109,6 +110,7 @@ def test_a_prediction_has_its_interval_and_how_often_that_held(model, right, tmp
     assert (right.obs["out_of_distribution"] == (percentile > 0.99)).all()
 
 
+@pytest.mark.slow
 def test_a_method_without_embedding_and_a_run_without_calibration_say_so(tmp_path):
     from stexp.inference.export import export
 

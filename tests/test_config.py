@@ -261,6 +261,7 @@ def test_what_is_missing_in_a_config_is_said_in_one_line(node, message):
 # run folders are data
 
 
+@pytest.mark.slow
 def test_a_runs_config_is_read_and_nothing_in_it_is_executed(strict, tmp_path):
     """Whatever a config names, reading it runs nothing, and building refuses it."""
     content = yaml.safe_load((strict / "config.yaml").read_text())

@@ -61,6 +61,7 @@ def method_of(model: dict) -> Method:
 # every choice with every other
 
 
+@pytest.mark.slow
 def test_every_data_set_model_protocol_and_trainer_go_together():
     """A composition of each data set and model, with protocol and trainer in turn; all others of these put in."""
     tiny = to_plain(compose("train", ["image_encoder=tiny"]).image_encoder)
@@ -189,6 +190,7 @@ def test_whole_sections_cannot_be_held_out_of_one(tmp_path):
 # sweeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_every_sweep_has_the_stated_number_of_jobs(name):
     for protocol, n in zip(("paper", "strict"), JOBS[name], strict=True):

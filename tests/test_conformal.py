@@ -145,6 +145,7 @@ def test_a_model_keeps_the_intervals_of_its_held_out_section():
     assert abs(outside["coverage_measured"].mean() - 0.9) < 0.06
 
 
+@pytest.mark.slow
 def test_further_folds_calibrate_together_and_measure_between_their_sections(tmp_path):
     a, b = finished_run(), finished_run(fold="B")
     facts = export(a, tmp_path / "m", folds=[str(b)], alpha=0.2)

@@ -144,6 +144,7 @@ def test_kinds_of_genes_are_no_types_of_features(tmp_path):
     assert list(read_counts(tmp_path / "c.h5ad").var_names) == ["TP53", "XIST"]
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(matrix=matrices(), seed=st.integers(0, 9))
 def test_sections_of_hest_and_spatialdata_hold_the_matrix_of_their_file(matrix, seed):

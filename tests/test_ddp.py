@@ -64,6 +64,7 @@ def both(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, di
     return alone, torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_gradients_of_one(both: tuple[dict, dict], method: str) -> None:
     alone, together = (gradient[method] for gradient in both)

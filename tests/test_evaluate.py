@@ -100,6 +100,7 @@ def aligned(predicted: ad.AnnData, data: SpotDataModule):
     return align(predicted, data.spots, data.panel, unit_of, data.fold)
 
 
+@pytest.mark.slow
 def test_predictions_of_a_run_of_ours_get_its_numbers_to_the_last_digit(
     strict: Path, demo: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_what_is_not_stated_is_unknown_and_what_is_stated_counts(data, theirs, t
     assert by_name["panel_saw_test"]["leak"] and audit["unknown"] == 0
 
 
+@pytest.mark.slow
 def test_missing_spots_and_genes_are_scored_on_what_is_there(data, theirs, whole: Path, tmp_path: Path, caplog) -> None:
     """Scores and floors are those of the same spots and genes, computed the slow way."""
     gone = np.arange(50) % 5 == 0
@@ -425,6 +427,7 @@ def test_the_word_of_a_file_counts_and_that_of_the_user_more(data, theirs) -> No
     assert put_on_scale(predicted, data, "target", paper)[1]["errors"]
 
 
+@pytest.mark.slow
 def test_z_scores_are_recognised_and_have_no_errors_even_when_named(data, theirs, tmp_path: Path) -> None:
     z = theirs.copy()
     z.X = (z.X - z.X.mean(axis=0)) / z.X.std(axis=0)
@@ -476,6 +479,7 @@ def test_constant_predictions_are_no_skill_and_of_no_scale(data, theirs, tmp_pat
     assert metrics["elsewhere"]["scale"]["looks_like"] is None
 
 
+@pytest.mark.slow
 def test_what_a_file_says_of_its_scale_is_said_of_its_predictions_alone(
     strict: Path, demo: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_accuracy_outside_the_panel_is_what_scoring_all_genes_gives(tmp_path):
     np.testing.assert_allclose(outside["expected_floor"][exact], expected["floor_knn_features"][exact], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_further_folds_average_over_their_sections(tmp_path):
     a, b = finished_run(), finished_run(fold="B")
     export(a, tmp_path / "m", folds=[str(b)])
@@ -84,6 +85,7 @@ def test_further_folds_average_over_their_sections(tmp_path):
         export(a, tmp_path / "n", folds=[str(finished_run("model=hest_ridge", "data.stain=macenko"))])
 
 
+@pytest.mark.slow
 def test_a_gene_is_said_to_beat_its_floor_where_three_patients_say_so(tmp_path):
     runs = [finished_run(fold=fold) for fold in "ABC"]
     facts = export(runs[0], tmp_path / "m", folds=[str(run) for run in runs[1:]], alpha=None)

@@ -158,6 +158,7 @@ def test_parts_of_a_tile_are_encoded_as_they_are_cut_by_hand(tmp_path, encoder, 
         data.subtiles(17)
 
 
+@pytest.mark.slow
 def test_surroundings_have_the_stain_of_the_tiles(tmp_path, encoder):
     from stexp.data.demo import write_demo
     from stexp.data.readers.samplesheet import read_samplesheet

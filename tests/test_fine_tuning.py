@@ -192,6 +192,7 @@ def still(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_move_predicts_as_the_model_it_began_at(still):
     before, after = (predictions.read(run / "predictions.h5ad") for run in (finished_run(), still))
     assert list(before.var_names) == list(after.var_names)

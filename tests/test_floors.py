@@ -218,6 +218,7 @@ def her2st_sections():
     return [(section.name, section.counts(panel), section.total_counts) for section in sections]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("truth", "acg", "heg", "mse", "mae"),

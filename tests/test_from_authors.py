@@ -126,6 +126,7 @@ def inputs(px: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "n_features", "depth", "px"),

@@ -34,6 +34,7 @@ def predicted(folder: Path) -> np.ndarray:
     return np.asarray(ad.read_h5ad(folder / "predictions.h5ad").layers["predicted"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_features_in_place_of_tiles_change_nothing(name: str, demo: Path, tmp_path: Path, monkeypatch) -> None:
     run(demo, tmp_path / "features", *FROZEN, *METHODS[name])
@@ -45,6 +46,7 @@ def test_features_in_place_of_tiles_change_nothing(name: str, demo: Path, tmp_pa
     np.testing.assert_allclose(predicted(tmp_path / "features"), predicted(tmp_path / "tiles"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_encoder_does_not_run_where_its_features_are_kept(demo: Path, tmp_path: Path, monkeypatch) -> None:
     run(demo, tmp_path / "first", *FROZEN)
 
@@ -54,6 +56,7 @@ def test_the_encoder_does_not_run_where_its_features_are_kept(demo: Path, tmp_pa
     assert np.array_equal(predicted(tmp_path / "again"), predicted(tmp_path / "first"))
 
 
+@pytest.mark.slow
 def test_an_encoder_of_other_weights_runs_itself(demo: Path, tmp_path: Path, monkeypatch) -> None:
     seen, serve = [], SpotDataModule.batch
     init = ImageEncoder.__init__
@@ -76,6 +79,7 @@ def test_an_encoder_of_other_weights_runs_itself(demo: Path, tmp_path: Path, mon
     assert len(made) == 2 and not any(seen)
 
 
+@pytest.mark.slow
 def test_augmented_views_are_drawn_by_seed_and_kept(demo: Path, tmp_path: Path, monkeypatch) -> None:
     views = ("image_encoder.frozen=true", "data.augmentation=dihedral", "data.views=3")
     run(demo, tmp_path / "first", *views)

@@ -57,6 +57,7 @@ def test_figures_are_left_out_where_a_system_does_not_give_them():
     assert "'cores'" in out and "'cpu'" in out and "peak_memory_gb" not in out
 
 
+@pytest.mark.slow
 def test_a_slide_is_predicted_and_recorded_without_what_only_linux_has(tmp_path):
     code = f"""
 import numpy as np

@@ -241,6 +241,7 @@ def test_what_is_calculated_twice_changes_nothing(data):
         torch.testing.assert_close(value, found[1][name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_overfits_eight_spots(data):
     model = make_model(len(data.panel), data.array_size, lr=1e-2, dropout=0.0, n_views=0)

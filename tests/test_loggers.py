@@ -133,6 +133,7 @@ def test_scores_that_are_none_are_left_out() -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_holds_everything(strict: Path, tmp_path: Path) -> None:
     metrics, panel = read_json(strict / "metrics.json"), ad.read_h5ad(strict / "predictions.h5ad", backed="r").n_vars
     logger = a_logger(tmp_path, group="table1", job_type="mclstexp", tags=["strict"], maps=2, checkpoint=True)

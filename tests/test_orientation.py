@@ -108,6 +108,7 @@ def when_turned(section: Section) -> Iterator[tuple[Symmetry, str | None]]:
         yield way, doubt_of_spots(section.xy_px, section.total_counts, turned, size)
 
 
+@pytest.mark.slow
 def test_demo_sections_lie_right_and_are_noticed_when_turned(tmp_path):
     sections = samplesheet.read_samplesheet(write_demo(tmp_path / "demo", patients=4, sections_per_patient=1))
     noticed = 0
@@ -161,6 +162,7 @@ def test_another_image_is_not_taken_for_the_picture(tmp_path, picture):
     assert doubt_of_picture(Slide(jpeg), Slide(picture)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_sections_lie_right(real_data):
     sections = her2st.read_her2st(real_data / "her2st", sections=["B4", "C3"])

@@ -211,6 +211,7 @@ def test_there_is_a_make_target_for_each_and_the_readme_is_what_the_script_write
     assert of_paper.README.read_text() == of_paper.readme() + "\n"
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_without_torch(runs: Path, tmp_path: Path):
     code = "import sys; from stexp.cli.table import main; main(); assert 'torch' not in sys.modules, 'torch'"
     given = ["sweep=[table1,tableS2,tableS3,figS2]", f"runs={runs}", *FEW, "model=mclstexp", "dry_run=false"]

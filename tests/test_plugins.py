@@ -384,6 +384,7 @@ def trained(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_the_template_trains_from_its_own_folder_and_says_what_it_is_of(trained):
     metrics = json.loads((trained / "run" / "metrics.json").read_text())
     assert metrics["scores"]["pearson_acg"] > metrics["floors"]["mean"]["pearson_acg"] + 0.3
@@ -391,6 +392,7 @@ def test_the_template_trains_from_its_own_folder_and_says_what_it_is_of(trained)
     assert config["plugins"] == ["strips"] and config["image_encoder"]["name"] == "colours"
 
 
+@pytest.mark.slow
 def test_the_template_predicts_where_it_is_named_and_only_there(trained, monkeypatch):
     monkeypatch.setattr(construct, "_allowed", {})
     assert "plugins=[strips]" in refused(load_model, trained / "run")

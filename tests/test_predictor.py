@@ -49,6 +49,7 @@ def equal(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -207,6 +208,7 @@ def test_it_goes_on_after_a_kill_to_the_same_numbers(model, monkeypatch, tmp_pat
     assert sum(seen) == 30
 
 
+@pytest.mark.slow
 def test_the_stain_of_a_slide_is_brought_to_that_of_training(tmp_path):
     model = load_model(exported("model=hest_ridge", "data.stain=macenko"))
     options = {"um_per_px": UM, "coordinates": spots(), "progress": False}
@@ -260,6 +262,7 @@ def test_without_references_none_can_be_left_out():
     assert "this slide is among those of training (section B1" in found.uns["stexp"]["verdict"]
 
 
+@pytest.mark.slow
 def test_predicting_needs_no_hydra(tmp_path):
     pd.DataFrame({"pixel_x": [300.0, 400.0], "pixel_y": [300.0, 320.0]}).to_csv(tmp_path / "xy.csv", index=False)
     code = (

@@ -58,6 +58,7 @@ def prepared(sheet: Path) -> tuple[pd.DataFrame, str, Path]:
     return *run(configure(sheet, f"data.panel_file={panel}")), sheet.parent / "out"
 
 
+@pytest.mark.slow
 def test_the_summary_says_what_the_files_hold(prepared, sheet):
     summary, text, folder = prepared
     assert summary["section"].to_list() == ["A1", "B1", "C1"]
@@ -175,6 +176,7 @@ def forbidden(*args, **kwargs):
     raise LookupError("the encoder was asked again")
 
 
+@pytest.mark.slow
 def test_features_are_those_that_training_reads(sheet, tmp_path, monkeypatch):
     """The encoder is not asked again: neither for tiles nor for what is around them, in any fold."""
     prepared = ["features=tiny", "surroundings=3", f"data.cache_dir={tmp_path}/cache", "seed=3"]
@@ -212,6 +214,7 @@ def test_features_are_those_that_training_reads(sheet, tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_features_choose_among_the_image_encoders_as_training_does(sheet):
     for path in (CONF / "image_encoder").glob("*.yaml"):
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -134,6 +134,7 @@ def tiles_of(section, tmp_path: Path) -> np.ndarray:
     return np.asarray(open_tiles(section, TileSpec(150, 150), tmp_path))
 
 
+@pytest.mark.slow
 def test_pens_of_all_common_colours_are_noticed_and_tissue_is_not(demo, tmp_path, thresholds):
     rates = [pen_rates(tiles_of(section, tmp_path), 1.0, thresholds.max_pen) for section in demo]
     assert [alarms for alarms, _ in rates] == [0, 0]
@@ -143,6 +144,7 @@ def test_pens_of_all_common_colours_are_noticed_and_tissue_is_not(demo, tmp_path
         assert hits >= least, (name, hits)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_pens_on_real_tissue(real_data, tmp_path, thresholds):
     sections = her2st.read_her2st(real_data / "her2st", sections=["B4"]) + visium.read_visium(

@@ -54,6 +54,7 @@ def data(folder: Path) -> SpotDataModule:
     return FinishedRun(RunFolder(folder)).data
 
 
+@pytest.mark.slow
 def test_the_floor_is_the_mean_score_of_a_probe_on_encoders_at_random_weights(folder, data, demo) -> None:
     node = RunFolder(folder).config["image_encoder"]
     train, test, scores = data.rows("train", "validation"), data.rows("test"), []

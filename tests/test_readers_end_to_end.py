@@ -30,6 +30,7 @@ ON_CPU = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "hardware.keep_memo
 OPTIONS = {"hest": ["data.species=Homo sapiens"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_data_set_goes_from_files_to_scores(name, tmp_path, caplog):
     root = tmp_path / "data"

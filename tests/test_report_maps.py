@@ -57,6 +57,7 @@ def test_cells_of_a_slide_are_found_in_what_is_embedded(tmp_path: Path) -> None:
     assert cells == {(level.downsample, *at): jpeg for level in picture.levels for at, jpeg in level.cells.items()}
 
 
+@pytest.mark.slow
 def test_five_thousand_spots_by_a_thousand_genes_with_pictures_fit(tmp_path: Path) -> None:
     predictions = ad.read_h5ad(write_run(tmp_path / "x", sections=("B1",), spots=5000, genes=10) / "predictions.h5ad")
     random, shape = np.random.default_rng(0), (5000, 1000)

@@ -26,6 +26,7 @@ def folder(demo: Path, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_truth_floors_and_ceiling_are_those_of_residuals(folder: Path) -> None:
     section = next(section for section in FinishedRun(RunFolder(folder)).sections if section.name == "A1")
     whole = sc.experimental.pp.normalize_pearson_residuals(ad.AnnData(section.spots.X), inplace=False)["X"]

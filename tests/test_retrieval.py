@@ -197,6 +197,7 @@ def test_similarities_are_never_held_for_all_references(monkeypatch):
     assert max(sizes) <= 4 * 10
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_queries_times_references():
     code = """if True:
         import resource, sys, numpy as np, torch

@@ -190,6 +190,7 @@ def test_config_of_a_run_is_data(strict: Path, tmp_path: Path) -> None:
         RunFolder(tmp_path / "nowhere").require()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_made_again(demo: Path, tmp_path: Path) -> None:
     first = run(demo, tmp_path / "a", "trainer.max_epochs=1", f"data.cache_dir={tmp_path / 'cache'}")
     for path in [*(tmp_path / "cache").rglob("*.npy")]:

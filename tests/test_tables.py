@@ -444,6 +444,7 @@ def test_a_baseline_that_is_no_row_is_refused_with_those_there(runs: list[Path])
         one(runs, baseline="nearest")
 
 
+@pytest.mark.slow
 def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path) -> None:
     code = "import sys; from stexp.cli.table import main; main(); assert 'torch' not in sys.modules, 'torch'"
     arguments = [f"runs={tmp_path}", f"output_dir={tmp_path / 'out'}"]

@@ -213,6 +213,7 @@ def test_a_section_of_one_spot_is_predicted_and_does_not_train():
     assert model.training_step([image], 0) is None  # of one spot
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_overfits_eight_spots(data):
     model = make_model(len(data.panel), data.array_size, lr=3e-3, dropout=0.0)

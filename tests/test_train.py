@@ -95,6 +95,7 @@ def test_the_best_checkpoint_holds_no_more_than_its_weights(strict: Path) -> Non
     assert path.stat().st_size < 1.1 * weights + 100_000
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_as_an_uninterrupted_one(strict: Path, demo: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(self, trainer, model, outputs, batch, batch_idx):
         if trainer.current_epoch == 2 and batch_idx == 1:
@@ -222,6 +223,7 @@ def test_what_is_said_of_ctrl_c_is_true(checkpoint: bool, says: str, demo: Path,
         train(configure(demo, tmp_path), [], "A", tmp_path)
 
 
+@pytest.mark.slow
 def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:
     metrics = run(demo, tmp_path / "paper", "protocol=paper", "protocol.k=50", "trainer.max_epochs=1", fold="B1")
     assert metrics["protocol"] == "paper" and set(metrics["scored_as"]) == {"strict"}
@@ -239,6 +241,7 @@ def test_paper_protocol_names_its_leaks(demo: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_scoring_again_gives_the_same_and_needs_no_torch(strict: Path) -> None:
     before = (strict / "metrics.json").read_bytes()
     code = (
@@ -264,6 +267,7 @@ def test_retrieval_again_with_the_same_settings_gives_the_same(strict: Path, tmp
         predict_again(strict, {"reference": ["A1"]}, "panel", str(tmp_path / "leak"))
 
 
+@pytest.mark.slow
 def test_genes_outside_the_panel_are_predicted(demo: Path, tmp_path: Path) -> None:
     panel = tmp_path / "panel.txt"
     panel.write_text("TUMOUR01\nSTROMA01\nHIDDEN01\n")

@@ -367,6 +367,7 @@ def test_gradients_are_those_without_calculating_again(data):
 # learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neighbours", ["tiles", "spots"])
 def test_overfits_eight_spots(data, neighbours):
     rows, draw = data.rows("train")[:8], torch.Generator().manual_seed(0)
