@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from stexp.evaluation.records import Finite, Provenance, Scores, read_json
+from stexp.evaluation.verdict import label
 
 RESULT, DENSE, PER_GENE = "result.json", "dense.h5ad", "per_gene.csv"
 
@@ -44,6 +46,11 @@ class Result(TypedDict):
     outcome: Literal["win", "unclear", "loss"]
     verdict: str
     provenance: Provenance
+
+
+def about_map(result: Mapping[str, Any]) -> str:
+    """Which floor or method the maps and ``predictions.h5ad`` are by, in a sentence."""
+    return f"The maps and predictions.h5ad are by {label(result['map'])}; show= names another."
 
 
 def read_result(folder: Path) -> Any:

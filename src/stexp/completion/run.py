@@ -17,7 +17,7 @@ import yaml
 from stexp.completion.dense import dense_map
 from stexp.completion.methods import FLOORS, METHODS, chosen_methods, complete, what_it_does
 from stexp.completion.problem import Problem
-from stexp.completion.result import DENSE, PER_GENE, RESULT
+from stexp.completion.result import DENSE, PER_GENE, RESULT, about_map
 from stexp.completion.score import ceiling, chosen_for_maps, judge, per_gene, score
 from stexp.completion.tasks import Completed, SpotTask, relative_error
 from stexp.data.section import Section
@@ -225,5 +225,5 @@ def summary(result: Mapping[str, Any]) -> str:
             f"  {name.replace('_', ' '):<28}"
             + "".join("       -" if cell is None else f"{cell:8.4f}" for cell in cells)
         )
-    lines += ["  within: share of the truth inside the stated intervals of 95 %.", result["verdict"]]
+    lines += ["  within: share of the truth inside the stated intervals of 95 %.", result["verdict"], about_map(result)]
     return "\n".join(lines)

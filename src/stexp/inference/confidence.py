@@ -71,7 +71,9 @@ def worth(facts: dict) -> str:
     beside = float(np.mean([run["floors"][floor]["pearson_acg"] for run, floor in runs]))
     names = " and ".join(dict.fromkeys(label(floor) for _, floor in runs))
     relation = "above" if own > beside else "not above"
-    return f"On held-out sections the model scored {own:.3f}, {relation} its best floor ({names}, {beside:.3f})."
+    folds = "1 fold is" if len(runs) == 1 else f"{len(runs)} folds are"
+    few = f"; {folds} too few to call that a win" if own > beside and len(runs) < PATIENTS else ""
+    return f"On held-out sections the model scored {own:.3f}, {relation} its best floor ({names}, {beside:.3f}){few}."
 
 
 def lines(facts: dict) -> list[str]:

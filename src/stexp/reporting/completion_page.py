@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from stexp.completion.result import DENSE, PER_GENE, read_result
+from stexp.completion.result import DENSE, PER_GENE, about_map, read_result
 from stexp.data.slides.spacing import spacing
 from stexp.errors import InputError
 from stexp.evaluation.predictions import protocol_of, read
@@ -68,6 +68,7 @@ def completion_page(folder: Path) -> str:
         result=result,
         provenance=result["provenance"],
         asked=_asked(result),
+        about_map=about_map(result),
         columns=COLUMNS,
         charts=[chart for chart in map(_chart(result), COLUMNS[:2]) if chart is not None],
         unit=unit(protocol_of(hidden)),

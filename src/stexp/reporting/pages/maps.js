@@ -64,7 +64,7 @@ function aboutGene() {
   const { section, gene } = state, name = page.genes[gene], row = page.table.rows.find(own => own.gene === name) ?? {};
   $("gene").value = name;
   const of = page.parts ? `${name}, ${section.name}` : `${name} in section ${section.name}`;
-  $("about-gene").textContent = page.parts && !(section.pearson[gene] >= -1) ? `${of}. Pearson at what was hidden ${fixed(row.pearson)}, ceiling ${fixed(row.ceiling)}`
+  $("about-gene").textContent = page.parts && !(section.pearson[gene] >= -1) ? `${of}: nothing is measured there to score it by`
     : section.pearson
     ? `${of}: Pearson ${fixed(section.pearson[gene])}${page.sections.length > 1 && !page.parts ? `; mean over sections ${fixed(row.pearson)}` : ""}, ceiling ${fixed(row.ceiling)}`
     : `${name}: Pearson to expect ${fixed(row.expected_pearson)}, best floor ${fixed(row.expected_floor)}`
