@@ -199,7 +199,9 @@ def test_the_page_shows_maps_between_the_spots(spots: Path, tmp_path: Path) -> N
         page.open(spots / "report.html")
         names = page.js("[...document.querySelectorAll('#section option')].map(own => own.textContent.trim())")
         assert names == ["between the spots, by kriging", "hidden spots, by ridge kriging"]
-        assert "Pearson" not in page.js("document.getElementById('about-gene').textContent"), "nothing is measured there"
+        assert "Pearson" not in page.js("document.getElementById('about-gene').textContent"), (
+            "nothing is measured there"
+        )
         assert page.js("document.getElementById('scatter-figure').hidden") is True
         drawn = page.js("document.getElementById('right').toDataURL()")
         page.js(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import anndata as ad
@@ -124,6 +125,46 @@ def test_a_damaged_cache_is_made_anew(sheet, damage):
     assert reads == ["read"]
     assert_same(again[1], read_samplesheet(sheet)[1])
     assert_same(start(sheet, cache)[1], again[1])
+
+
+def test_an_edit_of_the_same_size_and_time_is_seen(sheet):
+    cache, before = sheet.parent / "cache", sheet.stat()
+    start(sheet, cache)
+    sheet.write_text(sheet.read_text().replace("A1,A,", "A1,Z,"))
+    os.utime(sheet, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sheet.stat().st_mtime_ns == before.st_mtime_ns and sheet.stat().st_size == before.st_size
+    assert start(sheet, cache)[0].patient == "Z"
+
+
+def test_what_changes_while_it_is_read_is_not_on_record(sheet):
+    cache = sheet.parent / "cache"
+
+    def read() -> list[Section]:
+        sections = read_samplesheet(sheet)
+        sheet.write_text(sheet.read_text().replace("A1,A,", "A1,Z,"))
+        return sections
+
+    assert read_once({"_target_": READER, "sheet": str(sheet)}, cache, read)[0].patient == "A"
+    assert start(sheet, cache)[0].patient == "Z"
+
+
+def test_a_link_that_leads_nowhere_stops_nothing(sheet):
+    (sheet.parent / "broken.svs").symlink_to(sheet.parent / "nowhere")
+    reads: list[str] = []
+    for _ in range(2):
+        start(sheet, sheet.parent / "cache", reads)
+    assert reads == ["read"]
+
+
+def test_a_kept_file_of_zeros_is_written_again(sheet):
+    cache = sheet.parent / "cache"
+    for _ in range(2):
+        first = start(sheet, cache)[0]
+        assert first.kept is not None and first.spots.X.sum() > 0
+        path = first.kept.path
+        size = path.stat().st_size
+        path.unlink()
+        path.write_bytes(bytes(size))
 
 
 def test_a_damaged_table_beside_the_counts_is_made_anew(tmp_path):

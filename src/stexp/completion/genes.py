@@ -71,7 +71,8 @@ def _some(values: np.ndarray, most: int = 4000) -> np.ndarray:
 
 def knn_reference(task: GeneTask) -> Completed:
     """Mean over the nearest of the reference in 50 components of the shown genes; how many, held-out genes choose."""
-    best = choose(task, [k for k in NEIGHBOURS if k <= len(task.reference_shown)], lambda own, k: _nearest(own, k)[0])
+    n = len(task.reference_shown)
+    best = choose(task, [k for k in NEIGHBOURS if k <= n] or [n], lambda own, k: _nearest(own, k)[0])
     return Completed(*_nearest(task, best.setting), best.held_out, {"k": best.setting})
 
 

@@ -158,6 +158,8 @@ def spot_problem(
     # before anything is calculated, so that nothing of the hidden spots is in what methods get
     of_image = section.name in features
     others = [other for other in others if not of_image or other.name in features]
+    if len(np.unique(section.xy_px, axis=0)) < len(section):
+        raise InputError(f"section {section.name}: several spots lie at one place; one spot a place would fit")
     genes = list(panel) if panel else choose_panel([visible, *others], protocol)
     genes = _measured(genes, section, "section")
     whole = [other for other in others if set(genes) <= set(other.genes)]

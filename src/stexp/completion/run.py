@@ -63,10 +63,19 @@ def claim(folder: Path, config: Mapping[str, Any], overwrite: bool) -> bool:
             return True
     elif not path.is_file() and folder.is_dir() and any(own.name not in (".lock", "logs") for own in folder.iterdir()):
         raise InputError(f"{folder} holds files, but no config.yaml of a completion; choose another output_dir")
+    if path.is_file() and _is_of_another_command(path):
+        raise InputError(f"{folder} holds a run of another command; choose another output_dir")
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return False
+
+
+def _is_of_another_command(config: Path) -> bool:
+    try:
+        return "known" not in (parse_yaml(config.read_text(encoding="utf-8")) or {})
+    except ValueError:  # damaged, and written anew as was asked
+        return False
 
 
 def complete_into(

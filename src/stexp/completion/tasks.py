@@ -172,6 +172,8 @@ def relative_error(task: SpotTask | GeneTask, held_out: np.ndarray) -> float:
     observed = np.asarray(task.expression[scored], dtype=np.float64)
     spread = observed.var(axis=0)
     varies = spread > 0
+    if not varies.any():
+        return 1.0
     return float(((held_out[scored] - observed).var(axis=0)[varies] / spread[varies]).mean())
 
 

@@ -25,7 +25,7 @@ def file_digest(path: str | Path) -> str:
         together = " ".join(f"{part.relative_to(path).as_posix()} {file_digest(part)}" for part in parts)
         return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
     stat = path.stat()
-    own = _file_digest(path, stat.st_size, stat.st_mtime_ns)
+    own = _file_digest(path, stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns))
     if path.suffix.lower() != ".mrxs":
         return own
     parts = sorted(part for part in path.with_suffix("").glob("*") if part.is_file())
@@ -34,7 +34,7 @@ def file_digest(path: str | Path) -> str:
 
 
 @lru_cache(maxsize=65_536)  # several files of a section
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+def _file_digest(path: Path, size: int, times_ns: tuple[int, int]) -> str:
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     whole = size <= WHOLE_BYTES
     starts = range(0, size, 1 << 22) if whole else np.linspace(0, size - (1 << 20), 64, dtype=np.int64).tolist()

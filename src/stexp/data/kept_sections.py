@@ -61,7 +61,7 @@ def keep(section: Section, folder: Path) -> Section:
     image = _file_image(section.name, section.spots)
     path = folder / f"{section.name}-{hashlib.blake2b(image, digest_size=12).hexdigest()}.h5ad"
     try:
-        if not (path.is_file() and path.stat().st_size == len(image)):
+        if not (path.is_file() and path.stat().st_size == len(image) and path.read_bytes() == image):
             write_whole(path, image)
     except InputError as error:
         log.warning("section %s stays in memory: %s", section.name, error)

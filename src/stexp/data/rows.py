@@ -50,6 +50,8 @@ class RowTable(ABC):
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        if isinstance(key, tuple) and (len(key) not in (1, 2) or any(part is None or part is ... for part in key)):
+            return np.asarray(self)[key]  # what is rarely asked for, as NumPy understands it
         first, *others = key if isinstance(key, tuple) else (key,)
         index = np.arange(len(self))[first]  # checked and understood as NumPy does
         rows = self.take(index.reshape(-1)).reshape(*index.shape, self.shape[1])

@@ -47,9 +47,12 @@ def read_once(reader: Mapping[str, Any], cache_dir: str | Path, read: Callable[[
     sections = _recorded(path, folder)
     if sections is not None:
         return sections
+    roots = [str(root) for value in reader.values() if isinstance(value, str) and (root := user_path(value)).exists()]
+    before = _stamp(roots, [], folder.parent)
     with keeping(folder), _heard() as messages:
         sections = read()
-    _record(path, reader, sections, messages)
+    if before is not None and before == _stamp(roots, [], folder.parent):  # else what was read may be gone
+        _record(path, roots, sections, messages)
     return sections
 
 
@@ -66,7 +69,7 @@ def _key(reader: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(dict(reader), sort_keys=True, default=str).encode(), digest_size=12)
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
-    digest.update(os.getcwd().encode())  # which paths may be relative to
+    digest.update(f"{os.getcwd()} {Path.home()}".encode())  # which paths may be relative to
     return digest.hexdigest()
 
 
@@ -89,20 +92,19 @@ def _heard() -> Iterator[list[tuple[str, int, str]]]:
         root.removeHandler(listener)
 
 
-def _record(path: Path, reader: Mapping[str, Any], sections: list[Section], messages: list) -> None:
+def _record(path: Path, roots: list[str], sections: list[Section], messages: list) -> None:
     """Write what :func:`_recorded` needs; nothing where that would not tell a change."""
     files = {file for section in sections for file in section.files}
     kept = [section.kept for section in sections]
     if not sections or None in kept or any(file.is_dir() for file in files):
         return
-    roots = [user_path(value) for value in reader.values() if isinstance(value, str) and user_path(value).exists()]
     folders = sorted({str(file.parent) for file in files})
-    stamp = _stamp([str(root) for root in roots], folders, path.parent.parent)
+    stamp = _stamp(roots, folders, path.parent.parent)
     if stamp is None:
         return
     images = {section.slide.path for section in sections if section.slide is not None}
     facts = {
-        "roots": [str(root) for root in roots],
+        "roots": roots,
         "folders": folders,
         "stamp": stamp,
         # of images their tiles are named by the content
@@ -183,11 +185,18 @@ def _stamp(roots: list[str], folders: list[str], cache: Path) -> Stamp | None:
 
 
 def _entries(folder: Path) -> dict[str, list[int]]:
-    """Name -> size and time of change of what lies in a folder; nothing of a folder in it."""
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    return {
-        entry.name: [] if entry.is_dir() else [entry.stat().st_size, entry.stat().st_mtime_ns]
-        for entry in entries
-        if not entry.name.startswith(".")
-    }
+    """Name -> size and times of change of what lies in a folder; nothing of a folder in it, or of a closed one."""
+    try:
+        with os.scandir(folder) as inside:
+            entries = sorted(inside, key=lambda entry: entry.name)
+    except PermissionError:
+        return {}
+    return {entry.name: [] if entry.is_dir() else _facts(entry) for entry in entries if not entry.name.startswith(".")}
+
+
+def _facts(entry: os.DirEntry) -> list[int]:
+    try:
+        stat = entry.stat()
+    except OSError:  # a link that leads nowhere
+        stat = entry.stat(follow_symlinks=False)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last is nobody's to set

@@ -45,7 +45,7 @@ class PrototypeBank:
     def spots(self) -> pd.DataFrame:
         """Section, patient and name of every prototype; the index is its name without the number of its spots."""
         table = pd.DataFrame({"section": self.section, "patient": self.patient, "spot": self.spot})
-        return table.set_index(table["spot"].str.partition(" of ")[0])
+        return table.set_index(table["spot"].str.partition(" of ")[0].to_numpy())
 
     def expression(self, genes: list[str], protocol: Protocol, panel: list[str]) -> np.ndarray:
         """As :meth:`stexp.inference.bank.Bank.expression`: here it is kept as it was normalised."""

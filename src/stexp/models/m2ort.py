@@ -95,7 +95,7 @@ class M2ORT(Method):
         if image.shape[-1] != self.tile_px:
             raise InputError(
                 f"model.tile_px={self.tile_px}: tiles have {image.shape[-1]} px, as the widest of data.scales or "
-                f"data.scales_um has; model.tile_px={image.shape[-1]}, or null for those, would fit"
+                f"data.scales_um has; model.tile_px={image.shape[-1]} would fit"
             )
         x = self.tokens(resolutions(image))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position

@@ -147,6 +147,8 @@ class STFlow(Method):
     # training
 
     def on_fit_start(self) -> None:
+        if self.data.protocol.truth == "residuals":
+            raise InputError("model=stflow predicts nothing below 0, as residuals are; protocol.truth=spot would fit")
         self._around.clear()
         if self.trainer.ckpt_path is None:  # else the weights are those of a training that did so
             self.start_from(self.data)

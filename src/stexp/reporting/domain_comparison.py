@@ -41,7 +41,11 @@ def compare_domains(
     from sklearn.metrics import adjusted_rand_score  # scikit-learn takes a second to import
 
     section = adata.obs["section"].to_numpy(str)
-    layers = [layer for layer in ("observed", "predicted") if layer in adata.layers]
+    layers = [
+        layer
+        for layer in ("observed", "predicted")
+        if layer in adata.layers and np.isfinite(adata.layers[layer]).all(axis=0).any()
+    ]
     rows: list[dict[str, Any]] = []
     for by, method in ways:
         if method == "leiden" and find_spec("igraph") is None:

@@ -120,6 +120,8 @@ def _variable_genes(adata: ad.AnnData, layer: str) -> np.ndarray:
 
 
 def _clusters(features: np.ndarray, method: str, n_domains: int, resolution: float, seed: int) -> np.ndarray:
+    if len(features) < 2:
+        return np.zeros(len(features), dtype=np.int64)
     if method == "leiden":
         return _leiden(features, resolution, seed)
     if method == "kmeans":
