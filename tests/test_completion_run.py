@@ -15,7 +15,7 @@ import pytest
 import scipy.sparse as sp
 from browser import CHROMIUM, browser
 
-from stexp.cli.complete import complete_section, folder_of, main
+from stexp.cli.complete import complete_section, folder_of, main, refuse_other_data
 from stexp.completion.dense import dense_map, dense_places
 from stexp.completion.problem import spot_problem
 from stexp.completion.spots import fit_kriging
@@ -117,6 +117,10 @@ def test_a_finished_folder_is_left_and_another_is_refused(
     with pytest.raises(InputError, match="holds files"):
         complete(demo, sections, other, *same)
     assert [path.name for path in other.iterdir() if path.name != ".lock"] == ["notes.txt"]
+    record = json.loads((spots / "result.json").read_text())["provenance"]["data_manifest"]
+    refuse_other_data(spots, record, sections)
+    with pytest.raises(InputError, match=f"data of {sections[0].name} changed"):
+        refuse_other_data(spots, record | {sections[0].name: {"counts.tsv": "0"}}, sections)
 
 
 def test_genes_are_learned_from_an_h5ad(demo: Path, sections: list[Section], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stexp.arguments import Between, Seed, Whole, check
 from stexp.config import build, command, to_plain
 from stexp.config.compose import entry
-from stexp.errors import InputError, did_you_mean
+from stexp.errors import InputError, did_you_mean, listed
 from stexp.protocol import Protocol
 
 if TYPE_CHECKING:  # which --help does without, here and in functions: pandas, anndata, torch
@@ -33,12 +33,12 @@ def main(cfg: DictConfig) -> None:
             raise InputError(
                 "known is not given: known=spots or known=genes, as in stexp-complete known=spots share=0.1"
             )
+        config: dict[str, Any] = to_plain(cfg)
+        check_options(config)  # which is said before seconds of imports
         from stexp.completion.problem import check_scale
         from stexp.data.dataset import DataSet
         from stexp.errors import UnknownName
 
-        config: dict[str, Any] = to_plain(cfg)
-        check_options(config)
         protocol, dataset = build(cfg.protocol), DataSet(config["data"])
         check_scale(protocol)
         dataset.panel(protocol)  # a file that is not there is said before sections are read
@@ -61,8 +61,6 @@ def main(cfg: DictConfig) -> None:
 
 def check_options(config: dict[str, Any]) -> None:
     """What would else be refused after the sections are read."""
-    from stexp.completion.methods import FLOORS, METHODS
-    from stexp.completion.problem import OTHERS
     from stexp.completion.shown import Known, Pattern
 
     check("known", config["known"], Known)
@@ -70,6 +68,9 @@ def check_options(config: dict[str, Any]) -> None:
     check("share", config["share"], Between | None)
     check("seed", config["seed"], Seed)
     check("dense", config["dense"], Whole)
+    from stexp.completion.methods import FLOORS, METHODS
+    from stexp.completion.problem import OTHERS
+
     known, choices = config["known"], METHODS[config["known"]]
     if isinstance(config["methods"], str):
         config["methods"] = [config["methods"]]
@@ -112,8 +113,8 @@ def complete_section(
     several: bool,
 ) -> None:
     """Complete one section into its folder, and say how well; a folder that is finished is left as it is."""
+    from stexp.completion.result import read_result
     from stexp.completion.run import claim, complete_into, summary
-    from stexp.evaluation.records import read_json
     from stexp.files import alone_in
     from stexp.reporting.report import write_report
     from stexp.runs.provenance import Stages
@@ -125,7 +126,9 @@ def complete_section(
     with alone_in(folder):
         if claim(folder, config, bool(config["overwrite"])):
             log.info("%s is finished", folder)
-            print(summary(read_json(folder / "result.json")))
+            result = read_result(folder)
+            refuse_other_data(folder, result["provenance"]["data_manifest"], sections)
+            print(summary(result))
             return
         machine.set_threads()
         stages = Stages(None)
@@ -146,6 +149,16 @@ def complete_section(
         report = write_report(folder)
     print(f"wrote {folder}; look at {report}")
     print(summary(result))
+
+
+def refuse_other_data(folder: Path, recorded: dict[str, Any], sections: list[Section]) -> None:
+    """InputError where files of the sections that a completion read are others than they were."""
+    from stexp.runs.provenance import manifest
+
+    now = manifest([section for section in sections if section.name in recorded])
+    changed = [name for name, files in now.items() if files != recorded[name]]
+    if changed:
+        raise InputError(f"{folder}: the data of {listed(changed)} changed since; overwrite=true would start anew")
 
 
 def folder_of(config: dict[str, Any], section: str, several: bool) -> Path:

@@ -144,7 +144,7 @@ def _pixel_um(file: Path) -> float:
     try:
         size = json.loads(file.read_text(encoding="utf-8-sig"))["pixel_size"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is no JSON object with pixel_size ({type(error).__name__})") from error
+        raise InputError(f"{file} is no JSON object with pixel_size, in micrometres") from error
     check(f"pixel_size of {file}", size, Positive)
     return float(size)
 
