@@ -14,6 +14,9 @@ from stexp.files import CONF
 
 _Name = Annotated[str, Field(pattern=r"^[^/\\:]+$", description="a name without slashes and colons")]
 _Blocks = Annotated[int, Field(ge=3, le=1000, description="3 to 1000 (one block tests, one validates, the rest train)")]
+_Panel = Annotated[
+    Literal["train", "all"], Field(description="train or all (whose counts choose the genes; data.panel names them)")
+]
 
 
 @checked("protocol")
@@ -72,7 +75,7 @@ class Protocol:
     hold_out: Literal["patient", "section", "block", "cohort"] = "patient"
     blocks: _Blocks = 4
     validation: bool = True
-    panel: Literal["train", "all"] = "train"
+    panel: _Panel = "train"
     n_hvg: Count = 1000
     min_spots: Share = 0.075
     panel_size: Count | None = 1000

@@ -205,6 +205,9 @@ def _evidence_lines(metrics: dict) -> list[str]:
     skill = behind.get("error", {}).get("skill_within_gene")
     if skill is not None:
         parts.append(f"{100 * skill:.0f} % of the training mean's error within genes is gone")
+    ours, mean = metrics["scores"].get("mse"), metrics["floors"].get("mean", {}).get("mse")
+    if ours is not None and mean and ours > 1.5 * mean:  # correlations alone do not tell
+        parts.append(f"the squared error is {ours / mean:.1f} times that of the training mean")
     return [f"  {'; '.join(parts)}."] if parts else []
 
 
