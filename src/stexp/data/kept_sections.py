@@ -80,6 +80,7 @@ def _file_image(name: str, spots: ad.AnnData) -> bytes:
     var = spots.var.copy()
     with h5py.File(name, "w", driver="core", backing_store=False) as file:
         ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var, obsm=dict(spots.obsm), layers=dict(spots.layers)))
+        file.pop("X", None)  # that anndata before 0.12 writes of none
         group = file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": counts.shape})
         for part in ("data", "indices", "indptr"):
