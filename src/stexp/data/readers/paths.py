@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +18,24 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def folders_by_section(outs: Iterable[Path]) -> dict[str, Path]:
+    """Output folders of 10x by the section's name: the folder's own, or that around a folder ``outs``.
+
+    Raises
+    ------
+    InputError
+        Two of one name.
+    """
+    folders: dict[str, Path] = {}
+    for path in outs:
+        own = Path(os.path.abspath(path))  # resolve() would call a link by what it leads to
+        name = own.parent.name if own.name == "outs" else own.name
+        if name in folders:
+            raise InputError(f"{folders[name]} and {path} would both be section {name}; rename one")
+        folders[name] = path
+    return folders
 
 
 def data_folder(root: str | Path, is_data: Callable[[Path], bool], below: Iterable[str] = ()) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,7 @@ from stexp.data.join import join
 from stexp.data.kept_sections import read_each
 from stexp.data.readers.bins import read_bins, squares_of
 from stexp.data.readers.cells import read_cell_centres
-from stexp.data.readers.paths import choose_sections, user_path
+from stexp.data.readers.paths import choose_sections, folders_by_section, user_path
 from stexp.data.readers.patients import read_patients
 from stexp.data.readers.spaceranger import files_of_counts, find_counts, find_positions, read_10x_counts
 from stexp.data.readers.sums import read_10x_sums
@@ -110,14 +109,7 @@ def _outs(root: Path) -> dict[str, Path]:
     else:
         other = "; it is of Visium, which data=visium reads" if (folder / "spatial").is_dir() else ""
         raise InputError(f"{root} has no folder {BINS} or {CELLS}, nor has one of its folders{other}")
-    folders: dict[str, Path] = {}
-    for path in outs:
-        own = Path(os.path.abspath(path))  # resolve() would call a link by what it leads to
-        name = own.parent.name if own.name == "outs" else own.name
-        if name in folders:
-            raise InputError(f"{folders[name]} and {path} would both be section {name}; rename one")
-        folders[name] = path
-    return folders
+    return folders_by_section(outs)
 
 
 def _is_within(name: str) -> bool:

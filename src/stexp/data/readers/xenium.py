@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,7 @@ from stexp.data.gene_names import harmonise
 from stexp.data.join import join
 from stexp.data.kept_sections import read_each
 from stexp.data.readers.alignment import read_alignment, scale_of, to_image
-from stexp.data.readers.paths import choose_sections, user_path
+from stexp.data.readers.paths import choose_sections, folders_by_section, user_path
 from stexp.data.readers.patients import read_patients
 from stexp.data.readers.spaceranger import Features, read_10x_counts, read_10x_features
 from stexp.data.readers.text import read_table
@@ -130,14 +129,7 @@ def _folders(root: Path) -> dict[str, Path]:
             break
     else:
         raise InputError(f"{root} has no {EXPERIMENT}, nor has one of its folders; the output of a Xenium would fit")
-    folders: dict[str, Path] = {}
-    for path in outs:
-        own = Path(os.path.abspath(path))  # resolve() would call a link by what it leads to
-        name = own.parent.name if own.name == "outs" else own.name
-        if name in folders:
-            raise InputError(f"{folders[name]} and {path} would both be section {name}; rename one")
-        folders[name] = path
-    return folders
+    return folders_by_section(outs)
 
 
 def _pixel_um(file: Path) -> float:
