@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 import yaml
 from demo_run import configure
 from omegaconf import OmegaConf
@@ -28,13 +29,8 @@ from stexp.runs.rescore import choose_genes
 
 
 def command(name: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"stexp.{name}", *overrides],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+    arguments = [sys.executable, "-m", f"stexp.{name}", *overrides]
+    return warm.run(arguments, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize(

@@ -63,22 +63,23 @@ def method_of(model: dict) -> Method:
 
 @pytest.mark.slow
 def test_every_data_set_model_protocol_and_trainer_go_together():
-    """A composition of each data set and model, with protocol and trainer in turn; all others of these put in."""
+    """Compositions that have every choice at least once, with those of other groups in turn; then all put in."""
     tiny = to_plain(compose("train", ["image_encoder=tiny"]).image_encoder)
-    parts = {
-        group: {name: compose("train", [f"{group}={name}"])[group] for name in NAMES[group]}
-        for group in ("protocol", "trainer")
-    }
+    groups = ("data", "protocol", "trainer")
+    parts = {group: {name: compose("train", [f"{group}={name}"])[group] for name in NAMES[group]} for group in groups}
     built = functools.cache(lambda model: method_of(json.loads(model)))
-    for i, (data, model) in enumerate(itertools.product(NAMES["data"], NAMES["model"])):
-        own = {group: NAMES[group][i % len(NAMES[group])] for group in parts}
-        chosen = {"data": data, "model": model, **own}
-        cfg = compose("train", [f"{group}={name}" for group, name in chosen.items()])
-        assert (cfg.data.name, cfg.model.name) == (data, model)
-        assert all(cfg[group] == parts[group][name] for group, name in own.items())
-        assert_data_is_taken(to_plain(cfg.data))
-        for protocol, trainer in itertools.product(*parts.values()):
-            cfg.protocol, cfg.trainer = parts["protocol"][protocol], parts["trainer"][trainer]
+    for data in parts["data"].values():
+        assert_data_is_taken(to_plain(data))
+    for i in range(max(len(NAMES[group]) for group in (*groups, "model"))):
+        model = NAMES["model"][i % len(NAMES["model"])]
+        own = {group: NAMES[group][i % len(NAMES[group])] for group in groups}
+        cfg = compose("train", [f"model={model}", *(f"{group}={name}" for group, name in own.items())])
+        assert (cfg.data.name, cfg.model.name) == (own["data"], model)
+        assert all(cfg[group] == parts[group][own[group]] for group in ("protocol", "trainer"))
+        trainers = itertools.cycle(NAMES["trainer"])
+        for data, protocol in itertools.product(NAMES["data"], NAMES["protocol"]):
+            for group, name in zip(groups, (data, protocol, next(trainers)), strict=True):
+                cfg[group] = parts[group][name]
             node = to_plain(cfg.model)
             if "image_encoder" in node:
                 assert node["image_encoder"] == cfg.image_encoder

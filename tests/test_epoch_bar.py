@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from demo_run import overrides_of
 
 
 def stderr_of(command: list[str], terminal: bool) -> str:
     """What a command writes to stderr, which is a terminal of 160 columns or a pipe."""
     if not terminal:
-        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True).stderr
+        return warm.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True).stderr
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "50"}
     written = b""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env=environment) as process:
+    with warm.begin(command, stdout=subprocess.DEVNULL, stderr=slave, env=environment) as process:
         os.close(slave)
         try:
             while part := os.read(master, 65536):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from commands import SHORT, command, demo, environment, prediction
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="no limit of the size of a file")]
@@ -48,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("train", *demo(home / "demo"), *SHORT, "model=mclstexp", f"output_dir={home / 'run'}"),
         ("export", f"run={home / 'run'}", f"output={home / 'model.stexp'}"),
     ):
-        subprocess.run(command(name, *arguments), env=environment(home), check=True, capture_output=True, timeout=300)
+        warm.run(command(name, *arguments), env=environment(home), check=True, capture_output=True)
     yield home
 
 
@@ -98,18 +99,10 @@ def assert_stopped(done: subprocess.CompletedProcess, place: Path, name: str, re
 @pytest.mark.parametrize(("what", "limit", "name"), CASES, ids=[f"{what}-{limit}" for what, limit, _ in CASES])
 def test_a_file_that_may_not_grow(home: Path, tmp_path: Path, what: str, limit: int, name: str) -> None:
     arguments = arguments_of(what, home, tmp_path)
-
-    def limited() -> None:
-        import resource  # of Unix
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(
-        arguments, env=environment(home), cwd=tmp_path, capture_output=True, text=True, timeout=300, preexec_fn=limited
-    )
+    done = warm.run(arguments, env=environment(home), cwd=tmp_path, capture_output=True, text=True, largest_file=limit)
     assert_stopped(done, tmp_path, name, "file too large")
     if what == "predict" and limit > 1_000_000:  # the rest is done by the same command
-        again = subprocess.run(arguments, env=environment(home), cwd=tmp_path, capture_output=True, timeout=300)
+        again = warm.run(arguments, env=environment(home), cwd=tmp_path, capture_output=True)
         assert again.returncode == 0 and (tmp_path / "predicted" / "A1" / "report.html").is_file()
 
 
@@ -122,9 +115,7 @@ def test_a_disk_that_is_full(home: Path, tmp_path: Path, what: str, size: str) -
         pytest.skip("no file system can be mounted here")
     try:
         arguments = _on(what, home, small)
-        done = subprocess.run(
-            arguments, env=environment(home), cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
+        done = warm.run(arguments, env=environment(home), cwd=tmp_path, capture_output=True, text=True)
         assert_stopped(done, small, str(small), "no space left")
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import warm
 from commands import SHORT, command, demo, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="a process group is killed")]
 
-KILLS = int(os.environ.get("STEXP_KILLS", "20"))
+KILLS = int(os.environ.get("STEXP_KILLS", "14"))
 """Over all commands; ``make test-kills`` has 100."""
 OF_THE_MOMENT = {
     *("command", "commit", "date", "dirty", "seconds", "stages", "hardware", "versions", "trained_by"),
@@ -42,12 +43,10 @@ PIPELINE = {
 """What is given one after the other; `results` after the results of the training are deleted."""
 
 
-def begin(name: str, home: Path) -> subprocess.Popen:
-    log = (home / f"{name}.log").open("ab")
+def begin(name: str, home: Path) -> warm.Process | subprocess.Popen:
     env = environment(home) | {"STEXP_CACHE": "cache"}
-    return subprocess.Popen(
-        PIPELINE[name], cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with (home / f"{name}.log").open("ab") as log:
+        return warm.begin(PIPELINE[name], cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def set_back(name: str, home: Path) -> None:

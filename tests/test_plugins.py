@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import warm
 import yaml
 from commands import SHORT, environment, prediction
 
@@ -363,13 +364,8 @@ def test_a_module_that_predicts_nothing_is_refused_with_what_it_lacks():
 
 
 def stexp(home: Path, command: str, *arguments: str, cwd: Path = EXAMPLE) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"stexp.cli.{command}", *arguments],
-        cwd=cwd,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-    )
+    started = [sys.executable, "-m", f"stexp.cli.{command}", *arguments]
+    return warm.run(started, cwd=cwd, env=environment(home), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

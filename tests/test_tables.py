@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import warm
 from omegaconf import OmegaConf
 from paper_runs import WHOLE_AUDIT, WHOLE_DATA, WHOLE_RECORD
 from tabled import tabulate_all
@@ -462,9 +463,7 @@ def test_command_writes_the_files_without_torch(runs: list[Path], tmp_path: Path
     (runs[0] / "checkpoints").mkdir()
     finish = f"{runs[0]} is not finished; finish it with: stexp-train -cp {runs[0]} -cn config"
     for more, status, n_lines in ((["allow_missing=false"], 2, 1), ([], 0, 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "stexp.cli.table", *arguments, *more], capture_output=True, text=True, check=False
-        )
+        done = warm.run([sys.executable, "-m", "stexp.cli.table", *arguments, *more], capture_output=True, text=True)
         lines = done.stderr.splitlines()
         assert done.returncode == status and len(lines) == n_lines and finish in lines[0]
     assert "ours, seed 0, lacks fold A" in lines[1] and "stexp-train data=demo model=ours fold=A" in lines[1]

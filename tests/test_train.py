@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import warm
 from demo_run import configure, overrides_of, run
 from omegaconf import OmegaConf
 
@@ -316,14 +317,14 @@ def test_a_method_needs_no_more_than_the_recipe_says(demo: Path, tmp_path: Path,
 def test_ctrl_c_in_the_fit_says_how_to_go_on(demo: Path, tmp_path: Path) -> None:
     arguments = [*overrides_of(demo, tmp_path / "run"), "trainer.max_epochs=10000"]
     command = [sys.executable, "-m", "stexp.cli.train", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with warm.begin(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
             seen = next((line for line in process.stderr if "epoch 2/" in line), None)
             assert seen, "it trains"
             process.send_signal(signal.SIGINT)
             rest = process.stderr.read()
-            assert process.wait() == 130
+            assert process.wait() == 130, rest
         finally:
             process.kill()
     assert "interrupted" in rest and "the same command goes on" in rest and "Traceback" not in rest
