@@ -52,10 +52,10 @@ tables: $(READY)  ## all of these again from the finished runs, without training
 	$(BIN)/stexp-table sweep=all runs=$(RUNS) $(ARGS)
 
 test: $(READY)  ## tests of up to two seconds each; those on real data run where STEXP_DATA names a folder
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(READY)  ## all tests, and what of the code they cover
-	$(BIN)/pytest -n 2 --cov=stexp --cov-report=term:skip-covered
+	$(BIN)/python -m slipcover --source src/stexp --skip-covered -m pytest -n 2 --dist worksteal
 
 test-kills: $(READY)  ## kill every command a hundred times in all, and compare what is left in the end
 	STEXP_KILLS=100 $(BIN)/pytest tests/test_kills.py
