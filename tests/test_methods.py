@@ -34,7 +34,7 @@ SHORT = {
     ],
     "egn": [
         *("model.dim=64", "model.depth=2", "model.apart=spot", "model.n_exemplars=30", "model.lr=2e-3"),
-        *("data.batch_size=8", "trainer.max_epochs=8"),
+        *("data.batch_size=8", "trainer.max_epochs=5"),
     ],
     "heclip": ["trainer.max_epochs=4"],
     "hest_ridge": ["model.penalty=3000"],
@@ -54,26 +54,26 @@ SHORT = {
         *("model.start_from_mean=true", "model.lr=2e-3", "data.batch_size=16", "trainer.max_epochs=8"),
     ],
     "mclstexp": ["model.k=50", "trainer.max_epochs=4"],
-    "mclstexp_plus": ["model.k=50", "trainer.max_epochs=4"],
+    "mclstexp_plus": ["model.k=50", "trainer.max_epochs=2"],
     "sepal": ["model.image_epochs=4", "model.image_lr=3e-3", "model.lr=3e-4", "trainer.max_epochs=6"],
     "stflow": [
         *("model.dim=64", "model.depth=1", "model.dropout=0.3", "model.output_dropout=0.0", "model.lr=1e-3"),
         *("model.start_from_mean=true", "model.standardise=true", "data.augmentation=none", "trainer.max_epochs=30"),
     ],
     "stgchb": ["trainer.max_epochs=6"],
-    "stnet": ["model.lr=0.01"],
+    "stnet": ["model.lr=0.01", "trainer.max_epochs=2"],
     "thitogene": [
         *("data.stain=macenko", "model.tile_share=1", "model.tile_px=44", "model.capsules=4", "model.capsule_dim=2"),
         *("model.depth=1", "model.heads=2", "model.hidden=64", "model.graph_hidden=32", "model.graph_heads=2"),
         *("model.graph_dim=128", "model.positions=false", "model.start_from_mean=true", "model.lr=1e-3"),
-        "trainer.max_epochs=45",
+        "trainer.max_epochs=25",
     ],
     "triplex": [
         *(f"model.{name}" for name in ("dim=64", "side=3", "lr=0.003", "global_depth=1", "neighbour_depth=1")),
         *(f"model.{name}=64" for name in ("fusion_hidden", "global_hidden", "neighbour_hidden")),
         *(f"model.{name}_heads=4" for name in ("global", "neighbour")),
         "data.batch_size=16",
-        "trainer.max_epochs=12",
+        "trainer.max_epochs=10",
     ],
 }
 """What a training of seconds on a few hundred spots needs instead of the published values."""
@@ -97,12 +97,6 @@ RUN_FOLDER = {
     "report.html",
     "provenance.json",
 }
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """Root of a demo data set: three patients with one section each."""
-    return tmp_path_factory.mktemp("demo")
 
 
 def configure(root: Path, out: Path, method: str, *overrides: str) -> DictConfig:
