@@ -70,7 +70,6 @@ def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.slow
 def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path) -> None:
     done = command(
         "train",
@@ -115,7 +114,6 @@ def test_a_flag_for_a_key_says_how_keys_are_given() -> None:
     assert done.stderr == "stexp: error: --fold: what changes is given as key=value, as in fold=VALUE\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "predict", "prepare", "score", "evaluate"])
 def test_help_ends_with_the_keys_that_people_change_and_their_values(name: str) -> None:
     import_module(f"stexp.cli.{name}")  # prepare makes a group of its own

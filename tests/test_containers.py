@@ -63,6 +63,7 @@ def read(path: Path, spots: list[str], table: Path | None) -> ad.AnnData | None:
         return None
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(matrix=matrices(), with_table=st.booleans())
 def test_a_matrix_is_the_same_in_every_container(matrix, with_table):

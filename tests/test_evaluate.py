@@ -140,6 +140,7 @@ def test_a_run_folder_without_a_model_is_scored_reported_and_analysed(whole: Pat
             command()
 
 
+@pytest.mark.slow
 def test_what_is_not_stated_is_unknown_and_what_is_stated_counts(data, theirs, tmp_path: Path) -> None:
     def items(**stated) -> tuple[dict, dict]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -161,7 +162,6 @@ def test_what_is_not_stated_is_unknown_and_what_is_stated_counts(data, theirs, t
     assert by_name["panel_saw_test"]["leak"] and audit["unknown"] == 0
 
 
-@pytest.mark.slow
 def test_missing_spots_and_genes_are_scored_on_what_is_there(data, theirs, whole: Path, tmp_path: Path, caplog) -> None:
     """Scores and floors are those of the same spots and genes, computed the slow way."""
     gone = np.arange(50) % 5 == 0
@@ -427,7 +427,6 @@ def test_the_word_of_a_file_counts_and_that_of_the_user_more(data, theirs) -> No
     assert put_on_scale(predicted, data, "target", paper)[1]["errors"]
 
 
-@pytest.mark.slow
 def test_z_scores_are_recognised_and_have_no_errors_even_when_named(data, theirs, tmp_path: Path) -> None:
     z = theirs.copy()
     z.X = (z.X - z.X.mean(axis=0)) / z.X.std(axis=0)

@@ -134,6 +134,7 @@ def test_a_prediction_file_that_lacks_something_says_what(strict: Path, tmp_path
         score_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_deleted_from_a_finished_run_is_made_again(strict: Path, demo: Path, tmp_path: Path) -> None:
     folder = copy_of(strict, tmp_path / "run")
     for name in ("predictions.h5ad", "provenance.json", "audit.json"):

@@ -100,6 +100,7 @@ def test_long_names_are_cut_and_kept_apart():
     )
 
 
+@pytest.mark.slow
 def test_a_folder_is_one_run_in_every_sweep_and_a_run_one_folder():
     folder_of, config_of = defaultdict(set), defaultdict(set)
     for name in ("table1", "tableS4", "tableS7"):
@@ -112,6 +113,7 @@ def test_a_folder_is_one_run_in_every_sweep_and_a_run_one_folder():
     assert all(len(configs) == 1 for configs in config_of.values())
 
 
+@pytest.mark.slow
 def test_the_main_runs_are_trained_once_for_all_tables():
     main_runs = {job.output_dir for job in jobs("table1", ["model=mclstexp"])}
     assert len(main_runs) == 53
