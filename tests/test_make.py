@@ -18,8 +18,8 @@ BIN = Path(sys.executable).parent
 NEEDS_MAKE = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed here")
 
 SMALL = (
-    'data=her2st "data.sections=[B4,C2]" fold=B4 data.download=never data.batch_size=64 protocol.k=100 trainer.max_epochs=1 '
-    "trainer.accelerator=cpu image_encoder=tiny hardware.threads=1"
+    'data=her2st "data.sections=[B4,C2]" fold=B4 data.download=never data.batch_size=64 protocol.k=100 '
+    "trainer.max_epochs=1 trainer.accelerator=cpu image_encoder=tiny hardware.threads=1"
 )
 
 
