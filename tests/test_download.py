@@ -209,20 +209,24 @@ def there(root: Path) -> set[str]:
 
 def test_archives_are_unpacked_and_what_they_held_is_verified(site: Site, publish: Callable) -> None:
     body = archive()
-    site.files |= {"s1/spatial.tar.gz": body, "s2/spatial.tar.gz": body}
+    site.files |= {"s1/spatial.tar.gz": body, "s2/spatial.tar.gz": body, "s2/image.jpg.gz": gzip.compress(b"pixels")}
     stated_md5 = {"hash": "md5:" + hashlib.md5(body).hexdigest(), "unpack": True, "gives": ["s1/spatial"]}
-    root = publish({"s1/spatial.tar.gz": stated_md5, "s2/spatial.tar.gz": {"unpack": True, "gives": ["s2/spatial"]}})
-    bring(root)
-    names = {f"{section}/spatial/{name}" for section in ("s1", "s2") for name in ("positions.csv", "image.png")}
+    stated_none = {"unpack": True, "gives": ["s2/spatial"]}
+    files = {"s1/spatial.tar.gz": stated_md5, "s2/spatial.tar.gz": stated_none, "s2/image.jpg.gz": {"unpack": True}}
+    bring(root := publish(files))
+    names = {"s2/image.jpg"} | {
+        f"{section}/spatial/{name}" for section in ("s1", "s2") for name in ("positions.csv", "image.png")
+    }
     assert there(root) == names and left_over(root) == []
     assert (root / "s1/spatial/image.png").read_bytes() == content("spatial/image.png", 1000)
+    assert (root / "s2/image.jpg").read_bytes() == b"pixels"
     bring(root)
-    assert len(site.asked) == 2
+    assert len(site.asked) == 3
     (root / "s1/spatial/image.png").unlink()
     bring(root)
-    assert len(site.asked) == 3 and there(root) == names
+    assert len(site.asked) == 4 and there(root) == names
     (root / "s2/spatial/image.png").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"1 of 2 files in .* do not verify: s2/spatial/image.png \(sha256:"):
+    with pytest.raises(InputError, match=r"1 of 3 files in .* do not verify: s2/spatial/image.png \(sha256:"):
         bring(root)
     bring(root, mode="replace", keep_archives=True)
     assert there(root) == names | {"s2/spatial.tar.gz"}
@@ -232,9 +236,15 @@ def test_archives_are_unpacked_and_what_they_held_is_verified(site: Site, publis
 
 
 def test_records_of_earlier_versions_are_read(site: Site, publish: Callable) -> None:
-    """An image unpacked from its .gz, which sources asked for; sizes, and where a file came from."""
+    """Those had sizes, and where a file came from."""
     site.files["counts.tsv.gz"] = gzip.compress(b"counts")
-    root = publish({"image.jpg.gz": {}, "spatial.tar.gz": {"unpack": True, "gives": ["spatial"]}, "counts.tsv.gz": {}})
+    root = publish(
+        {
+            "image.jpg.gz": {"unpack": True},
+            "spatial.tar.gz": {"unpack": True, "gives": ["spatial"]},
+            "counts.tsv.gz": {},
+        }
+    )
 
     def member(body: bytes) -> dict:
         return {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
@@ -346,6 +356,8 @@ def test_names_that_do_not_fit_say_what_would(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_real_sections_verify_without_a_network(real_data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(requests.Session, "request", lambda *args, **kwargs: pytest.fail("asked the network"))
+    before = {path.name for path in (real_data / "her2st").iterdir()}
     fetch("her2st", real_data / "her2st", ["B4", "C2"])
+    assert {path.name for path in (real_data / "her2st").iterdir()} == before  # a whole copy is only read
     fetch("her2st", tmp_path / "copy", ["B4"], mirror=real_data / "her2st")
     assert len([path for path in (tmp_path / "copy").rglob("*") if path.suffix in (".gz", ".tsv", ".jpg")]) == 3

@@ -5,21 +5,22 @@ Where the files are stands in ``sources/<name>.yaml``, one per data set, and now
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+import pooch
 from filelock import FileLock
 
 from stexp.data.download.hub import SCHEME, download_from_hub, hub_files
-from stexp.data.download.record import Record, file_hash, mismatch
+from stexp.data.download.record import Record, mismatch
 from stexp.data.download.sources import Entry, mirrored, read_source
 from stexp.data.download.transfer import Failed, download
 from stexp.data.progress import track
@@ -72,17 +73,24 @@ def fetch(
         files = [file for file in source.files if not wanted or not file.sections or wanted & {*file.sections}]
     if mirror is not None:
         files = mirrored(files, [str(mirror)] if isinstance(mirror, str | Path) else [*mirror])
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".stexp-downloads.lock") if os.access(root, os.W_OK) else nullcontext():
-        record = Record(root)
-        if to_come := _verify(name, record, files, replace):
-            _bring(name, record, to_come, replace, keep_archives)
+    to_come, unstated = _verify(name, Record(root), files, replace)
+    if to_come or (unstated and os.access(root, os.W_OK)):
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".stexp-downloads.lock"):  # another process may have brought some in between
+            record = Record(root)
+            to_come, unstated = _verify(name, record, [*to_come, *unstated], replace)
+            for file in unstated:
+                record.note(file, [root / part for part in record.parts(file)])
+            if to_come:
+                _bring(name, record, to_come, replace, keep_archives)
+    if unstated:
+        log.info("%s: %d files were there and nothing states their hash: taken as they are", name, len(unstated))
     log.info("%s: %d of %d files are there and verify", name, len(files), len(files))
 
 
-def _verify(name: str, record: Record, files: list[Entry], replace: bool) -> list[Entry]:
-    """The files that are to come; those that nothing states the hash of are taken as they are."""
-    root, wrong, to_come, unstated = record.root, [], [], {}
+def _verify(name: str, record: Record, files: list[Entry], replace: bool) -> tuple[list[Entry], list[Entry]]:
+    """The files that are to come, and those that are there and that nothing states the hash of."""
+    root, wrong, to_come, unstated = record.root, [], [], []
     for file in files:
         parts = record.parts(file)
         present = [part for part in parts if (root / part).is_file()]
@@ -91,17 +99,13 @@ def _verify(name: str, record: Record, files: list[Entry], replace: bool) -> lis
         if problems or len(present) < len(parts) or (file.unpack and file.path in parts):
             to_come.append(file)
         elif None in parts.values():
-            unstated[file] = present
+            unstated.append(file)
     if wrong and not replace:
         raise InputError(
             f"{name}: {len(wrong)} of {len(files)} files in {root} do not verify: {listed(wrong)}; move them away, or "
             f"data.download=replace fetches them again"
         )
-    if unstated:
-        log.info("%s: %d files were there and nothing states their hash: taken as they are", name, len(unstated))
-        for file in unstated if os.access(root, os.W_OK) else ():
-            record.note(file, {part: file_hash(root / part) for part in unstated[file]})
-    return to_come
+    return to_come, unstated
 
 
 def _bring(name: str, record: Record, files: list[Entry], replace: bool, keep_archives: bool) -> None:
@@ -121,10 +125,7 @@ def _bring(name: str, record: Record, files: list[Entry], replace: bool, keep_ar
             if not file.unpack or not target.is_file() or mismatch(target, expected):
                 _transfer(file, stage / target.name, expected, unreachable)
                 os.replace(stage / target.name, target)
-            hashes = {file.path: expected or file_hash(target)}
-            if file.unpack:
-                hashes |= _unpack(target, stage, Path(file.path).parent)
-            record.note(file, hashes)
+            record.note(file, [target, *(_unpack(target, stage) if file.unpack else ())])
             if file.unpack and not keep_archives:
                 target.unlink()
             shutil.rmtree(stage)
@@ -160,20 +161,23 @@ def _transfer(file: Entry, path: Path, expected: str | None, unreachable: set[st
     raise Failed("; ".join(reasons))
 
 
-def _unpack(archive: Path, stage: Path, where: Path) -> dict[str, str]:
-    """Unpack a tar beside it, by way of `stage`, all of it or nothing; hashes of its files by path, below `where`."""
+def _unpack(archive: Path, stage: Path) -> list[Path]:
+    """Files of a tar or a single .gz, unpacked beside it by way of `stage`, all of them or none."""
     with TemporaryDirectory(dir=stage) as folder:
         try:
-            shutil.unpack_archive(archive, folder, filter=_plain)
-        except (shutil.ReadError, tarfile.TarError, zlib.error, EOFError) as error:
+            if ".tar" in archive.suffixes:
+                shutil.unpack_archive(archive, folder, filter=_plain)
+            else:
+                pooch.Decompress("gzip", os.path.join(folder, archive.stem))(str(archive), "download", None)
+        except (shutil.ReadError, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"cannot be unpacked: {error}; delete it to have it fetched again") from None
-        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-        hashes = {(where / path.relative_to(folder)).as_posix(): file_hash(path) for path in paths}
-        for path in paths:
-            target = archive.parent / path.relative_to(folder)
+        targets = {
+            path: archive.parent / path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()
+        }
+        for path, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    return hashes
+    return list(targets.values())
 
 
 def _plain(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

@@ -39,11 +39,12 @@ class Record:
         inside = (inner for given in by_hand for inner in [given, *given.rglob("*")] if inner.is_file())
         return {inner.relative_to(self.root).as_posix(): None for inner in inside}
 
-    def note(self, file: Entry, hashes: dict[str, str]) -> None:
-        """Record hashes by path: of the file, and of what it held."""
-        members = {name: {"sha256": digest.partition(":")[2]} for name, digest in hashes.items() if name != file.path}
-        own = {"hash": hashes[file.path]} if file.path in hashes else {}
-        self.facts[file.path] = own | ({"members": members} if members else {})
+    def note(self, file: Entry, paths: list[Path]) -> None:
+        """Record the hashes of a file, and of what it held."""
+        hashes = {path.relative_to(self.root).as_posix(): file_hash(path) for path in paths}
+        own = hashes.pop(file.path, None)
+        members = {name: {"sha256": digest.removeprefix("sha256:")} for name, digest in hashes.items()}
+        self.facts[file.path] = {"hash": own, "members": members}
         write_atomically(self.path, json.dumps(self.facts, indent=1, sort_keys=True))
 
 
