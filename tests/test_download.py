@@ -269,8 +269,10 @@ def test_what_somebody_unpacked_is_taken_and_verified_from_then_on(site: Site, p
     site.files |= {"spatial.tar.gz": archive(), "counts.tsv.gz": gzip.compress(b"counts")}
     root = publish({"spatial.tar.gz": {"unpack": True, "gives": ["spatial"]}, "counts.tsv.gz": {}})
     (root / "spatial").mkdir(parents=True)
-    (root / "spatial/positions.csv").write_text("mine")
     (root / "counts.tsv").write_text("counts")
+    with pytest.raises(InputError, match=r"1 of 1 files did not arrive: spatial.tar.gz"):  # an empty folder is nothing
+        bring(root, mirror=root)
+    (root / "spatial/positions.csv").write_text("mine")
     bring(root)
     bring(root)
     assert site.asked == []

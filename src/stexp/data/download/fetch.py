@@ -171,9 +171,8 @@ def _unpack(archive: Path, stage: Path) -> list[Path]:
                 pooch.Decompress("gzip", os.path.join(folder, archive.stem))(str(archive), "download", None)
         except (shutil.ReadError, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"cannot be unpacked: {error}; delete it to have it fetched again") from None
-        targets = {
-            path: archive.parent / path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file()
-        }
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        targets = {path: archive.parent / path.relative_to(folder) for path in files}
         for path, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)

@@ -34,9 +34,9 @@ class Record:
         if members and (file.unpack or not path.exists()):
             return {name: f"sha256:{member['sha256']}" for name, member in members.items()}
         by_hand = [self.root / name for name in file.gives or [file.path.removesuffix(".gz")]]
-        if path.exists() or not all(given.exists() for given in by_hand):
+        inside = [inner for given in by_hand for inner in [given, *given.rglob("*")] if inner.is_file()]
+        if path.exists() or not inside or not all(given.exists() for given in by_hand):
             return {file.path: self.expected(file)}
-        inside = (inner for given in by_hand for inner in [given, *given.rglob("*")] if inner.is_file())
         return {inner.relative_to(self.root).as_posix(): None for inner in inside}
 
     def note(self, file: Entry, paths: list[Path]) -> None:
