@@ -100,11 +100,11 @@ def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array of a file, if it is one of real numbers of this shape; mapped first, so that no header is believed."""
+    """The array of a file, if it is one of real numbers or bits of this shape; mapped first: no header is believed."""
     if not path.exists():
         return None
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError, OverflowError):
         return None
-    return mapped if mapped.shape == shape and mapped.dtype.kind == "f" else None
+    return mapped if mapped.shape == shape and mapped.dtype.kind in "fb" else None

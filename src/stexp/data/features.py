@@ -11,12 +11,15 @@ import numpy as np
 import torch
 
 from stexp.data.augment import Augmentation
+from stexp.data.cache import kept_array
+from stexp.data.progress import track
 from stexp.data.rows import Rows, RowTable
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser
-from stexp.data.slides.store import TileStore
+from stexp.data.slides.store import TileStore, file_of
 from stexp.data.slides.tiles import TileSpec, around
 
+MEASURED_AT_ONCE = 64  # tiles
 Encoded = TypeVar("Encoded")
 Stain = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 """A stain normalisation of one section: its key in the cache, and what it makes of tiles (B, px, px, 3) uint8."""
@@ -82,6 +85,29 @@ class TiledSection:
     rows: np.ndarray  # (n_spots,) of SpotDataModule.spots
     store: TileStore
     stain: Stain | None
+
+    def measured(self, name: str, width: int, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A measure of every tile, (n_spots, width), kept in ``measures`` beside the folder of the tile store.
+
+        Parameters
+        ----------
+        name
+            Of the measure, with a version that is raised when the same tile gives other values.
+        measure
+            Tiles (n, px, px, 3) uint8, their stain normalised where it is, to (n, width).
+        """
+        store = file_of(self.store)
+        folder = store.parents[1] / "measures"
+        folder.mkdir(parents=True, exist_ok=True)
+        stain = f"-{self.stain[0]}" if self.stain else ""
+
+        def compute() -> np.ndarray:
+            rows = np.split(np.arange(len(self.store)), range(MEASURED_AT_ONCE, len(self.store), MEASURED_AT_ONCE))
+            done = track(rows, len(self.store), f"section {self.section.name}: {name} of tiles", size=len)
+            parts = (torch.from_numpy(np.array(self.store[part])) for part in done)
+            return np.concatenate([measure((self.stain[1](part) if self.stain else part).numpy()) for part in parts])
+
+        return kept_array(folder / f"{store.stem}{stain}-{name}.npy", (len(self.store), width), compute)
 
 
 class SpotFeatures(RowTable):

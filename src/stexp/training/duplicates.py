@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.duplicates import copies_by_tiles, copies_in_fold, prints_of, record_spots, tile_prints
+from stexp.data.duplicates import PRINT_BITS, copies_by_tiles, copies_in_fold, prints_of, record_spots, tile_prints
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,8 @@ def compare_tiles(data: SpotDataModule) -> dict[str, np.ndarray]:
     if sum(map(len, with_image)) > MOST_TILES:
         log.info("copies were looked for among the counts only: there are more than %d tiles", MOST_TILES)
         return {}
-    prints = {}
-    for section in with_image:
-        rows = data.rows_of(section)
-        parts = np.array_split(rows, -(-len(rows) // data.eval_batch_size))
-        prints[section.name] = np.concatenate([tile_prints(data.tiles(part).numpy()) for part in parts])
+    tiled = data.tiled()
+    prints = {part.section.name: part.measured("prints-v1", PRINT_BITS, tile_prints) for part in tiled}
     seen = {(copy.first, copy.second) for copy in data.copies}
     copies = copies_in_fold(copies_by_tiles(prints, set(data.names("test"))), data.spots, data.allow_duplicates)
     data.copies += [copy for copy in copies if (copy.first, copy.second) not in seen]
