@@ -162,9 +162,9 @@ def learning(runs: list[dict]) -> str:
             rows.append(f"| {name} | {each['epoch']} of {len(epochs)} | {' | '.join([*cells, *shares])} |")
     head = ["| record | epoch | loss | log(batch) | matched | chance |", "|---|---|---|---|---|---|"]
     title = (
-        "Contrastive trainings: the loss on training spots beside that of embeddings that carry nothing, log(batch),"
+        "Contrastive trainings: the loss on training spots beside that of embeddings that carry nothing, log(batch), "
+        "and how many tiles are nearest to their own spot in the batch:"
     )
-    title += " and how many tiles are nearest to their own spot in the batch:"
     return "\n".join([title, "", *head, *rows]) if rows else ""
 
 
