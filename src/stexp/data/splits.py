@@ -101,6 +101,7 @@ def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.Data
     """Every spot of the sections with its role, a row each, in their order."""
     parts = []
     for section in sections:
+        array_xy = section.array_xy
         parts.append(
             pd.DataFrame(
                 {
@@ -108,8 +109,8 @@ def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.Data
                     "patient": section.patient,
                     "spot": section.spots.obs_names.to_numpy(str),
                     "role": roles[section.name],
-                    "array_x": section.array_xy[:, 0],
-                    "array_y": section.array_xy[:, 1],
+                    "array_x": array_xy[:, 0],
+                    "array_y": array_xy[:, 1],
                     "total_counts": section.total_counts,
                 }
             )
