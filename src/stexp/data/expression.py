@@ -78,7 +78,8 @@ class PanelCounts:
 
     def of_panel(self) -> np.ndarray:
         """Counts of a spot over the genes of the panel that its section measures, (N,)."""
-        sums = [np.asarray(self.rows(np.arange(*end)).sum(axis=1, dtype=np.float64)) for end in self._ends()]
+        # SciPy adds in the type of the numbers, whatever it is told
+        sums = [np.asarray(self.rows(np.arange(*end)).astype(np.float64).sum(axis=1)) for end in self._ends()]
         return np.concatenate(sums).ravel()
 
     def of_genes(self) -> np.ndarray:
