@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -216,11 +217,23 @@ def test_counts_are_not_read_where_only_the_panel_is(tmp_path, monkeypatch):
     assert again.total_counts.sum() == kept.spots.X.sum()
 
 
-def test_counts_that_were_let_go_are_read_again(tmp_path):
-    kept = keep(make_section(tmp_path, image=False), tmp_path)
-    before = kept.spots.X.toarray()
-    kept.kept.let_go()
-    np.testing.assert_array_equal(kept.spots.X.toarray(), before)
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_counts_that_were_let_go_take_no_memory_and_are_read_again(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 5, (2000, 1000))
+    kept = keep(make_section(tmp_path, n=2000, genes=1000, image=False, counts=counts), tmp_path)
+    taken = []
+    for _ in range(2):
+        kept.kept.let_go()
+        taken.append(_mapped_kb())
+        np.testing.assert_array_equal(kept.spots.X.sum(axis=0), counts.sum(axis=0)[None])
+        taken.append(_mapped_kb())
+    assert min(taken[1], taken[3]) - taken[2] > 4_000
+
+
+def _mapped_kb() -> int:
+    """Memory of this process that is of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 
 def test_other_spots_are_no_longer_those_of_the_file(tmp_path):

@@ -61,8 +61,8 @@ class KeptCounts:
         if sys.platform == "win32":
             return
         for values in (self.matrix.data, self.matrix.indices, self.matrix.indptr):
-            if isinstance(values, np.memmap):  # an empty one is none
-                values._mmap.madvise(mmap.MADV_DONTNEED)
+            if isinstance(values.base, mmap.mmap):  # else it is empty
+                values.base.madvise(mmap.MADV_DONTNEED)
 
 
 def digest_of(names: Sequence[str]) -> str:
