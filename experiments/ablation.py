@@ -49,15 +49,18 @@ from stexp.training.machine import Machine
 WHOLE, PLAIN = "whole", "plain"
 FULL_RANK: dict[str, Any] = {"ranks": [1024]}
 UNSMOOTHED: dict[str, Any] = {"radii_um": [0]}
-ALONE: dict[str, Any] = {"neighbours": [], "only": [1], "turns": 1, **FULL_RANK, **UNSMOOTHED}
+RIDGES: dict[str, Any] = {"penalties": [1, 3, 10, 30]}
+ALONE: dict[str, Any] = {"neighbours": [], "only": [1], "turns": 1, **RIDGES, **FULL_RANK, **UNSMOOTHED}
 """Ridges of the tile itself, which all that the method adds is left out of."""
 VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE: {},
     "without ridges": {"penalties": []},
+    "with ridges": RIDGES,
     "without neighbours": {"neighbours": []},
     "without low rank": FULL_RANK,
     "without smoothing": UNSMOOTHED,
-    "without learned weights": {"trust": 1e9},
+    "without learned weights": {"trust": None},
+    "with learned weights": {"trust": 1.0},
     "without turned views": {"turns": 1},
     PLAIN: ALONE,
     "plain, with neighbours": {key: value for key, value in ALONE.items() if key != "neighbours"},
@@ -166,7 +169,13 @@ def measure(
     whole = to_plain(compose("train", ["model=consensus", *keys]).model)
     arguments = {key: value for key, value in whole.items() if key not in ("_target_", "name")}
     scales, turns = list(arguments["scales"]), arguments["turns"]
-    variants = {name: part for name, part in VARIANTS.items() if not part or arguments | part != arguments}
+    has = {"ridges": bool(arguments["penalties"]), "learned weights": arguments["trust"] is not None}
+    absent = [f"{'with' if present else 'without'} {part}" for part, present in has.items()]
+    variants = {
+        name: part
+        for name, part in VARIANTS.items()
+        if name not in absent and (not part or arguments | part != arguments)
+    }
     if turns == 1:
         variants.pop("plain, with turned views")
     if len(scales) > 1:

@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 OF_SECTIONS = {"pearson_acg": "all genes", "pearson_heg50": "50 highest", "pearson_given_depth": "given depth"}
 """Scores that floors keep of every section."""
+SHOWN_EPOCHS = (1, 5, 10, 20, 40)
+"""Of a contrastive training, beside the last."""
 START, END = "<!-- results: written by experiments/results.py -->", "<!-- end of results -->"
 
 
@@ -57,6 +59,8 @@ def record(run: Path) -> dict:
     }
     kept |= of_sections(metrics["sections"])
     kept |= {"intervals": metrics["evidence"]["intervals"], "floor_spread": metrics.get("floor_spread", {})}
+    if (run / "contrast.json").is_file():
+        kept["contrast"] = json.loads((run / "contrast.json").read_text())["epochs"]
     kept["leaks"] = [item["name"] for item in audit["items"] if item["leak"]]
     provenance["command"] = of_paper.elsewhere(provenance["command"])
     kept["provenance"] = provenance
@@ -105,7 +109,7 @@ def tables() -> str:
         groups.setdefault(title, []).append(run)
     ablations = {each["name"]: each for each in kept if each["name"].startswith("ablation-")}
     parts = [*(_table(title, members) for title, members in groups.items()), by_section(runs), sure(runs)]
-    parts += [references_kept(kept), domains(kept), ablation_table.tables(ablations)]
+    parts += [learning(runs), references_kept(kept), domains(kept), ablation_table.tables(ablations)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -143,6 +147,25 @@ def sure(runs: list[dict]) -> str:
             )
     head = ["| record | all genes | 95 % interval | over |", "|---|---|---|---|"]
     return "\n".join(["How sure the mean over all genes is:", "", *head, *rows]) if rows else ""
+
+
+def learning(runs: list[dict]) -> str:
+    """Of records of contrastive trainings: how the loss and the matches go over the epochs."""
+    rows = []
+    for run in runs:
+        epochs = run.get("contrast", [])
+        steps = [epoch for epoch in epochs if epoch["epoch"] in SHOWN_EPOCHS or epoch is epochs[-1]]
+        name = f"[{run['name']}](../experiments/results/{run['name']}.json)"
+        for each in steps:
+            cells = (f"{each[key]:.2f}" for key in ("loss", "log_batch"))
+            shares = (f"{each[key]:.1%}" for key in ("matched", "chance"))
+            rows.append(f"| {name} | {each['epoch']} of {len(epochs)} | {' | '.join([*cells, *shares])} |")
+    head = ["| record | epoch | loss | log(batch) | matched | chance |", "|---|---|---|---|---|---|"]
+    title = (
+        "Contrastive trainings: the loss on training spots beside that of embeddings that carry nothing, log(batch), "
+        "and how many tiles are nearest to their own spot in the batch:"
+    )
+    return "\n".join([title, "", *head, *rows]) if rows else ""
 
 
 def references_kept(kept: list[dict]) -> str:

@@ -26,7 +26,14 @@ from stexp.models.table import Table
 from stexp.protocol import Protocol
 
 F, G = 24, 20
-SMALL = {"n_components": 10, "penalties": [0.1, 3.0], "neighbours": [3, 8], "ranks": [1, 2, 4], "radii_um": [0, 60]}
+SMALL = {
+    "n_components": 10,
+    "penalties": [0.1, 3.0],
+    "neighbours": [3, 8],
+    "ranks": [1, 2, 4],
+    "radii_um": [0, 60],
+    "trust": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +140,10 @@ def test_weights_are_drawn_to_equal_ones_and_follow_the_better_member(table):
     best = [replace(part, members=np.stack([part.scores, *part.members[1:]])) for part in parts]
     assert fit_weights(best, 1e-6)[0] > 0.99
     np.testing.assert_allclose(fitted(table, trust=1e6).weights, 0.25, atol=1e-3)
+    np.testing.assert_array_equal(fitted(table, trust=None).weights, 0.25)
     assert np.ptp(fitted(table, trust=1e-6).weights.numpy()) > 0.1
     with pytest.raises(InputError, match=r"model\.trust=0"):
-        Consensus(G, F, **SMALL, trust=0)
+        Consensus(G, F, **SMALL | {"trust": 0})
 
 
 @pytest.mark.parametrize("seed", range(4))

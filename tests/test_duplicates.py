@@ -168,6 +168,24 @@ def test_a_fold_with_a_copy_is_refused_or_has_it_on_record(tmp_path):
         compare_tiles(data)
 
 
+def test_tiles_are_read_once_for_their_hashes(tmp_path, monkeypatch, caplog):
+    calculated = compare_tiles(module(tmp_path, allowed=True))
+    monkeypatch.setattr("stexp.training.duplicates.tile_prints", lambda tiles: pytest.fail("read again"))
+    monkeypatch.setattr("stexp.training.duplicates.MOST_TILES", 0)
+    data = module(tmp_path, allowed=True)
+    data.copies.clear()
+    kept = compare_tiles(data)
+    assert list(kept) == ["A1", "B1", "C1"] and kept["A1"].dtype == bool and kept["A1"].any()
+    for name, prints in kept.items():
+        np.testing.assert_array_equal(prints, calculated[name])
+        tiles = data.tiles(data.rows_of(data.sections[list(kept).index(name)])).numpy()
+        np.testing.assert_array_equal(prints, tile_prints(tiles))
+    assert [copy.by for copy in data.copies] == ["tiles"], "of kept hashes there are never too many to be compared"
+    next((tmp_path / "cache" / "measures").glob("B1-*prints*")).unlink()
+    with caplog.at_level("INFO"):
+        assert compare_tiles(data) == {} and "among the counts only" in caplog.text
+
+
 def test_sections_that_are_retrieved_from_are_on_record(tmp_path: Path) -> None:
     sections = [
         make_section(tmp_path, name, name[0], seed=i, image=name != "D1")

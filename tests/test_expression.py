@@ -13,6 +13,7 @@ from stexp.data import rows as tables
 from stexp.data.batches import SpotIndex, SpotTables
 from stexp.data.expression import ExpressionTable, PanelCounts, expression_of
 from stexp.data.genes import normalise
+from stexp.data.kept_counts import smallest
 from stexp.data.rows import RowTable, SomeRows, blocks, column_means, some_rows
 from stexp.evaluation.floors import SpotTable, predict_floors
 from stexp.evaluation.programmes import co_expressed_modules
@@ -28,6 +29,22 @@ SCALES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [
+        ([], np.uint8),
+        ([0.0, 255.0], np.uint8),
+        ([256.0], np.uint16),
+        ([65_536.0], np.uint32),
+        ([2.0**33, 1.0], np.float32),
+    ],
+)
+def test_whole_numbers_in_the_smallest_type_that_holds_them(numbers, dtype):
+    numbers = np.array(numbers, dtype=np.float32)
+    assert smallest(numbers).dtype == dtype
+    np.testing.assert_array_equal(smallest(numbers).astype(np.float64), numbers)
+
+
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory):
     """The second lacks three genes of the panel; the first has a spot without counts and a gene that nobody has."""
@@ -35,6 +52,7 @@ def sections(tmp_path_factory):
     made = [make_section(folder, name, name, 20 + i, 16, image=False, seed=i) for i, name in enumerate("ABC")]
     counts = made[0].spots.X.toarray()
     counts[3], counts[:, 5] = 0, 0
+    counts[7, 6:9] = 256, 70_000, 2**24  # of which each takes a wider type
     made[0] = make_section(folder, "A", "A", 20, 16, image=False, counts=counts)
     few = made[1].spots[:, [gene for gene in made[1].genes if gene not in ("g03", "g04", "g11")]].copy()
     return [made[0], replace(made[1], spots=few), made[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,25 @@ def test_the_encoder_comes_back_as_it_was(tmp_path, encoder):
         encoder.train(training)
         make_data(tmp_path, encoder).setup()
         assert encoder.training is training
+
+
+def test_a_measure_of_tiles_is_calculated_once_of_tiles_as_methods_see_them(tmp_path: Path) -> None:
+    def brightness(tiles: np.ndarray) -> np.ndarray:
+        return tiles.mean(axis=(2, 3), dtype=np.float64)[:, :3]
+
+    plain = SpotDataModule(
+        make_sections(tmp_path, patients=2, n_spots=150),  # more than are measured at once
+        Protocol("strict"),
+        "B",
+        tile_px=16,
+        cache_dir=str(tmp_path / "cache"),
+        augmentation="none",
+    )
+    kept = []
+    for part in plain.tiled():
+        kept.append(part.measured("brightness", 3, brightness))
+        np.testing.assert_array_equal(kept[-1], brightness(plain.tiles(part.rows).numpy()))
+        np.testing.assert_array_equal(part.measured("brightness", 3, forbidden), kept[-1])
+        inverted = replace(part, stain=("inverted", lambda tiles: 255 - tiles))
+        np.testing.assert_allclose(inverted.measured("brightness", 3, brightness), 255 - kept[-1])
+    assert len(kept) == len(plain.sections)

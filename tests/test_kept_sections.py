@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from sections import make_section
 
+from stexp.data import digests, section_index
 from stexp.data.dataset import DataSet
 from stexp.data.genes import variable_genes
 from stexp.data.kept_sections import keep, open_counts
@@ -136,6 +138,32 @@ def test_an_edit_of_the_same_size_and_time_is_seen(sheet):
     assert start(sheet, cache)[0].patient == "Z"
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_files_that_have_long_been_as_they_are_are_not_hashed_again(sheet, settled, monkeypatch):
+    cache, again, hashed = sheet.parent / "cache", [], []
+    monkeypatch.setattr(section_index, "SETTLED_S", -3600.0 if settled else 3600.0)
+    before = {file: digests.file_digest(file) for section in start(sheet, cache) for file in section.files}
+    monkeypatch.setattr(digests, "_digests", {})  # of a new process
+    hash_file = digests._hash
+    monkeypatch.setattr(digests, "_hash", lambda path, size: hashed.append(path.name) or hash_file(path, size))
+    sections = start(sheet, cache, again)
+    assert {file: digests.file_digest(file) for section in sections for file in section.files} == before
+    assert again == [] and sorted(hashed) == ([] if settled else sorted({file.name for file in before}))
+    image, times = sections[0].image.path, sections[0].image.path.stat()
+    image.write_bytes(image.read_bytes()[:-1] + b"?")
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert digests.file_digest(image) != before[image], "the size and the time that can be set are the same"
+
+
+@pytest.mark.parametrize(("name", "is_source"), [("train.log", False), (".hidden", False), ("more.csv", True)])
+def test_what_no_reader_reads_changes_nothing(sheet, name, is_source):
+    reads: list[str] = []
+    start(sheet, sheet.parent / "cache")
+    (sheet.parent / name).write_text("text")
+    start(sheet, sheet.parent / "cache", reads)
+    assert reads == (["read"] if is_source else [])
+
+
 def test_what_changes_while_it_is_read_is_not_on_record(sheet):
     cache = sheet.parent / "cache"
 
@@ -187,6 +215,25 @@ def test_counts_are_not_read_where_only_the_panel_is(tmp_path, monkeypatch):
     again = Section("A1", "A", spots, kept=counts)
     np.testing.assert_array_equal(again.counts(["g05"]), expected)
     assert again.total_counts.sum() == kept.spots.X.sum()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_counts_that_were_let_go_take_no_memory_and_are_read_again(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 5, (2000, 1000))
+    kept = keep(make_section(tmp_path, n=2000, genes=1000, image=False, counts=counts), tmp_path)
+    taken = []
+    for _ in range(2):
+        kept.kept.let_go()
+        taken.append(_mapped_kb())
+        np.testing.assert_array_equal(kept.spots.X.sum(axis=0), counts.sum(axis=0)[None])
+        taken.append(_mapped_kb())
+    assert min(taken[1], taken[3]) - taken[2] > 4_000
+
+
+def _mapped_kb() -> int:
+    """Memory of this process that is of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 
 def test_other_spots_are_no_longer_those_of_the_file(tmp_path):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 
 import pytest
 import requests
 from unreliable import (
-    HASTY,
+    TRIES,
     Handler,
     Site,
     bring,
@@ -46,9 +44,9 @@ def test_arrives_whole_in_spite_of(mishaps: list, hashed: bool, site: Site, publ
 def test_goes_on_from_the_byte_where_it_stopped(site: Site, publish: Callable) -> None:
     site.files["x.bin"], site.mishaps["x.bin"] = content("x"), [half] * 3  # more often than it is tried
     root = publish({"x.bin": {}})
-    with pytest.raises(InputError, match=r"1 of 1 files did not arrive: x.bin \(.* after .* 3 times\); 0 are"):
+    with pytest.raises(InputError, match=r"1 of 1 files did not arrive: x.bin \(.* of 127.0.0.1:\d+\); 0 are"):
         bring(root)
-    so_far = (root / ".x.bin.part").read_bytes()
+    so_far = (root / ".x.bin.download/part").read_bytes()
     assert not (root / "x.bin").exists()
     assert content("x").startswith(so_far) and len(so_far) > len(content("x")) // 2
     bring(root)
@@ -62,7 +60,7 @@ def test_what_a_killed_run_left_is_completed_or_replaced(so_far: bytes, site: Si
     root = publish({"x.bin": stated(content("x"))})
     with pytest.raises(InputError):
         bring(root)
-    (root / ".x.bin.part").write_bytes(so_far)
+    (root / ".x.bin.download/part").write_bytes(so_far)
     if so_far == content("y", 1000):  # as after a crash of the file system: only the hash can tell
         with pytest.raises(InputError, match="wrong bytes"):
             bring(root)
@@ -103,42 +101,27 @@ def test_wrong_bytes_are_refused_with_both_hashes(site: Site, publish: Callable)
         bring(root)
     assert stated(right)["hash"] in str(error.value) and stated(wrong)["hash"] in str(error.value)
     assert "\n" not in str(error.value)
-    assert not (root / "x.bin").exists() and left_over(root) == []
+    assert not (root / "x.bin").exists()
     site.files["x.bin"] = right
     bring(root)
     assert site.times("y.bin") == 1 and (root / "x.bin").read_bytes() == right  # the same command goes on
+    assert left_over(root) == []
 
 
-@pytest.mark.parametrize("length", [100, 400_000])
-def test_another_length_than_stated_is_refused_before_it_is_read(length: int, site: Site, publish: Callable) -> None:
-    site.files["x.bin"] = content("x", length)
-    with pytest.raises(InputError, match=f"the source has {length:,} bytes, 300,000 are expected"):
-        bring(publish({"x.bin": stated(content("x"))}))
-    assert site.times("x.bin") == 1
-
-
-def test_more_than_stated_is_noticed_without_a_length(site: Site, publish: Callable) -> None:
-    def endless(handler: Handler) -> None:
-        handler.close_connection = True
-        handler.serve(content("x", 2_000_000), **{"Content-Length": None, "Connection": "close"})
-
-    site.mishaps["x.bin"] = [endless]
-    with pytest.raises(InputError, match=r"more than the 300,000 bytes"):
-        bring(publish({"x.bin": stated(content("x"))}))
-
-
-def test_a_gz_stays_packed_and_other_packing_is_refused(site: Site, publish: Callable) -> None:
-    packed = {"Content-Encoding": "gzip"}
-    site.mishaps = {name: [lambda handler: handler.serve(content("x"), **packed)] for name in ("x.tsv.gz", "x.h5")}
-    with pytest.raises(InputError, match=r"1 of 2 .*x.h5 \(the source packs the file"):
-        bring(root := publish({"x.tsv.gz": stated(content("x")), "x.h5": {}}))
+def test_a_gz_stays_packed(site: Site, publish: Callable) -> None:
+    site.mishaps["x.tsv.gz"] = [lambda handler: handler.serve(content("x"), **{"Content-Encoding": "gzip"})]
+    bring(root := publish({"x.tsv.gz": stated(content("x"))}))
     assert (root / "x.tsv.gz").read_bytes() == content("x")
 
 
-def test_headers_that_make_no_sense_are_one_line(site: Site, publish: Callable) -> None:
-    site.mishaps["x.bin"] = [lambda handler: handler.serve(b"", **{"Content-Length": "many"})]
-    with pytest.raises(InputError, match="headers make no sense"):
-        bring(publish({"x.bin": {}}))
+def test_a_page_in_place_of_a_file_is_never_recorded(site: Site, publish: Callable) -> None:
+    site.files["x.bin"] = content("x")
+    site.mishaps["x.bin"] = [lambda handler: handler.serve(b"log in", **{"Content-Type": "text/html; charset=utf-8"})]
+    root = publish({"x.bin": {}})
+    with pytest.raises(InputError, match=r"x.bin \(a web page"):
+        bring(root)
+    bring(root)
+    assert (root / "x.bin").read_bytes() == content("x")
 
 
 @pytest.mark.parametrize(
@@ -147,17 +130,15 @@ def test_headers_that_make_no_sense_are_one_line(site: Site, publish: Callable) 
         ([status(404)], 1),
         ([status(403)], 1),
         ([status(500), status(503)], 3),
-        ([status(429, Retry_After="0")], 2),
-        ([status(503, Retry_After="soon")], 2),
+        ([status(429)], 2),
         ([status(502)] * 3, 3),
-        ([status(429, Retry_After="3600")], 1),
     ],
 )
 def test_what_a_status_means(mishaps: list, times: int, site: Site, publish: Callable) -> None:
     site.files["x.bin"], site.mishaps["x.bin"] = content("x"), list(mishaps)
     root = publish({"x.bin": stated(content("x"))})
     if times == len(mishaps):
-        with pytest.raises(InputError, match=r"x.bin \((404|403|502|429)"):
+        with pytest.raises(InputError, match=r"x.bin \((404|403|502)"):
             bring(root)
     else:
         bring(root)
@@ -191,37 +172,21 @@ def test_a_safe_address_never_leads_to_an_unsafe_one(site: Site, tmp_path: Path,
 
     site.files["x.bin"] = content("x")
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", redirect)
-    with pytest.raises(Failed, match=r"redirected from https://data.org/x.bin to http://.*not safe"):
-        download("https://data.org/x.bin", tmp_path / "part", None, HASTY, Event())
-    assert site.asked == []
-
-
-def test_an_interrupt_keeps_what_came(site: Site, tmp_path: Path) -> None:
-    site.files["x.bin"], part, stop = content("x"), tmp_path / "x.part", Event()
-    site.mishaps["x.bin"] = [lambda handler: half(handler, lambda handler: (stop.set(), silence(handler)))]
-    with pytest.raises(Failed, match="interrupted"):
-        download(f"{site.url}/x.bin", part, None, HASTY, stop)
-    so_far = part.read_bytes()
-    assert content("x").startswith(so_far) and so_far != content("x")
-    download(f"{site.url}/x.bin", part, None, HASTY, Event())
-    assert part.read_bytes() == content("x") and site.times("x.bin") == 2
+    with pytest.raises(Failed, match=r"redirected to http://.*not safe"):
+        download("https://data.org/x.bin", tmp_path / "x.bin", set())
+    assert not (tmp_path / "x.bin").exists()
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(site: Site, publish: Callable, monkeypatch) -> None:
     site.files["x.bin"] = content("x")
     root = publish({"x.bin": {}})
-    usage = shutil.disk_usage("/")._replace(free=200_000)
-    with monkeypatch.context() as full:
-        full.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(InputError, match=r"x.bin \(300,000 bytes are to come, less are free"):
-            bring(root)
 
     def no_space(self, url: str, file, pooch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
         full.setattr("pooch.HTTPDownloader.__call__", no_space)
-        with pytest.raises(InputError, match=r"x.bin \(No space left on device\)"):
+        with pytest.raises(InputError, match=r"x.bin \(No space left on device"):
             bring(root)
     bring(root)
     assert (root / "x.bin").read_bytes() == content("x") and left_over(root) == []
@@ -236,7 +201,7 @@ def test_a_host_that_is_not_there_is_tried_for_one_file_only(publish: Callable, 
     root = publish({f"{i}.bin": stated(content("x")) for i in range(20)}, base=base)
     with pytest.raises(InputError, match=r"20 of 20 files .* \(no connection to 127.0.0.1.* and 15 more; 0 are"):
         bring(root)
-    assert len(asked) <= 4 * HASTY.tries  # by each of the workers
+    assert len(asked) == TRIES
 
 
 def test_addresses_are_tried_in_order(site: Site, publish: Callable) -> None:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from stexp.data.download import sources
+from stexp.data.download import sources, transfer
 from stexp.data.download.fetch import fetch
 from stexp.data.download.record import RECORD
-from stexp.data.download.transfer import Patience
 
-HASTY = Patience(connect=2, stall=0.5, tries=3, pause=0, longest_pause=0.5)
+TRIES = 3
 
 
 def content(seed: str, size: int = 300_000) -> bytes:
@@ -161,6 +161,9 @@ def serving() -> Iterator[Site]:
 def publisher(site: Site, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """A function that writes the source of a data set ``toy`` with the files it is given, and returns the root."""
     monkeypatch.setattr(sources, "SOURCES", folder / "sources")
+    monkeypatch.setattr(transfer, "TIMEOUT_S", (2, 0.5))
+    monkeypatch.setattr(transfer, "RETRIES", TRIES - 1)
+    monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
     (folder / "sources").mkdir()
 
     def publish(files: dict[str, dict], **top: object) -> Path:
@@ -177,7 +180,7 @@ def stated(body: bytes) -> dict:
 
 
 def bring(root: Path, **settings: object) -> None:
-    fetch("toy", root, **{"patience": HASTY, **settings})
+    fetch("toy", root, **settings)
 
 
 def left_over(root: Path) -> list[str]:

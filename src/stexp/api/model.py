@@ -209,9 +209,9 @@ class Model:
             adata = self._held_out.copy()
             adata.uns["stexp"][training.KEY] = self._training
             return adata
-        parts = []
+        parts, is_test = [], (data.spots["role"] == "test").to_numpy()
         for section in data.sections:
-            test = (data.spots["role"] == "test").to_numpy()[data.spots["section"] == section.name]
+            test = is_test[data.rows_of(section)]
             if test.any():
                 parts.append(self._predict_spots(section, test, options))
         return _joined(parts)

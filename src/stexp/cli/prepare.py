@@ -14,7 +14,7 @@ from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import entry
 from stexp.config.plugins import offer_features
 from stexp.errors import InputError
-from stexp.files import write_csv
+from stexp.files import append_csv, table_file, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,28 +75,30 @@ def prepare(cfg: DictConfig, sections: list, panel: list[str] | None) -> pd.Data
     warn_of_scales(with_image, spec)
     on_all_cores(with_image, len(with_image), "sections with tiles", lambda section: open_tiles(section, spec, *kept))
     (folder / "overlay").mkdir(parents=True, exist_ok=True)
-    rows, spots, pictures = [], [], []
-    for number, section in enumerate(sections, start=1):
-        log.info("section %s (%d of %d)", section.name, number, len(sections))
-        tiles = None if section.slide is None else open_tiles(section, spec, *kept)
-        table = inspect(section, tiles, spec, thresholds)
-        row = summarise(section, table) | {"orientation": "; ".join(doubts(section))}
-        if tiles is not None:
-            facts = json.loads(file_of(tiles).with_suffix(".json").read_text())
-            row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
-            row |= {"tile_overlap": shared_with_nearest(section.xy_px, facts["side_px"])}
-        if panel is not None:
-            row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
-        rows.append(row)
-        spots.append(_spot_rows(section, table))
-        pictures.append(folder / "overlay" / f"{section.name}.png")
-        overlay.save(overlay.draw(section, table["flags"], row.get("tile_side_px")), pictures[-1])
+    rows, pictures = [], []
+    with table_file(folder / "spots.csv.gz") as spots:  # of a million spots no table lies in memory
+        for number, section in enumerate(sections, start=1):
+            log.info("section %s (%d of %d)", section.name, number, len(sections))
+            tiles = None if section.slide is None else open_tiles(section, spec, *kept)
+            table = inspect(section, tiles, spec, thresholds)
+            row = summarise(section, table) | {"orientation": "; ".join(doubts(section))}
+            if tiles is not None:
+                facts = json.loads(file_of(tiles).with_suffix(".json").read_text())
+                row |= {"tile_side_px": facts["side_px"], "padded_tiles": facts["padded"]}
+                row |= {"tile_overlap": shared_with_nearest(section.xy_px, facts["side_px"])}
+            if panel is not None:
+                row |= {"panel_genes": len(section.genes.intersection(panel)), "panel_size": len(panel)}
+            rows.append(row)
+            if section.kept is not None:
+                section.kept.let_go()
+            append_csv(_spot_rows(section, table), spots, header=number == 1)
+            pictures.append(folder / "overlay" / f"{section.name}.png")
+            overlay.save(overlay.draw(section, table["flags"], row.get("tile_side_px")), pictures[-1])
     if len(pictures) > 1:
         overlay.sheet(pictures, folder / "overlay.png")
     summary = pd.DataFrame(rows)
     summary["stands_apart"] = stands_apart(summary, thresholds.stands_apart)
     write_csv(summary, folder / "qc.csv")
-    write_csv(pd.concat(spots), folder / "spots.csv.gz")
     return summary
 
 

@@ -49,27 +49,32 @@ def kept_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndar
     return np.array(mapped_array(path, shape, compute))
 
 
-def mapped_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+def mapped_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray], kind: str = "f") -> np.ndarray:
     """The array kept at `path`, memory-mapped; computed and written first where there is none of this shape.
 
     Several processes may ask for it at once. One that is there is read without a lock, for which a read-only cache
     has no place.
+
+    Parameters
+    ----------
+    kind
+        Of its numbers, as NumPy abbreviates it.
 
     Raises
     ------
     InputError
         It cannot be written: the folder is read-only, or the disk full.
     """
-    array = _load(path, shape)
+    array = _load(path, shape, kind)
     if array is not None:
         return array
     with locked(path):
-        array = _load(path, shape)
+        array = _load(path, shape, kind)
         if array is None:
             if path.exists():
                 log.warning("%s is damaged; computing it again", path)
             write_whole(path, *_npy(compute()))
-            array = _load(path, shape)
+            array = _load(path, shape, kind)
     if array is None:
         raise OSError(f"{path} is damaged as soon as it is written")
     return array
@@ -99,12 +104,12 @@ def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
     return header.getvalue(), array.reshape(-1).view(np.uint8).data
 
 
-def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array of a file, if it is one of real numbers of this shape; mapped first, so that no header is believed."""
+def _load(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray | None:
+    """The array of a file, if it is one of such numbers of this shape; mapped first, so that no header is believed."""
     if not path.exists():
         return None
     try:
         mapped = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError, OverflowError):
         return None
-    return mapped if mapped.shape == shape and mapped.dtype.kind == "f" else None
+    return mapped if mapped.shape == shape and mapped.dtype.kind == kind else None

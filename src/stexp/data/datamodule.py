@@ -152,14 +152,13 @@ class SpotDataModule(SpotLoaders):
         self.sections = [section for section in sections if section.name in roles]
         self.spots = spot_table(self.sections, roles)
         self.panel, self.panel_saw = panel_of_fold(self.sections, self.spots, protocol, panel, panel_saw_test)
-        self.sections = drop_unmeasured(
-            self.sections, self.panel, self.names("test"), self.names("train", "validation")
-        )
+        measuring = drop_unmeasured(self.sections, self.panel, self.names("test"), self.names("train", "validation"))
+        if len(measuring) < len(self.sections):
+            self.sections, self.spots = measuring, spot_table(measuring, roles)
         self.allow_duplicates = allow_duplicates
         self.copies = copies_in_fold(copies_by_counts(self.sections), self.spots, allow_duplicates)
         self.section_names = [section.name for section in self.sections]
         self._with_image = [section for section in self.sections if section.slide is not None]
-        self.spots = spot_table(self.sections, roles)
         self.array_size = 1 + max(int(section.array_xy.max()) for section in self.sections)
         self._panel_counts = PanelCounts.of(self.sections, self.panel)
         self.counts, self.expression, self.target = expression_of(self._panel_counts, protocol)

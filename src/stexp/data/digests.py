@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,26 @@ WHOLE_BYTES = 256 << 20
 """Size up to which a file is hashed whole."""
 
 
+_State = tuple[str, int, int, int]
+"""Path of a file, its size and the times of its last changes."""
+_digests: dict[_State, str] = {}
+
+
 def file_digest(path: str | Path) -> str:
     """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder.
 
-    Of a folder (an element of a zarr store) that of all files in it, by their names.
+    Of a folder (an element of a zarr store) that of all files in it, by their names. A file is read once in a process
+    as long as its size and times stay.
     """
     path = Path(path)
     if path.is_dir():
         parts = sorted(part for part in path.rglob("*") if part.is_file())
         together = " ".join(f"{part.relative_to(path).as_posix()} {file_digest(part)}" for part in parts)
         return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
-    stat = path.stat()
-    own = _file_digest(path, stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns))
+    state = state_of(path)
+    own = _digests.get(state)
+    if own is None:
+        own = _digests[state] = _hash(path, state[1])
     if path.suffix.lower() != ".mrxs":
         return own
     parts = sorted(part for part in path.with_suffix("").glob("*") if part.is_file())
@@ -33,8 +41,18 @@ def file_digest(path: str | Path) -> str:
     return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=65_536)  # several files of a section
-def _file_digest(path: Path, size: int, times_ns: tuple[int, int]) -> str:
+def state_of(path: Path) -> _State:
+    """What is another after every change of a file; the last time is nobody's to set."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def remember(states: Mapping[_State, str]) -> None:
+    """Take hashes of files in these states as they were calculated before, by another process."""
+    _digests.update(states)
+
+
+def _hash(path: Path, size: int) -> str:
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     whole = size <= WHOLE_BYTES
     starts = range(0, size, 1 << 22) if whole else np.linspace(0, size - (1 << 20), 64, dtype=np.int64).tolist()

@@ -29,8 +29,10 @@ With ten, fewer than 1 in 1000 spots of two independent sections of 20,000 and 4
 SHARE = 0.2
 FEWEST_SPOTS = 5
 """Of the smaller section's spots, so many must be in the other one, and at least so many."""
+N_BITS = 112
+"""Of a tile's hash, see `tile_prints`."""
 BITS = 6
-"""Of the 112 of a tile's hash, that may differ after encoding anew."""
+"""Of these, that may differ after encoding anew."""
 SAMPLED = 64
 """Spots of a section that are kept on record, to know it again where it is not at hand."""
 AT_ONCE = 1 << 22
@@ -105,7 +107,7 @@ def tile_prints(tiles: Iterable[np.ndarray]) -> np.ndarray:
         field = np.asarray(grey.resize((8, 8), Image.Resampling.BOX), dtype=np.float64)
         bits = np.concatenate([(np.diff(field, axis=1) > 0).ravel(), (np.diff(field, axis=0) > 0).ravel()])
         rows.append(bits & (field.std() >= PLAIN))
-    return np.array(rows, dtype=bool).reshape(-1, 112)
+    return np.array(rows, dtype=bool).reshape(-1, N_BITS)
 
 
 def record_spots(counts: np.ndarray, tiles: np.ndarray | None) -> dict[str, list[str]]:
@@ -205,9 +207,10 @@ def _copies(prints: dict[str, np.ndarray], by: str) -> list[Copy]:
     order = np.lexsort((of, values))
     values, of = values[order], of[order]
     same: Counter[tuple[int, int]] = Counter()
-    for group in np.split(of, np.flatnonzero(np.diff(values)) + 1) if len(values) else ():
-        if len(group) > 1:
-            same.update(combinations(group.tolist(), 2))
+    starts = np.flatnonzero(np.diff(values, prepend=0))
+    n = np.diff(starts, append=len(values))
+    for start, size in zip(starts[n > 1].tolist(), n[n > 1].tolist(), strict=True):
+        same.update(combinations(of[start : start + size].tolist(), 2))
     return [
         Copy(names[i], names[j], n / min(sizes[i], sizes[j]), by)
         for (i, j), n in sorted(same.items())

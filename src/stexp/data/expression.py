@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,17 @@ from stexp.protocol import Protocol
 class PanelCounts:
     """Raw counts of G genes at N spots of several sections, of which most are zero and are not stored.
 
+    Stored are a gene and a number each, in the smallest types that hold them: two to three bytes a count of a panel of
+    1,000 genes.
+
     Attributes
     ----------
-    counts : (N, G) float32 CSR
+    genes : (n_stored,) unsigned integer
+        Column of every stored count, spot by spot.
+    values : (n_stored,)
+        The counts.
+    starts : (N + 1,) int64
+        Where a spot's counts begin among them, and the last one's end.
     section : (N,) int
         Number of the section of each spot.
     n_spots : (S,) int
@@ -31,7 +40,9 @@ class PanelCounts:
         Counts of a spot over the whole transcriptome.
     """
 
-    counts: sp.csr_matrix
+    genes: np.ndarray
+    values: np.ndarray
+    starts: np.ndarray
     section: np.ndarray
     n_spots: np.ndarray
     measured: np.ndarray
@@ -40,39 +51,68 @@ class PanelCounts:
     @classmethod
     def of(cls, sections: Sequence[Section], panel: Sequence[str]) -> PanelCounts:
         """Counts of `panel` in sections, spots in order."""
-        parts = [section.panel_counts(panel) for section in sections]
+        parts = [section.stored_counts(panel) for section in sections]
         n_spots = np.array([len(section) for section in sections])
         return cls(
-            sp.vstack(parts, format="csr", dtype=np.float32),
-            np.repeat(np.arange(len(sections)), n_spots),
-            n_spots,
-            np.stack([section.genes.get_indexer(list(panel)) >= 0 for section in sections]),
-            np.concatenate([section.total_counts for section in sections]),
+            starts=np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part["indptr"]) for part in parts]))]),
+            genes=_joined(parts, "indices"),
+            values=_joined(parts, "data"),
+            section=np.repeat(np.arange(len(sections)), n_spots),
+            n_spots=n_spots,
+            measured=np.stack([section.genes.get_indexer(list(panel)) >= 0 for section in sections]),
+            total=np.concatenate([section.total_counts for section in sections]),
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and G."""
+        return len(self.section), self.measured.shape[1]
+
+    def rows(self, rows: np.ndarray) -> sp.csr_matrix:
+        """Counts of the spots `rows` (n,), (n, G) float32."""
+        starts, n_stored = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        ends = np.concatenate([[0], np.cumsum(n_stored)])
+        where = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], n_stored)
+        parts = self.values[where].astype(np.float32), self.genes[where].astype(np.int32), ends
+        return sp.csr_matrix(parts, shape=(len(rows), self.shape[1]))
 
     def of_panel(self) -> np.ndarray:
         """Counts of a spot over the genes of the panel that its section measures, (N,)."""
-        return np.asarray(self.counts.sum(axis=1, dtype=np.float64)).ravel()
+        # SciPy adds in the type of the numbers, whatever it is told
+        sums = [np.asarray(self.rows(np.arange(*end)).astype(np.float64).sum(axis=1)) for end in self._ends()]
+        return np.concatenate(sums).ravel()
 
     def of_genes(self) -> np.ndarray:
         """Counts of a gene over the spots of a section, (S, G); NaN where it does not measure it."""
-        ends = np.cumsum(self.n_spots)
-        sums = [
-            np.asarray(self.counts[end - n : end].sum(axis=0, dtype=np.float64)).ravel()
-            for n, end in zip(self.n_spots, ends, strict=True)
-        ]
+        stored = [slice(*self.starts[list(end)]) for end in self._ends()]
+        sums = [np.bincount(self.genes[part], self.values[part], self.shape[1]) for part in stored]
         return np.where(self.measured, np.stack(sums), np.nan)
+
+    def _ends(self) -> Iterator[tuple[int, int]]:
+        """First spot of each section, and that of the next one."""
+        return itertools.pairwise([0, *np.cumsum(self.n_spots).tolist()])
+
+
+def _joined(parts: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+    """One array of all parts, each of which is let go once it is in it."""
+    dtype = np.result_type(*(part[name].dtype for part in parts))
+    out, start = np.empty(sum(len(part[name]) for part in parts), dtype), 0
+    for part in parts:
+        values = part.pop(name)
+        out[start : start + len(values)] = values
+        start += len(values)
+    return out
 
 
 class CountTable(RowTable):
     """Raw counts, (N, G) float32; NaN where a section does not measure a gene."""
 
     def __init__(self, panel: PanelCounts) -> None:
-        self.panel, self.shape = panel, panel.counts.shape
+        self.panel, self.shape = panel, panel.shape
         self._whole = bool(panel.measured.all())
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._unmeasured(self.panel.counts[rows].toarray(), rows)
+        return self._unmeasured(self.panel.rows(rows).toarray(), rows)
 
     def _unmeasured(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         if not self._whole:
@@ -104,7 +144,7 @@ class ExpressionTable(CountTable):
     def take(self, rows: np.ndarray) -> np.ndarray:
         if self.scaling == "residuals":
             return self._residuals(rows)
-        counts = self.panel.counts[rows]
+        counts = self.panel.rows(rows)
         spot = np.repeat(rows, np.diff(counts.indptr))
         by_gene = self.scaling == "gene"
         total = self._of_genes[self.panel.section[spot], counts.indices] if by_gene else self.total[spot]
@@ -115,7 +155,7 @@ class ExpressionTable(CountTable):
     def _residuals(self, rows: np.ndarray) -> np.ndarray:
         out, section = np.empty((len(rows), self.shape[1]), dtype=np.float32), self.panel.section[rows]
         for block in blocks(len(rows), 1024):
-            counts, share = self.panel.counts[rows[block]].toarray(), self._share[section[block]]
+            counts, share = self.panel.rows(rows[block]).toarray(), self._share[section[block]]
             n = self.panel.n_spots[section[block]][:, None]
             out[block] = residuals(counts.astype(np.float64), self.total[rows[block]], share, n)
         return out

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from stexp.data.augment import Augmentation
+from stexp.data.cache import mapped_array
+from stexp.data.progress import track
 from stexp.data.rows import Rows, RowTable
 from stexp.data.section import Section
 from stexp.data.slides.stain import StainNormaliser
-from stexp.data.slides.store import TileStore
+from stexp.data.slides.store import TileStore, file_of
 from stexp.data.slides.tiles import TileSpec, around
 
+MEASURED_AT_ONCE = 64  # tiles
 Encoded = TypeVar("Encoded")
 Stain = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 """A stain normalisation of one section: its key in the cache, and what it makes of tiles (B, px, px, 3) uint8."""
@@ -82,6 +86,37 @@ class TiledSection:
     rows: np.ndarray  # (n_spots,) of SpotDataModule.spots
     store: TileStore
     stain: Stain | None
+
+    def measured(
+        self, name: str, width: int, measure: Callable[[np.ndarray], np.ndarray], kind: str = "f"
+    ) -> np.ndarray:
+        """A measure of every tile, (n_spots, width), calculated once.
+
+        Parameters
+        ----------
+        name
+            Of the measure, with a version that is raised when the same tile gives other values.
+        measure
+            Tiles (n, px, px, 3) uint8, their stain normalised where it is, to (n, width).
+        kind
+            Of its numbers, as NumPy abbreviates it.
+        """
+        path, n = self.file_of(name), len(self.store)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def compute() -> np.ndarray:
+            rows = np.split(np.arange(n), range(MEASURED_AT_ONCE, n, MEASURED_AT_ONCE))
+            done = track(rows, n, f"section {self.section.name}: {name} of tiles", size=len)
+            parts = (torch.from_numpy(np.array(self.store[part])) for part in done)
+            return np.concatenate([measure((self.stain[1](part) if self.stain else part).numpy()) for part in parts])
+
+        return np.array(mapped_array(path, (n, width), compute, kind))
+
+    def file_of(self, name: str) -> Path:
+        """Where a measure of the tiles is kept: in ``measures`` beside the folder of the tile store."""
+        store = file_of(self.store)
+        stain = f"-{self.stain[0]}" if self.stain else ""
+        return store.parents[1] / "measures" / f"{store.stem}{stain}-{name}.npy"
 
 
 class SpotFeatures(RowTable):

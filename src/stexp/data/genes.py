@@ -258,7 +258,8 @@ def drop_unmeasured(sections: list[Section], panel: list[str], test: list[str], 
     """
     left_out = []
     for section in sections:
-        missing = [gene for gene in panel if gene not in section.genes]
+        measured = section.genes
+        missing = [gene for gene in panel if gene not in measured]
         if not missing:
             continue
         text = (

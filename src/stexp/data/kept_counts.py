@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import mmap
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class KeptCounts:
                 arrays = _load(path)
                 if arrays is None:
                     file, arrays = io.BytesIO(), make()
+                    self.let_go()
                     np.savez(file, **arrays)  # type: ignore[arg-type]  # its checksums tell a damaged file
                     try:
                         write_whole(path, file.getbuffer())
@@ -53,10 +56,25 @@ class KeptCounts:
                         log.warning("%s", error)
         return arrays
 
+    def let_go(self) -> None:
+        """Give back the memory of counts that were looked at; they are read again where they are asked for."""
+        if sys.platform == "win32":
+            return
+        for values in (self.matrix.data, self.matrix.indices, self.matrix.indptr):
+            if isinstance(values.base, mmap.mmap):  # else it is empty
+                values.base.madvise(mmap.MADV_DONTNEED)
+
 
 def digest_of(names: Sequence[str]) -> str:
     """Short hash of names in their order."""
     return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
+def smallest(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers of at least 0 in the smallest unsigned type that holds them all; as they are where none does."""
+    highest = numbers.max(initial=0)
+    fitting = (kind for kind in (np.uint8, np.uint16, np.uint32) if highest <= np.iinfo(kind).max)
+    return numbers.astype(next(fitting, numbers.dtype))
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from stexp.data.kept_counts import KeptCounts, digest_of
+from stexp.data.kept_counts import KeptCounts, digest_of, smallest
 from stexp.data.shown import facts_table, one_line
 from stexp.data.slides.slide import Slide
 from stexp.errors import InputError, listed
@@ -199,16 +199,21 @@ class Section:
 
     def panel_counts(self, genes: Sequence[str]) -> sp.csr_matrix:
         """Raw counts of `genes`, (n_spots, G) float32; columns of genes not measured here are empty."""
+        part = self.stored_counts(genes)
+        arrays = part["data"].astype(np.float32), part["indices"].astype(np.int32), part["indptr"]
+        return sp.csr_matrix(arrays, shape=(len(self), len(genes)))
+
+    def stored_counts(self, genes: Sequence[str]) -> dict[str, np.ndarray]:
+        """`panel_counts` as ``data``, ``indices`` and ``indptr`` of a CSR matrix, in the smallest types that fit."""
         where = self.genes.get_indexer(list(genes))
         measured = np.flatnonzero(where >= 0)
 
         def select() -> dict[str, np.ndarray]:
             part = sp.csr_matrix(self.spots.X[:, where[measured]], dtype=np.float32)
             part.sum_duplicates()
-            return {"data": part.data, "indices": measured[part.indices].astype(np.int32), "indptr": part.indptr}
+            return {"data": smallest(part.data), "indices": smallest(measured[part.indices]), "indptr": part.indptr}
 
-        part = self.made(f"panel-{digest_of(genes)}", select)
-        return sp.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=(len(self), len(where)))
+        return self.made(f"panel-{digest_of(genes)}", select)
 
 
 def check_name(label: str, subject: str) -> None:

@@ -6,14 +6,16 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stexp.data.cache import write_whole
-from stexp.data.digests import file_digest
+from stexp.data.digests import file_digest, remember, state_of
 from stexp.data.kept_sections import keeping, open_counts
+from stexp.data.parallel import on_all_cores
 from stexp.data.progress import track
 from stexp.data.readers.paths import user_path
 from stexp.data.section import Section
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 READERS = "stexp.data.readers."
 MOST_FILES = 100_000
 """Of a data set's folders, beyond which it is read anew rather than looked through for changes."""
+
+SETTLED_S = 2.0
+"""How long a file must have been as it is for its size and times to stand for its content: clocks tick."""
 
 Stamp = dict[str, dict[str, list[int]]]
 """Folder -> name -> size and time of change of what lies in it."""
@@ -48,11 +53,11 @@ def read_once(reader: Mapping[str, Any], cache_dir: str | Path, read: Callable[[
     if sections is not None:
         return sections
     roots = [str(root) for value in reader.values() if isinstance(value, str) and (root := user_path(value)).exists()]
-    before = _stamp(roots, [], folder.parent)
+    before, began = _stamp(roots, [], folder.parent), time.time()
     with keeping(folder), _heard() as messages:
         sections = read()
     if before is not None and before == _stamp(roots, [], folder.parent):  # else what was read may be gone
-        _record(path, roots, sections, messages)
+        _record(path, roots, sections, messages, began)
     return sections
 
 
@@ -92,8 +97,14 @@ def _heard() -> Iterator[list[tuple[str, int, str]]]:
         root.removeHandler(listener)
 
 
-def _record(path: Path, roots: list[str], sections: list[Section], messages: list) -> None:
-    """Write what :func:`_recorded` needs; nothing where that would not tell a change."""
+def _record(path: Path, roots: list[str], sections: list[Section], messages: list, began: float) -> None:
+    """Write what :func:`_recorded` needs; nothing where that would not tell a change.
+
+    Parameters
+    ----------
+    began
+        Time before the reading, in seconds since 1970.
+    """
     files = {file for section in sections for file in section.files}
     kept = [section.kept for section in sections]
     if not sections or None in kept or any(file.is_dir() for file in files):
@@ -102,13 +113,14 @@ def _record(path: Path, roots: list[str], sections: list[Section], messages: lis
     stamp = _stamp(roots, folders, path.parent.parent)
     if stamp is None:
         return
-    images = {section.slide.path for section in sections if section.slide is not None}
+    digests = on_all_cores(sorted(files), len(files), "hashing files of sections", _state_and_digest)
+    settled = [[*state, own] for state, own in digests if max(state[2:]) < (began - SETTLED_S) * 1e9]
     facts = {
         "roots": roots,
         "folders": folders,
         "stamp": stamp,
-        # of images their tiles are named by the content
-        "digests": {str(file): file_digest(file) for file in sorted(files - images)},
+        "digests": {state[0]: own for state, own in digests},
+        "settled": settled,
         "messages": messages,
         "sections": [
             {
@@ -130,12 +142,17 @@ def _record(path: Path, roots: list[str], sections: list[Section], messages: lis
         log.warning("%s", error)
 
 
+def _state_and_digest(file: Path) -> tuple[tuple[str, int, int, int], str]:
+    return state_of(file), file_digest(file)
+
+
 def _recorded(path: Path, folder: Path) -> list[Section] | None:
     """The sections on record; None where there is no record, something changed, or a file of the cache is gone."""
     try:
         facts = json.loads(path.read_bytes())
         if _stamp(facts["roots"], facts["folders"], folder.parent) != facts["stamp"]:
             return None
+        remember({(name, *state): own for name, *state, own in facts["settled"]})
         if any(file_digest(file) != digest for file, digest in facts["digests"].items()):
             return None
         rows = facts["sections"]
@@ -191,7 +208,9 @@ def _entries(folder: Path) -> dict[str, list[int]]:
             entries = sorted(inside, key=lambda entry: entry.name)
     except PermissionError:
         return {}
-    return {entry.name: [] if entry.is_dir() else _facts(entry) for entry in entries if not entry.name.startswith(".")}
+    # no reader reads a log, and commands may be writing theirs
+    entries = [entry for entry in entries if not entry.name.startswith(".") and not entry.name.endswith(".log")]
+    return {entry.name: [] if entry.is_dir() else _facts(entry) for entry in entries}
 
 
 def _facts(entry: os.DirEntry) -> list[int]:

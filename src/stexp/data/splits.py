@@ -101,6 +101,7 @@ def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.Data
     """Every spot of the sections with its role, a row each, in their order."""
     parts = []
     for section in sections:
+        array_xy = section.array_xy
         parts.append(
             pd.DataFrame(
                 {
@@ -108,8 +109,8 @@ def spot_table(sections: list[Section], roles: dict[str, np.ndarray]) -> pd.Data
                     "patient": section.patient,
                     "spot": section.spots.obs_names.to_numpy(str),
                     "role": roles[section.name],
-                    "array_x": section.array_xy[:, 0],
-                    "array_y": section.array_xy[:, 1],
+                    "array_x": array_xy[:, 0],
+                    "array_y": array_xy[:, 1],
                     "total_counts": section.total_counts,
                 }
             )
@@ -145,12 +146,10 @@ def role_lines(spots: pd.DataFrame) -> list[str]:
 
 def with_roles(sections: list[Section], spots: pd.DataFrame, *roles: str) -> list[Section]:
     """The sections that have spots of some roles, with those spots alone; `spots` as of :func:`spot_table`."""
-    parts = []
-    for section in sections:
-        role = spots["role"].to_numpy(str)[spots["section"] == section.name]
-        if np.isin(role, roles).any():
-            parts.append(section.take(np.isin(role, roles)))
-    return parts
+    has_role = spots["role"].isin(roles).to_numpy()
+    ends = np.cumsum([len(section) for section in sections])
+    masks = np.split(has_role, ends[:-1])
+    return [section.take(mask) for section, mask in zip(sections, masks, strict=True) if mask.any()]
 
 
 def spatial_blocks(xy: np.ndarray, n: int) -> np.ndarray:

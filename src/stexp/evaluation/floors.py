@@ -73,7 +73,7 @@ class SpotTable:
         return len(self.expression)
 
 
-def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
+def predict_floors(train: SpotTable, test: SpotTable, projection: Projection | None = None) -> dict[str, np.ndarray]:
     """Expression of the test spots as simple predictors see it.
 
     Parameters
@@ -82,6 +82,8 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
         Spots that a method may learn from.
     test
         Spots to predict. Their expression is not looked at, and their depth only by the oracle.
+    projection
+        Of the features of `train`; None: made here.
 
     Returns
     -------
@@ -123,7 +125,7 @@ def predict_floors(train: SpotTable, test: SpotTable) -> dict[str, np.ndarray]:
         floors["nearest_section"] = _nearest_section(x_train, x_test, train.section, test.section, expression)
         floors["colour_ridge"] = None
     if train.features is not None and test.features is not None:
-        projection = Projection.fit(train.features)
+        projection = projection or Projection.fit(train.features)
         floors["knn_features"] = knn(projection, train.features, test.features, expression)
         designs["ridge_features"] = projection.of(train.features), projection.of(test.features)
         floors["ridge_features"] = None

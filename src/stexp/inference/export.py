@@ -237,10 +237,10 @@ def _looks(source: FinishedRun) -> dict[str, dict]:
     """What the sections that trained or validated look like, by name."""
     data, looks = source.data, {}
     bank = data.open_tiles()
+    trained = data.spots["role"].isin(("train", "validation")).to_numpy()
     with_image = [section for section in data.sections if section.slide is not None]
     for section, tiles in zip(with_image, bank.stores, strict=True):
-        roles = data.spots["role"].to_numpy()[data.spots["section"] == section.name]
-        rows = np.flatnonzero(np.isin(roles, ("train", "validation")))
+        rows = np.flatnonzero(trained[data.rows_of(section)])
         if len(rows):
             some = np.stack([np.asarray(tiles[row]) for row in rows[measured_tiles(len(rows))]])  # colours as they are
             um = section.um_per_px and section.um_per_px * data.tile.side_px(section) / data.tile.px

@@ -69,7 +69,7 @@ def spots_of(data: SpotDataModule, rows: np.ndarray, embedding: np.ndarray) -> B
     spots, genes = data.spots.iloc[rows], shared_genes(data, rows)
     counts, rest = [], []
     for section in data.sections:
-        chosen = np.isin(np.flatnonzero(data.spots["section"].to_numpy() == section.name), rows)
+        chosen = np.isin(data.rows_of(section), rows)
         if chosen.any():
             x = section.spots.X[:, section.genes.get_indexer(genes)]
             counts.append(x[chosen])
@@ -92,7 +92,7 @@ def prototypes_of(data: SpotDataModule, rows: np.ndarray, standing: Standing) ->
     group, total = np.full(len(data.spots), -1), np.zeros((len(names), len(genes)))
     group[rows] = member = standing.member.cpu().numpy()
     for section in data.sections:
-        own = group[data.spots["section"].to_numpy() == section.name]
+        own = group[data.rows_of(section)]
         if (own < 0).all():
             continue
         counts, depth, scaled = section.spots.X, section.total_counts, protocol

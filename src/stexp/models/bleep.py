@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch.nn import functional as F
 
 from stexp.arguments import Count, NotNegative, Positive, Rate, Share, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch
@@ -94,38 +93,19 @@ class BLEEP(ContrastiveMethod):
         self.image_encoder = image_encoder
         self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
-        self.temperature, self.target_temperature, self.normalise = temperature, target_temperature, normalise
+        self.temperature, self.target_temperature = temperature, target_temperature
         self.lr, self.weight_decay = lr, weight_decay
         if correct:
             self.correct(embedding_dim, n_genes)
         if prototypes is not None:
             self.learn_prototypes(prototypes, embedding_dim)
 
-    @property
-    def frozen_encoder(self) -> ImageEncoder | None:
-        return self.image_encoder if self.image_encoder.frozen else None
-
-    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        return self.embed_features(self.image_encoder(image))
-
-    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features of tiles (B, F) to embeddings (B, D)."""
-        return self._finish(self.image_projection(features))
-
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch, each by its own expression alone, to embeddings (B, D)."""
         return self._finish(self.spot_projection(batch.expression))
-
-    def _finish(self, embedding: torch.Tensor) -> torch.Tensor:
-        return F.normalize(embedding, dim=-1) if self.normalise else embedding
 
     def training_step(self, batch: SpotBatch, batch_idx: int) -> torch.Tensor:
         image = gather(self.embed_tiles(batch), batch.whole)
         spot = gather(self.embed_batch_spots(batch), batch.whole)
         loss = self.contrast(image, spot, batch, self.temperature, target_temperature=self.target_temperature)
         return self.with_prototypes(loss, image, spot, self.temperature)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)

@@ -49,10 +49,11 @@ def leave_out(table: Table, fit: Fit) -> Iterator[LeftOut]:
         yield LeftOut(rows, *(each.numpy() for each in (fitted.expression.centre, fitted.loadings, seen, scores)))
 
 
-def choose(table: Table, fit: Fit, radii_um: Sequence[float], trust: float) -> Choice:
+def choose(table: Table, fit: Fit, radii_um: Sequence[float], trust: float | None) -> Choice:
     """Weights, the one of some radii, ascending, and the scale."""
     parts = list(leave_out(table, fit))
-    weights = fit_weights(parts, trust)
+    n = len(parts[0].members)
+    weights = np.full(n, 1 / n) if trust is None else fit_weights(parts, trust)
     agreed = [np.tensordot(weights, part.members, 1) for part in parts]
     # a block is judged by itself: that it differs from the other blocks is no merit
     unit = np.char.add(np.char.add(table.section, " "), table.group)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from stexp.data.batches import SpotBatch
 from stexp.errors import InputError
@@ -59,7 +60,14 @@ class ContrastiveMethod(RetrievalMethod):
         super().__init__(k, distance, weighting, reference)
         check_objective(objective, normalise, temperature, negatives_memory)
         self.objective: Objective = objective
+        self.normalise = normalise
         self.negatives = Negatives(n_dims, negatives_memory, mask_within_um)
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        return self._finish(super().embed_features(features))
+
+    def _finish(self, embedding: torch.Tensor) -> torch.Tensor:
+        return F.normalize(embedding, dim=-1) if self.normalise else embedding
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

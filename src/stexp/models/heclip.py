@@ -79,18 +79,6 @@ class HECLIP(RetrievalMethod):
         if correct:
             self.correct(n_dims, n_genes)
 
-    @property
-    def frozen_encoder(self) -> ImageEncoder | None:
-        return self.image_encoder if self.image_encoder.frozen else None
-
-    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        return self.embed_features(self.image_encoder(image))
-
-    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features of tiles (B, F) to embeddings (B, D)."""
-        return self.image_projection(features)
-
     def embed_batch_spots(self, batch: SpotBatch) -> torch.Tensor:
         """Spots of a batch, each by its own expression alone, to embeddings (B, D)."""
         return self.spot_projection(batch.expression)
@@ -103,7 +91,3 @@ class HECLIP(RetrievalMethod):
         # soft targets come below log(batch) where nothing is learned, too; only the image loss is trained
         self.log_beside_chance(info_nce(image.detach(), spot.detach(), self.temperature, 1.0), image, spot)
         return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from stexp.arguments import Count, NotNegative, OptionalDepth, Positive, Rate, Share, Weight, Whole, Width, checked
 from stexp.data.batches import SpotBatch, nearest
@@ -117,7 +116,7 @@ class MclSTExp(ContrastiveMethod):
         self.image_projection = ProjectionHead(image_encoder.num_features, embedding_dim, dropout)
         self.spot_projection = ProjectionHead(n_genes, embedding_dim, dropout)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
-        self.spot_context, self.n_neighbours, self.normalise = spot_context, n_neighbours, normalise
+        self.spot_context, self.n_neighbours = spot_context, n_neighbours
         self.image_weight = image_weight
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         if correct:
@@ -127,19 +126,7 @@ class MclSTExp(ContrastiveMethod):
         if spot_context == "batch":
             self.reference_batch = 32  # as the published code embeds them
 
-    # the two encoders
-
-    @property
-    def frozen_encoder(self) -> ImageEncoder | None:
-        return self.image_encoder if self.image_encoder.frozen else None
-
-    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
-        return self.embed_features(self.image_encoder(image))
-
-    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features of tiles (B, F) to embeddings (B, D)."""
-        return self._finish(self.image_projection(features))
+    # embeddings of spots
 
     def embed_spots(
         self, expression: torch.Tensor, array_xy: torch.Tensor, xy: torch.Tensor | None = None
@@ -179,9 +166,6 @@ class MclSTExp(ContrastiveMethod):
         self, expression: torch.Tensor, array_xy: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         return self._finish(self.spot_projection(self.spot_encoder(expression, array_xy, mask)[:, 0]))
-
-    def _finish(self, embedding: torch.Tensor) -> torch.Tensor:
-        return F.normalize(embedding, dim=-1) if self.normalise else embedding
 
     # training
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from stexp.arguments import Count, checked
 from stexp.data.batches import SpotBatch, SpotIndex, tensor_or_rows
@@ -23,6 +24,7 @@ from stexp.models.correction import (
     fit_correction,
     without_itself,
 )
+from stexp.models.encoders.image import ImageEncoder
 from stexp.models.losses import beside_chance
 from stexp.models.method import Method, Prediction, References
 from stexp.models.prototypes import Prototypes, stand_for
@@ -36,8 +38,9 @@ DEFAULT_K = 50  # while k is "auto" and not yet chosen
 class RetrievalMethod(Method):
     """A method whose prediction is the expression of the reference spots nearest to a tile in a shared space.
 
-    A method that inherits defines :meth:`embed_image` and :meth:`embed_batch_spots`, and trains them; and
-    :meth:`embed_features` where it has a ``frozen_encoder``.
+    A method that inherits sets `image_encoder`, `image_projection`, `lr` and `weight_decay`, of AdamW, and defines
+    :meth:`embed_batch_spots` and ``training_step``. One that embeds more than a tile's pooled features overrides
+    `frozen_encoder` and :meth:`embed_tiles`.
 
     Parameters
     ----------
@@ -47,6 +50,11 @@ class RetrievalMethod(Method):
     reference
         Training-side sections retrieved from: ``image`` (those with an image), ``all``, or names of sections.
     """
+
+    image_encoder: ImageEncoder
+    image_projection: nn.Module
+    lr: float
+    weight_decay: float
 
     reference_batch = 1024
     """Spots that are embedded in one call for the reference."""
@@ -90,13 +98,17 @@ class RetrievalMethod(Method):
         self.log("train/prototypes", own, on_step=False, on_epoch=True, batch_size=len(image))
         return loss + own
 
-    @abstractmethod
+    @property
+    def frozen_encoder(self) -> ImageEncoder | None:
+        return self.image_encoder if self.image_encoder.frozen else None
+
     def embed_image(self, image: torch.Tensor) -> torch.Tensor:
         """Tiles (B, 3, H, W), RGB in 0..1, to embeddings (B, D)."""
+        return self.embed_features(self.image_encoder(image))
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features of tiles (B, F), of ``frozen_encoder``, to embeddings (B, D)."""
-        raise TypeError(f"{type(self).__name__} names a frozen_encoder and does not embed its features")
+        """Pooled features of tiles (B, F) to embeddings (B, D)."""
+        return self.image_projection(features)
 
     def embed_tiles(self, batch: SpotBatch) -> torch.Tensor:
         """Tiles of a batch to embeddings (B, D), by their features where it comes without images."""
@@ -142,6 +154,10 @@ class RetrievalMethod(Method):
         rows = np.sort(np.random.default_rng(self.data.seed).choice(rows, n, replace=False))
         parts = (SpotIndex(part, image=False) for part in torch.from_numpy(rows).split(self.reference_batch))
         self.prototypes.start(torch.cat([self.embed_batch_spots(self.data.batch(i, self.device)) for i in parts]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
 
     def validation_roles(self) -> tuple[str, ...]:
         """Roles that are retrieved from, when validation spots are predicted."""

@@ -93,6 +93,10 @@ class STGCHB(RetrievalMethod):
         if correct:
             self.correct(embedding_dim, n_genes)
 
+    @property
+    def frozen_encoder(self) -> None:
+        return None  # a tile is read with its neighbours
+
     def reads_features_of(self, encoder: TileEncoder) -> bool:
         """Features of any frozen encoder are all that is read of tiles."""
         return True
@@ -119,9 +123,6 @@ class STGCHB(RetrievalMethod):
         beside = self._features[torch.where(around < 0, batch.spot[:, None], around)]
         there = torch.cat([torch.ones_like(batch.spot[:, None], dtype=torch.bool), around >= 0], dim=1)
         return torch.cat([batch.tile_features[:, None], beside], dim=1), there
-
-    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
-        raise TypeError("a tile alone has no embedding here, see embed_tiles")
 
     def embed_tiles(self, batch: SpotBatch) -> torch.Tensor:
         """Tiles of a batch, each with its neighbours, to embeddings (B, D) of length 1."""
@@ -154,13 +155,6 @@ class STGCHB(RetrievalMethod):
         edges = torch.rand(there.shape, device=x.device) >= self.edge_dropout
         edges[:, 0] = True
         return x * kept, there & edges
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-        )
 
 
 class GraphConvolution(nn.Module):

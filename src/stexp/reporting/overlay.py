@@ -109,7 +109,8 @@ def _marks(ax: Axes, section: Section, flagged: np.ndarray, diameter: float, til
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # a third of the time of the default, for an eighth more bytes
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     write_whole(path, buffer.getvalue())
 
 

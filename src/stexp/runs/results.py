@@ -189,8 +189,9 @@ def write_scored_files(
     floors.uns["gene_sets"] = json.dumps(module_sets(data.panel, modules))
     floors.uns["ceiling"] = {}
     unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
+    projection = None if features is None else Projection.fit(some_rows(features, train))
     for protocol in (data.protocol, *other_protocols(data.protocol).values()):
-        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted, random)
+        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted, random, projection)
         floors.uns["ceiling"][protocol.name] = ceiling
         for name, values in layers.items():
             floors.layers[f"{protocol.name}:{name}"] = values
@@ -238,6 +239,7 @@ def floors_under(
     colour: np.ndarray | None,
     unpredicted: np.ndarray | None = None,
     random: Sequence[Rows] = (),
+    projection: Projection | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
 
@@ -247,6 +249,8 @@ def floors_under(
         Rows of test spots that the ceiling is not of; None: it is of all spots.
     random
         `random_components` of the data; none: without the floor on them.
+    projection
+        Of the features of the training side, which is the same on every scale; None: made here.
 
     Returns
     -------
@@ -278,7 +282,7 @@ def floors_under(
             random=[some_rows(components, rows) for components in random],
         )
 
-    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test"))), ceiling
+    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test")), projection), ceiling
 
 
 def random_components(data: SpotDataModule) -> list[Rows]:
@@ -306,10 +310,8 @@ def kept_random_components(embeddings: ad.AnnData) -> list[np.ndarray]:
 def colours(data: SpotDataModule) -> np.ndarray:
     """`colour_statistics` of every spot's tile as a method sees it, (n_spots, 9); NaN for spots without an image."""
     out = np.full((len(data.spots), 9), np.nan)
-    with_image = [section.name for section in data.sections if section.slide is not None]
-    rows = np.flatnonzero(data.spots["section"].isin(with_image))
-    for part in np.array_split(rows, -(-len(rows) // data.eval_batch_size)):
-        out[part] = colour_statistics(data.tiles(part).numpy())
+    for part in data.tiled():
+        out[part.rows] = part.measured("colours-v1", 9, colour_statistics)
     return out
 
 
