@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 RESULTS = ("predictions.h5ad", "floors.h5ad", "report.html", "provenance.json", "embeddings.h5ad", "pictures.h5")
 # what is run, the limit in bytes, and the file that it stops at
 CASES = [
-    ("prepare", 1_000, "A1.png"),
+    ("prepare", 1_000, "spots.csv.gz"),
+    ("prepare", 30_000, "A1.png"),
     ("cut", 100_000, "cache/tiles/A1-"),
     ("train", 1_000, "config.yaml"),
     ("train", 100_000, ".ckpt"),

@@ -47,7 +47,7 @@ def test_pythons_of_the_workflow_are_those_of_the_package():
         entry for entry in PROJECT["project"]["classifiers"] if entry.startswith(prefix)
     ]
     lowest, _, above = PROJECT["project"]["requires-python"].removeprefix(">=").partition(",<")
-    assert lowest == pythons[0] and above == f"3.{int(pythons[-1].removeprefix('3.')) + 1}"
+    assert lowest.rpartition(".")[0] == pythons[0] and above == f"3.{int(pythons[-1].removeprefix('3.')) + 1}"
     for path in CONTAINERS:
         assert re.search(r"PYTHON=(\S+)", path.read_text())[1] in pythons
 
