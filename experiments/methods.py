@@ -104,7 +104,7 @@ METHODS = {
     ),
     "consensus": (
         "this project",
-        "neighbours at three scales, low rank, smoothed, closed form",
+        "ridges and neighbours at three scales, low rank, closed form",
         "a tile is read at three scales; what is open is chosen on training spots left out in turn",
     ),
     "mean": ("", "none", "the training mean, for every spot"),

@@ -100,7 +100,7 @@ def test_keys_of_the_model_change_the_whole_method_and_all_variants(monkeypatch)
     assert {tuple(each["neighbours"]) for each in seen} == {(7,), ()}
     assert "without turned views" not in measured and "without learned weights" in measured
     assert sum(each["trust"] is None for each in seen) == 1
-    assert "with ridges" in measured and measured.keys().isdisjoint(["without ridges", "with learned weights"])
+    assert "without ridges" in measured and measured.keys().isdisjoint(["with ridges", "with learned weights"])
     assert "plain, with low rank" in measured and "plain, with turned views" not in measured
     assert measured.keys().isdisjoint(["without scale 1", "plain, with all scales"]), "there is one"
 

@@ -1,4 +1,4 @@
-"""Consensus: means over nearest neighbours in frozen features agree on an expression of low rank.
+"""Consensus: ridges and nearest neighbours on frozen features agree on an expression of low rank.
 
 A method of this project. All of it is one calculation; what is open is chosen on spots that the members did not see.
 """
@@ -56,21 +56,19 @@ class Gallery:
 
 
 class Consensus(ClosedForm):
-    """Expression of low rank from several means over nearest neighbours, smoothed over the section.
+    """Expression of low rank from the mean of ridges and nearest neighbours, smoothed over the section.
 
     Frozen features of several views of a tile, standardised, are reduced to principal components, the embedding.
-    Expression is reduced to its first principal components, the scores. Means over several numbers of neighbours
-    predict the scores from the embedding; their mean is smoothed over the section and taken back to genes by several
-    ranks, which are averaged: the first components count in all of them. The spread of the members is the uncertainty.
+    Expression is reduced to its first principal components, the scores. Ridges of several penalties, and means over
+    several numbers of neighbours, predict the scores from the embedding; their mean is smoothed over the section and
+    taken back to genes by several ranks, which are averaged: the first components count in all of them. The spread of
+    the members is the uncertainty.
 
     The radius of the smoothing and the scale of the whole are learned on training and validation spots, each predicted
     by members, embedding and scores that were fitted without its patient (of three or more), else without its section,
     else without its block of the only section: the radius has the best Pearson correlation; the scale is a
-    least-squares slope.
-
-    Ridges can be members too, and weights of the members be learned on the same spots. Both were the default until the
-    ablation on HER2+ and a mouse colon showed neither to help on both (``docs/results.md``); without ridges all of a
-    prediction is retrieved, and its references are named.
+    least-squares slope. Weights of the members can be learned there too, to fit the scores; equal ones did as well on
+    HER2+ and nearly as well on a mouse colon.
 
     A gene outside the panel that the references measure is predicted from the same scores: its loadings are least
     squares of its expression in the references on their scores, tapered as those of the panel are, which this gives
@@ -89,7 +87,7 @@ class Consensus(ClosedForm):
     n_components
         D, of the embedding.
     penalties
-        Of ridges, in mean eigenvalues of the covariance of the embedding; an empty list: no ridges.
+        Of the ridges, in mean eigenvalues of the covariance of the embedding; an empty list: no ridges.
     neighbours
         k of the means over neighbours, by cosine; an empty list: none.
     ranks
@@ -122,7 +120,7 @@ class Consensus(ClosedForm):
         scales: list[Positive] | tuple[Positive, ...] | None = (0.5, 1, 2),
         turns: Literal[1, 2, 4] = 2,
         n_components: Width = 128,
-        penalties: list[Positive] | tuple[Positive, ...] = (),
+        penalties: list[Positive] | tuple[Positive, ...] = (1, 3, 10, 30),
         neighbours: list[Count] | tuple[Count, ...] = (10, 25, 50, 100),
         ranks: list[Count] | tuple[Count, ...] = (1, 2, 3, 5, 8, 12, 20, 32),
         radii_um: list[NotNegative] | tuple[NotNegative, ...] = (0, 50, 75, 100, 150, 200, 300),
