@@ -283,3 +283,9 @@ def test_an_encoder_sees_the_middle_at_every_scale_and_turned():
 def test_tiles_are_cut_as_wide_as_the_widest_view():
     assert TileSpec(224, 112.0).wide([0.5, 1, 2]) == TileSpec(448, 224.0)
     assert TileSpec(224).wide(None) == TileSpec(224) == TileSpec(224).wide([0.5])
+
+
+def test_members_that_tell_no_spot_from_another_are_not_scaled_up(table):
+    method = fitted(table, penalties=[], neighbours=[1000])
+    assert method.chosen[1] == 0
+    np.testing.assert_allclose(predict(method, table), np.broadcast_to(method.mean, observed(table).shape), atol=1e-5)

@@ -166,10 +166,12 @@ def test_a_mirror_takes_the_place_of_the_source(kind: str, site: Site, publish: 
     with pytest.raises(InputError, match=r"1 of 4 files .* A1/image.bin \((.*No such file|wrong bytes)"):
         bring(root, mirror=where)
     site.files |= {path: content(path.replace("/", "").removesuffix(".bin")) for path in files}
+    (mirror / "A1/image.bin").mkdir()  # a folder in the place of a file
     bring(root, mirror=[str(where), f"{site.url}/absent", site.url])
     assert all(file_hash(root / path, "git-sha1") == facts["hash"] for path, facts in files.items())
-    with pytest.raises(InputError, match=r"data.mirror=nowhere: neither a folder nor an address"):
-        bring(root, mirror="nowhere")
+    for wrong in ("nowhere", "", 5, []):
+        with pytest.raises(InputError, match=r"data.mirror="):
+            bring(root, mirror=wrong)
 
 
 def test_a_config_says_what_is_fetched(site: Site, publish: Callable, tmp_path: Path) -> None:
@@ -306,10 +308,14 @@ def test_an_archive_that_cannot_be_unpacked_leaves_nothing(
     for _ in range(2):
         with pytest.raises(InputError, match=rf"1 of 1 files .*spatial.tar.gz \(cannot be unpacked.*({reason})"):
             bring(root)
-    assert there(root) == {"a/spatial.tar.gz"} and not (root / RECORD).exists() and site.times("a/spatial.tar.gz") == 1
-    (root / "a/spatial.tar.gz").unlink()
+    assert there(root) == set() and not (root / RECORD).exists() and site.times("a/spatial.tar.gz") == 2
+    (root / "a").mkdir(exist_ok=True)
+    (root / "a/spatial.tar.gz").write_bytes(body)
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        bring(root)
+    assert there(root) == {"a/spatial.tar.gz"}, "what somebody laid there stays"
     site.files["a/spatial.tar.gz"] = archive("/spatial")  # an absolute path lands inside
-    bring(root)
+    bring(root, mode="replace")
     assert there(root) == {"a/spatial/positions.csv", "a/spatial/image.png"} and left_over(root) == []
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -153,6 +154,25 @@ def test_files_that_have_long_been_as_they_are_are_not_hashed_again(sheet, settl
     image.write_bytes(image.read_bytes()[:-1] + b"?")
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert digests.file_digest(image) != before[image], "the size and the time that can be set are the same"
+
+
+def test_files_that_change_places_are_seen_though_size_and_times_are_the_same(tmp_path, monkeypatch):
+    """A folder that is renamed changes no time of the files in it, and one command may give many files one time."""
+    files = [tmp_path / name / "image.tif" for name in ("A", "B")]
+    for file, content in zip(files, (b"one", b"two"), strict=True):
+        file.parent.mkdir()
+        file.write_bytes(content)
+
+    def states():
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "stat", lambda path: SimpleNamespace(**times, st_ino=os.stat(path).st_ino))
+            return {digests.state_of(file) for file in files}
+
+    times = {"st_size": 3, "st_mtime_ns": 1, "st_ctime_ns": 1}
+    before = states()
+    for old, new in (("A", "C"), ("B", "A"), ("C", "B")):
+        os.rename(tmp_path / old, tmp_path / new)
+    assert len(before) == 2 and before.isdisjoint(states())
 
 
 @pytest.mark.parametrize(("name", "is_source"), [("train.log", False), (".hidden", False), ("more.csv", True)])

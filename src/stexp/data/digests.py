@@ -14,9 +14,9 @@ WHOLE_BYTES = 256 << 20
 """Size up to which a file is hashed whole."""
 
 
-_State = tuple[str, int, int, int]
-"""Path of a file, its size and the times of its last changes."""
-_digests: dict[_State, str] = {}
+State = tuple[str, int, int, int, int]
+"""Path of a file, its size, the times of its last changes, and its number in the file system."""
+_digests: dict[State, str] = {}
 
 
 def file_digest(path: str | Path) -> str:
@@ -41,13 +41,13 @@ def file_digest(path: str | Path) -> str:
     return hashlib.blake2b(together.encode(), digest_size=16).hexdigest()
 
 
-def state_of(path: Path) -> _State:
-    """What is another after every change of a file; the last time is nobody's to set."""
+def state_of(path: Path) -> State:
+    """What is another after every change of a file: nobody sets the last time, nor the number of the file."""
     stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def remember(states: Mapping[_State, str]) -> None:
+def remember(states: Mapping[State, str]) -> None:
     """Take hashes of files in these states as they were calculated before, by another process."""
     _digests.update(states)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stexp.data.cache import write_whole
-from stexp.data.digests import file_digest, remember, state_of
+from stexp.data.digests import State, file_digest, remember, state_of
 from stexp.data.kept_sections import keeping, open_counts
 from stexp.data.parallel import on_all_cores
 from stexp.data.progress import track
@@ -114,7 +114,7 @@ def _record(path: Path, roots: list[str], sections: list[Section], messages: lis
     if stamp is None:
         return
     digests = on_all_cores(sorted(files), len(files), "hashing files of sections", _state_and_digest)
-    settled = [[*state, own] for state, own in digests if max(state[2:]) < (began - SETTLED_S) * 1e9]
+    settled = [[*state, own] for state, own in digests if max(state[2:4]) < (began - SETTLED_S) * 1e9]
     facts = {
         "roots": roots,
         "folders": folders,
@@ -142,7 +142,7 @@ def _record(path: Path, roots: list[str], sections: list[Section], messages: lis
         log.warning("%s", error)
 
 
-def _state_and_digest(file: Path) -> tuple[tuple[str, int, int, int], str]:
+def _state_and_digest(file: Path) -> tuple[State, str]:
     return state_of(file), file_digest(file)
 
 
@@ -218,4 +218,5 @@ def _facts(entry: os.DirEntry) -> list[int]:
         stat = entry.stat()
     except OSError:  # a link that leads nowhere
         stat = entry.stat(follow_symlinks=False)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # the last is nobody's to set
+    # nobody sets the last time, which files that were moved together share, nor the number of a file
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -14,6 +14,7 @@ from stexp.models.low_rank import Fitted, smooth
 from stexp.models.table import Table
 
 GENES = 2048  # on which smoothing is judged at once
+NOTHING = 1e-10  # of the variance, below which what members add is rounding
 
 Fit = Callable[[Table], Fitted]
 
@@ -61,7 +62,7 @@ def choose(table: Table, fit: Fit, radii_um: Sequence[float], trust: float | Non
     expression = table.read(table.expression)
     n_genes = expression.shape[1]
     radii = radii_um if np.isfinite(table.xy_um).all() else [0.0]
-    pearson, sums = np.empty((len(radii), len(units), n_genes)), np.zeros((len(radii), 2))
+    pearson, sums = np.empty((len(radii), len(units), n_genes)), np.zeros((len(radii), 3))
     for start in range(0, n_genes, GENES):
         genes = slice(start, start + GENES)
         observed = expression[:, genes]
@@ -73,12 +74,16 @@ def choose(table: Table, fit: Fit, radii_um: Sequence[float], trust: float | Non
             smoothed = _smooth_sections(table, added, radius)
             for j, own in enumerate(units):
                 pearson[i, j, genes] = pearson_per_gene(observed[own], (mean + smoothed)[own])
-            sums[i] += ((observed - mean) * smoothed).sum(dtype=np.float64), np.square(smoothed).sum(dtype=np.float64)
+            sums[i] += [
+                np.sum(part, dtype=np.float64)
+                for part in ((observed - mean) * smoothed, np.square(smoothed), np.square(observed - mean))
+            ]
     means = [[mean_or_none(of_unit) for of_unit in of_radius] for of_radius in pearson]
     scores = [round(mean_or_none([m for m in each if m is not None]) or 0.0, 4) for each in means]
     best = int(np.argmax(scores))  # ties: the smaller radius
-    product, square = sums[best]
-    return Choice(weights, radii[best], max(float(product / max(square, 1e-12)), 0.0), scores[best])
+    product, square, spread = sums[best]
+    least = max(NOTHING * spread, 1e-12)
+    return Choice(weights, radii[best], max(float(product / square), 0.0) if square > least else 0.0, scores[best])
 
 
 def fit_weights(parts: list[LeftOut], trust: float) -> np.ndarray:

@@ -72,7 +72,7 @@ def fetch(
             root = root / source.nested
         files = [file for file in source.files if not wanted or not file.sections or wanted & {*file.sections}]
     if mirror is not None:
-        files = mirrored(files, [str(mirror)] if isinstance(mirror, str | Path) else [*mirror])
+        files = mirrored(files, mirror)
     to_come, unstated = _verify(name, Record(root), files, replace)
     if to_come or (unstated and os.access(root, os.W_OK)):
         root.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,8 @@ def _verify(name: str, record: Record, files: list[Entry], replace: bool) -> tup
 def _bring(name: str, record: Record, files: list[Entry], replace: bool, keep_archives: bool) -> None:
     """Put files, and what they hold, where they belong, and record them."""
     size, free = sum(file.size or 0 for file in files), shutil.disk_usage(record.root).free
-    size -= sum(part.stat().st_size for part in record.root.rglob(".*.download/**/*") if part.is_file())
+    started = sum(part.stat().st_size for part in record.root.rglob(".*.download/**/*") if part.is_file())
+    size = max(0, size - started)
     space = f"{name}: {len(files)} files are to come, {size / 1e6:,.1f} MB where stated; {free / 1e6:,.1f} MB are free"
     if size > free:
         raise InputError(f"{space} in {record.root}")
@@ -122,10 +123,16 @@ def _bring(name: str, record: Record, files: list[Entry], replace: bool, keep_ar
         stage = target.with_name(f".{target.name}.download")  # whatever is half done is in there
         try:
             stage.mkdir(parents=True, exist_ok=True)
-            if not file.unpack or not target.is_file() or mismatch(target, expected):
+            arrived = not file.unpack or not target.is_file() or bool(mismatch(target, expected))
+            if arrived or (replace and expected is None):
                 _transfer(file, stage / target.name, expected, unreachable)
                 os.replace(stage / target.name, target)
-            record.note(file, [target, *(_unpack(target, stage) if file.unpack else ())])
+            try:
+                record.note(file, [target, *(_unpack(target, stage) if file.unpack else ())])
+            except InputError:
+                if arrived:  # so that the next call fetches it again; one that lay there is the user's
+                    target.unlink(missing_ok=True)
+                raise
             if file.unpack and not keep_archives:
                 target.unlink()
             shutil.rmtree(stage)
@@ -150,8 +157,8 @@ def _transfer(file: Entry, path: Path, expected: str | None, unreachable: set[st
             else:
                 with replacing(path) as part:
                     shutil.copyfile(url, part)
-            problem = mismatch(path, expected)
-        except (Failed, InputError, FileNotFoundError) as error:
+            problem = mismatch(path, expected) or _other_size(path, file)
+        except (Failed, InputError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
             reasons.append(in_one_line(error))
             continue
         if not problem:
@@ -159,6 +166,11 @@ def _transfer(file: Entry, path: Path, expected: str | None, unreachable: set[st
         path.unlink()
         reasons.append(f"wrong bytes {problem}")
     raise Failed("; ".join(reasons))
+
+
+def _other_size(path: Path, file: Entry) -> str:
+    size = path.stat().st_size
+    return "" if file.hash or file.size in (None, size) else f"({size} of {file.size})"
 
 
 def _unpack(archive: Path, stage: Path) -> list[Path]:
@@ -170,7 +182,7 @@ def _unpack(archive: Path, stage: Path) -> list[Path]:
             else:
                 pooch.Decompress("gzip", os.path.join(folder, archive.stem))(str(archive), "download", None)
         except (shutil.ReadError, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise InputError(f"cannot be unpacked: {error}; delete it to have it fetched again") from None
+            raise InputError(f"cannot be unpacked: {error}") from None
         files = (path for path in Path(folder).rglob("*") if path.is_file())
         targets = {path: archive.parent / path.relative_to(folder) for path in files}
         for path, target in targets.items():

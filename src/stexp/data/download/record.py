@@ -21,7 +21,7 @@ class Record:
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / RECORD
         try:
-            self.facts: dict[str, dict] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+            self.facts: dict[str, dict] = _checked(self.path.read_bytes()) if self.path.exists() else {}
         except ValueError as error:
             raise InputError(f"{self.path} is damaged ({error}); delete it, and files are taken as they are") from None
 
@@ -46,6 +46,19 @@ class Record:
         members = {name: {"sha256": digest.removeprefix("sha256:")} for name, digest in hashes.items()}
         self.facts[file.path] = {"hash": own, "members": members}
         write_atomically(self.path, json.dumps(self.facts, indent=1, sort_keys=True))
+
+
+def _checked(text: bytes) -> dict[str, dict]:
+    """Facts as `Record.note` writes them; ValueError where they are something else."""
+    try:
+        facts = json.loads(text)
+        for fact in facts.values():
+            hashes = [fact["hash"], *(member["sha256"] for member in fact.get("members", {}).values())]
+            if not all(value is None or isinstance(value, str) for value in hashes):
+                raise TypeError(hashes)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("it holds something else") from error
+    return facts
 
 
 def file_hash(path: Path, kind: str = "sha256") -> str:

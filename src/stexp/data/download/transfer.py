@@ -56,6 +56,8 @@ def _resume(url: str, output_file: str, source: pooch.Pooch) -> None:
                 raise Failed(f"{status} {response.reason}")
             if response.headers.get("Content-Type", "").startswith("text/html"):
                 raise Failed("a web page in place of the file")
+            if status == 206 and not have:
+                raise requests.ConnectionError("a part of the file, which was asked for whole")
             goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             if status != 206 or not goes_on or _version(response) != version:
                 file.truncate(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
@@ -81,12 +82,15 @@ def read_source(name: str) -> Source:
     return Source(tuple(files), **content)
 
 
-def mirrored(files: list[Entry], mirrors: list[str]) -> list[Entry]:
+def mirrored(files: list[Entry], mirror: str | Path | Iterable[str]) -> list[Entry]:
     """The same files at addresses, or in folders, that have them under the same relative paths."""
-    for mirror in mirrors:
-        if urlsplit(mirror).scheme not in ("http", "https") and not Path(mirror).is_dir():
+    mirrors = [str(mirror)] if isinstance(mirror, str | Path) or not isinstance(mirror, Iterable) else [*mirror]
+    if not mirrors:
+        raise InputError("data.mirror=[]: one folder or address at least would fit, or null")
+    for mirror in map(str, mirrors):
+        if not mirror or (urlsplit(mirror).scheme not in ("http", "https") and not Path(mirror).is_dir()):
             raise InputError(f"data.mirror={mirror}: neither a folder nor an address with http:// or https://")
-    return [replace(file, url=tuple(_under(mirror, file.path) for mirror in mirrors)) for file in files]
+    return [replace(file, url=tuple(_under(str(each), file.path) for each in mirrors)) for file in files]
 
 
 def _under(mirror: str, path: str) -> str:
