@@ -23,6 +23,7 @@ from stexp.cli.table import main as table_main
 from stexp.errors import InputError
 from stexp.evaluation import predictions
 from stexp.models.correction import Correction
+from stexp.reporting import rows
 from stexp.reporting.labels import label_methods
 from stexp.reporting.tables import FILES, Table, latex, markdown
 from stexp.runs.scored import find_runs, read_scored_run
@@ -522,3 +523,14 @@ def test_what_stands_behind_a_row(tmp_path: Path) -> None:
     assert method["follows_depth"] == pytest.approx(0.3) and "(3 patients, covers about 75 %)" in method["interval"]
     cells = next(line for line in markdown(table).splitlines() if "60 %" in line)
     assert "-25 %" in cells and "31 %" in cells and "50 %" in cells
+
+
+def test_floors_that_differ_name_what_they_are_of_and_not_whose_predictions_stand_beside_them() -> None:
+    floors = {"narrow": 0.1, "theirs": 0.1, "wide": 0.2}
+    common = {"kind": "floor", "name": "knn features", "fold": "B", "section": "B1"}
+    table = pd.DataFrame([common | {"of": of, "pearson_acg": score} for of, score in floors.items()])
+    of_two_encoders, of_one = table.copy(), table.copy()
+    rows._name_floors(of_two_encoders, {"narrow": "resnet18", "theirs": "theirs", "wide": "densenet121"})
+    rows._name_floors(of_one, {"narrow": "resnet18", "theirs": "theirs", "wide": "resnet18"})
+    assert list(of_two_encoders["name"]) == [f"knn features ({n})" for n in ("resnet18", "resnet18", "densenet121")]
+    assert list(of_one["name"]) == [f"knn features ({n})" for n in ("narrow, theirs", "narrow, theirs", "wide")]

@@ -64,7 +64,9 @@ def _name_floors(scores: pd.DataFrame, encoders: dict[str, str]) -> None:
                     break
             else:
                 alike.append([method])
-        tags = [", ".join(sorted({encoders[method] for method in methods})) for methods in alike]
+        # predictions made elsewhere name no encoder; they stand beside floors of runs
+        named = ({encoders[method] for method in methods} - set(methods) or set(methods) for methods in alike)
+        tags = [", ".join(sorted(names)) for names in named]
         if len(set(tags)) < len(tags):
             tags = [", ".join(methods) for methods in alike]
         for tag, methods in zip(tags, alike, strict=True):
