@@ -97,6 +97,7 @@ def test_bad_input_ends_with_one_line(capsys, overrides, says):
     assert says in line
 
 
+@pytest.mark.slow
 def test_a_finished_slide_is_exported_without_predicting_it_again(tmp_path, monkeypatch):
     from exported_model import exported, killed_after, slide
 

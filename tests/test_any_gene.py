@@ -94,6 +94,7 @@ def test_what_to_expect_outside_the_panel_is_measured_on_the_held_out_spots(mode
     assert genes.loc[outside, "interval_quantile"].notna().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_a_slide_among_the_references_is_predicted_from_the_others(model):
     assert set(model.bank.section) == {"B1", "C1"}
     with_own, without = (predict(model, name="B1", exclude_slide=out) for out in (False, True))

@@ -150,6 +150,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, says):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_methods_that_need_more_than_tiles_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(MclSTExp, "batching", "section")
     monkeypatch.setattr(MclSTExp, "predicts_slides", False)

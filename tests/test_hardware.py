@@ -49,6 +49,7 @@ def run_elsewhere(code: str, missing: tuple[str, ...]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_figures_are_left_out_where_a_system_does_not_give_them():
     out = run_elsewhere(
         "from stexp import hardware\nprint(sorted(hardware.describe()), sorted(hardware.peak_memory()))",

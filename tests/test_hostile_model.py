@@ -282,6 +282,7 @@ def test_headers_that_claim_more_than_the_file_are_refused(model, name):
         refused(seal(folder, facts), "is damaged")
 
 
+@pytest.mark.slow
 def test_an_image_bomb_is_not_decoded(model):
     folder, facts = model
     Image.new("L", (30_000, 30_000)).save(folder / "references.jpg")

@@ -62,6 +62,7 @@ def test_tiles_of_another_size_are_refused_with_what_would_fit(model):
         TilePredictor(model).tile(np.zeros((224, 224, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_model_that_normalises_stain_is_refused(tmp_path):
     run = finished_run("model=hest_ridge", "data.stain=macenko")
     export(run, tmp_path / "m")

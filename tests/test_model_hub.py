@@ -66,6 +66,7 @@ def api(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     return api
 
 
+@pytest.mark.slow
 def test_a_model_comes_back_from_the_hub_as_it_was_shared(api, monkeypatch):
     url = hub.push_to_hub(exported(), "lab/model")
     assert url.endswith(COMMIT) and api.private == {"lab/model": True}, "private unless asked for otherwise"

@@ -139,6 +139,7 @@ def test_scanpy_plots_it(model, tmp_path):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_tiles_show_as_much_tissue_as_in_training(model):
     side = model.predict(slide(), um_per_px=1.0, coordinates=spots(), progress=False).uns["stexp"]["tile_side_px"]
     assert side == 120, "120 um"

@@ -326,6 +326,7 @@ def test_frozen_features_are_of_normalised_tiles_and_kept_apart(sections, tmp_pa
     assert all(np.abs(found[None] - found[method]).max() > 0.01 for method in METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_section_of_another_patient_measures_like_the_target(real_data, tmp_path):
     sections = her2st.read_her2st(real_data / "her2st", ["B4", "C2"])
