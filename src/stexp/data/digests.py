@@ -23,7 +23,7 @@ def file_digest(path: str | Path) -> str:
     """Content hash of a file; above 256 MB, of its size and 64 blocks spread over it; of a .mrxs, with its folder.
 
     Of a folder (an element of a zarr store) that of all files in it, by their names. A file is read once in a process
-    as long as its size and times stay.
+    as long as its size, times and number stay.
     """
     path = Path(path)
     if path.is_dir():
