@@ -44,9 +44,9 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def kept_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+def kept_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray], kind: str = "f") -> np.ndarray:
     """The array kept at `path`, read whole; see `mapped_array`."""
-    return np.array(mapped_array(path, shape, compute))
+    return np.array(mapped_array(path, shape, compute, kind))
 
 
 def mapped_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.ndarray], kind: str = "f") -> np.ndarray:

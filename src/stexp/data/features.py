@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stexp.data.augment import Augmentation
-from stexp.data.cache import mapped_array
+from stexp.data.cache import kept_array
 from stexp.data.progress import track
 from stexp.data.rows import Rows, RowTable
 from stexp.data.section import Section
@@ -110,7 +110,7 @@ class TiledSection:
             parts = (torch.from_numpy(np.array(self.store[part])) for part in done)
             return np.concatenate([measure((self.stain[1](part) if self.stain else part).numpy()) for part in parts])
 
-        return np.array(mapped_array(path, (n, width), compute, kind))
+        return kept_array(path, (n, width), compute, kind)
 
     def file_of(self, name: str) -> Path:
         """Where a measure of the tiles is kept: in ``measures`` beside the folder of the tile store."""
