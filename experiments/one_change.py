@@ -153,7 +153,8 @@ def compared(runs: dict[str, dict[str, dict]], base_name: str = PUBLISHED) -> di
     Parameters
     ----------
     runs
-        Change -> fold and seed -> what `measure` says. A change is compared on the folds and seeds that both have.
+        Change -> fold and seed -> what `measure` says; ``contrast`` and ``validation`` may be missing. A change is
+        compared on the folds and seeds that both have.
     """
     table: dict[str, dict] = {}
     for change, own in runs.items():
@@ -171,9 +172,10 @@ def compared(runs: dict[str, dict[str, dict]], base_name: str = PUBLISHED) -> di
                 entry[score] |= asdict(compare(differences, patients))
         if all("validation" in own[run] and own[run]["validation"] is not None for run in both):
             entry["validation"] = float(np.mean([own[run]["validation"] for run in both]))
-        for key in CONTRAST:
-            entry[key] = float(np.mean([own[run]["contrast"][key] for run in both]))
-        entry["left_chance"] = sum(own[run]["contrast"]["left_chance"] for run in both)
+        if all("contrast" in own[run] for run in both):
+            for key in CONTRAST:
+                entry[key] = float(np.mean([own[run]["contrast"][key] for run in both]))
+            entry["left_chance"] = sum(own[run]["contrast"]["left_chance"] for run in both)
         table[change] = entry
     return table
 
@@ -226,7 +228,7 @@ def main() -> None:
     machine_of(config).set_threads()
     before = json.loads(output.read_text()) if output.exists() else {}
     # what other code or other keys measured is no part of one table
-    same = before.get("keys") == _elsewhere(keys) and before.get("commit") == state["commit"]
+    same = before.get("keys") == elsewhere(keys) and before.get("commit") == state["commit"]
     runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     served: dict[str, SpotDataModule] = {}
@@ -246,15 +248,15 @@ def main() -> None:
     print("\n".join([*lines(compared(runs)), f"wrote {output}"]))
 
 
-def _elsewhere(keys: list[str]) -> list[str]:
+def elsewhere(keys: list[str]) -> list[str]:
     """Keys without the folders of this machine, which say nothing to others."""
     return [re.sub(r"(?<![^=])/\S*/([^/\s]+)", r"\1", key) for key in keys]
 
 
 def _write(output: Path, keys: list[str], state: dict, sections: list[Section], runs: dict) -> None:
     record = {
-        "command": shlex.join(["python", "experiments/one_change.py", *_elsewhere(sys.argv[1:])]),
-        "keys": _elsewhere(keys),
+        "command": shlex.join(["python", "experiments/one_change.py", *elsewhere(sys.argv[1:])]),
+        "keys": elsewhere(keys),
         **state,
         "date": now(),
         "hardware": hardware.describe(),

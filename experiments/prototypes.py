@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from one_change import _elsewhere, compared, scored, trained
+from one_change import compared, elsewhere, scored, trained
 
 from stexp import hardware
 from stexp.api.features import frozen_encoder, machine_of
@@ -108,16 +108,16 @@ def main() -> None:
     config = to_plain(cfg)
     machine_of(config).set_threads()
     before = json.loads(output.read_text()) if output.exists() else {}
-    same = before.get("keys") == _elsewhere(keys) and before.get("provenance", {}).get("commit") == state["commit"]
+    same = before.get("keys") == elsewhere(keys) and before.get("provenance", {}).get("commit") == state["commit"]
     runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     served: dict[str, SpotDataModule] = {}
     record: dict[str, Any] = {"what": "references kept as spots, as spots selected, and as learned prototypes"}
 
     def write() -> None:
-        record.update(keys=_elsewhere(keys), table=compared(runs, ALL), runs=runs)
+        record.update(keys=elsewhere(keys), table=compared(runs, ALL), runs=runs)
         record["provenance"] = {
-            "command": shlex.join(["python", "experiments/prototypes.py", *_elsewhere(sys.argv[1:])]),
+            "command": shlex.join(["python", "experiments/prototypes.py", *elsewhere(sys.argv[1:])]),
             **state,
             "date": now(),
             "hardware": hardware.describe(),

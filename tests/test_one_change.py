@@ -41,4 +41,4 @@ def test_a_change_is_of_keys_that_there_are(change):
 
 def test_folders_of_this_machine_are_left_out_of_the_record():
     keys = ["image_encoder.checkpoint=/a/b/weights.pth", "data=her2st", "data.tile_um=null"]
-    assert one_change._elsewhere(keys) == ["image_encoder.checkpoint=weights.pth", *keys[1:]]
+    assert one_change.elsewhere(keys) == ["image_encoder.checkpoint=weights.pth", *keys[1:]]
