@@ -29,8 +29,8 @@ from stexp.evaluation.floors import colour_statistics
 from stexp.evaluation.metrics import mean_over_sections, score_section, top_genes
 from stexp.files import CONF
 from stexp.models.encoders.frozen import FrozenEncoder
+from stexp.runs.comparison import floors_under
 from stexp.runs.provenance import git_state, manifest, now, versions
-from stexp.runs.results import floors_under
 
 FLOORS = ("colour_ridge", "knn_features", "ridge_features")
 PIXELS = ("tiles", "tissue", "lighter")

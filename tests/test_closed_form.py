@@ -22,7 +22,7 @@ from stexp.models.closed_form import ClosedForm
 from stexp.models.hest_ridge import HestRidge
 from stexp.models.mean import Mean
 from stexp.protocol import Protocol
-from stexp.runs.results import floors_under
+from stexp.runs.comparison import floors_under
 from stexp.training.callbacks import VALIDATION, ScoreValidation
 from stexp.training.fit import fit
 from stexp.training.machine import Machine

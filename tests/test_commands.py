@@ -70,6 +70,12 @@ def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_quick_end_keeps_the_status_and_what_others_say_at_the_end() -> None:
+    code = "import atexit, sys; import stexp.cli; atexit.register(print, 'tidied', file=sys.stderr); sys.exit(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "tidied\n")
+
+
 def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path) -> None:
     done = command(
         "train",

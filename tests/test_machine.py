@@ -33,6 +33,25 @@ def test_threads_fit_the_cores_that_are_free(most, cores, busy, threads):
 
 
 @pytest.mark.parametrize(
+    ("kind", "devices", "threads", "cores", "leaves"),
+    [
+        ("cpu", [0], 2, 2, False),
+        ("cpu", [0], 1, 2, True),
+        ("cpu", [0, 1], 2, 4, False),
+        ("cuda", [0], 4, 4, True),
+        ("cuda", [0], 1, 1, False),
+        ("cuda", [0, 1, 2, 3], 1, 4, False),
+    ],
+)
+def test_a_core_is_left_where_training_does_not_take_them_all(kind, devices, threads, cores, leaves, monkeypatch):
+    monkeypatch.setattr(hardware, "usable_cores", lambda: cores)
+    machine = Machine(TRAINER)
+    machine.__dict__.update(kind=kind, devices=devices)
+    torch.set_num_threads(threads)
+    assert machine.leaves_a_core == leaves
+
+
+@pytest.mark.parametrize(
     ("asked", "environment", "busy", "threads"),
     [(None, None, 0.0, 8), (None, None, 6.0, 2), (5, None, 6.0, 5), (None, "8", 6.0, 8)],
 )

@@ -11,8 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 from demo_run import run
+from omegaconf import OmegaConf
 
+from stexp.api.train import train_run
+from stexp.config import build, dataset_of
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.parallel import Background
 from stexp.evaluation.metrics import mean_or_none, pearson_per_gene
 from stexp.evaluation.ridge import RidgeProbe
 from stexp.models.encoders.frozen import FrozenEncoder, random_twins
@@ -20,6 +24,8 @@ from stexp.models.encoders.image import ImageEncoder
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
 from stexp.runs.rescore import predict_again
+from stexp.training.fit import fit
+from stexp.training.machine import Machine
 
 CPU = torch.device("cpu")
 TINY = {"_target_": "stexp.models.encoders.image.ImageEncoder", "name": "test_resnet", "frozen": True}
@@ -88,3 +94,31 @@ def test_an_encoder_at_random_weights_has_no_other_control(weights: Path, tmp_pa
     keys = [FrozenEncoder(make(), CPU, None, tmp_path).key for make in (*random_twins(node, 2), *random_twins(node, 2))]
     assert keys[:2] == keys[2:] and keys[0] != keys[1]
     assert torch.initial_seed() == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [True, False])
+def test_floors_made_beside_the_training_are_those_made_after_it(leaves, folder, demo, weights, tmp_path, monkeypatch):
+    events = []
+
+    class Noted(Background):
+        def __init__(self, work) -> None:
+            events.append("background")
+            super().__init__(work)
+
+    def noted_fit(*args, **kwargs):
+        events.append("fit")
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(Machine, "leaves_a_core", leaves)
+    monkeypatch.setattr("stexp.api.train.Background", Noted)
+    monkeypatch.setattr("stexp.api.train.fit", noted_fit)
+    config = RunFolder(folder).config
+    cfg = OmegaConf.create({**config, "output_dir": str(tmp_path / "again")})
+    sections = dataset_of(cfg).read_sections(build(cfg.protocol))
+    assert train_run({**config, "output_dir": str(tmp_path / "again")}, sections) is not None
+    assert events == (["background", "fit"] if leaves else ["fit", "background"])
+    ours, theirs = (ad.read_h5ad(each / "floors.h5ad") for each in (tmp_path / "again", folder))
+    assert set(ours.layers) == set(theirs.layers)
+    for name, values in theirs.layers.items():
+        np.testing.assert_array_equal(ours.layers[name], values, err_msg=name)

@@ -57,6 +57,20 @@ def slow_neighbours(reference: np.ndarray, q: np.ndarray, k: int, distance: str,
 
 @pytest.mark.parametrize("distance", get_args(Distance))
 @pytest.mark.parametrize("weighting", get_args(Weighting))
+def test_one_search_for_several_k_is_a_search_for_each(distance, weighting):
+    reference, queries, _ = example()
+    reference *= 50  # far apart: of exp(-d) over all, nothing would be left for some
+    index, queries = index_of(reference), torch.from_numpy(queries)
+    for k, together in index.search_for(queries, [1, 5, N, 20], distance, weighting).items():
+        alone = index.search(queries, k, distance, weighting)
+        np.testing.assert_array_equal(together.index, alone.index)
+        np.testing.assert_allclose(together.distance, alone.distance, rtol=1e-6)
+        np.testing.assert_allclose(together.weight, alone.weight, rtol=1e-6)
+        np.testing.assert_allclose(together.weight.sum(dim=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", get_args(Distance))
+@pytest.mark.parametrize("weighting", get_args(Weighting))
 def test_equals_a_loop_over_queries(distance, weighting):
     reference, queries, expression = example()
     index = index_of(reference)

@@ -11,7 +11,8 @@ from stexp.api.typed import typed
 from stexp.data.rows import column_means, some_rows
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
-from stexp.runs.results import TRAINING, colours, floors_under, levels, random_components
+from stexp.runs.comparison import TRAINING, colours, floors_under, random_components
+from stexp.runs.results import levels
 
 
 @typed

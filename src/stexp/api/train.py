@@ -16,6 +16,7 @@ from stexp.api.features import frozen_encoder, machine_of
 from stexp.api.settings import config_of_run
 from stexp.construct import build
 from stexp.data.dataset import DataSet
+from stexp.data.parallel import Background
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
@@ -24,9 +25,10 @@ from stexp.inference.base import Base, check_data, check_method, check_tiles, re
 from stexp.inference.carried import CarriedWeights
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
+from stexp.runs.comparison import Comparison, colours, random_features, reduced
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import Stages, provenance
-from stexp.runs.results import random_components, write_results
+from stexp.runs.results import write_results
 from stexp.runs.scoring import score_finished, score_run
 from stexp.training import loggers
 from stexp.training.duplicates import compare_tiles, training_record
@@ -157,7 +159,11 @@ def _train(
             log.info("%s", line)
     with stages("floors"):
         data.setup()  # the features: what the encoder's weights are worth before any training
-        random = random_components(data)
+        random = random_features(data)
+
+    def compare() -> Comparison:
+        return Comparison.of(data, data.tile_features, colours(data), reduced(data, random))
+
     with stages("model"):
         if method is None:
             method = build_method(config["model"], data, machine, seed)
@@ -165,6 +171,8 @@ def _train(
         if carried is not None:
             carried.say()
             callbacks = [*callbacks, carried]
+    # floors and ceilings need nothing of the method: a core that training leaves free makes them meanwhile
+    beside = Background(compare) if machine.is_first and machine.leaves_a_core else None
     status = "failed"
     try:
         if machine.is_first:
@@ -187,7 +195,7 @@ def _train(
         (folder.path / "provenance.json").unlink(missing_ok=True)  # it is of predictions that are made anew
         with stages("results"):
             thresholds = build(config["data"]["quality"])
-            digest = write_results(folder, data, method, prediction, chosen, thresholds, random)
+            digest = write_results(folder, data, method, prediction, chosen, thresholds, beside or Background(compare))
         with stages("score"):
             metrics = score_run(folder.path)
         computed = machine.chosen_precision, machine.device.type

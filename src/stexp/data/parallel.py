@@ -1,11 +1,12 @@
-"""Work on every section of a data set, on all cores."""
+"""Work on every section of a data set on all cores, and work beside other work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from typing import TypeVar
+from threading import Thread
+from typing import Generic, TypeVar
 
 from stexp import hardware
 from stexp.data.progress import track
@@ -36,3 +37,27 @@ def on_all_cores(
             return [each.result() for each in track(waiting, total, what)]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Background(Generic[Made]):
+    """Work in a thread of its own, which begins at once; an interrupted command does not wait for its end.
+
+    Parameters
+    ----------
+    work
+        Calculates in libraries that let other threads go on, such as NumPy; else it only takes turns with them.
+    """
+
+    def __init__(self, work: Callable[[], Made]) -> None:
+        self._made: Future[Made] = Future()
+        Thread(target=copy_context().run, args=(self._run, work), daemon=True).start()
+
+    def _run(self, work: Callable[[], Made]) -> None:
+        try:
+            self._made.set_result(work())
+        except BaseException as error:  # whoever asks for the result meets it
+            self._made.set_exception(error)
+
+    def result(self) -> Made:
+        """What the work made, once it is done; its error is raised."""
+        return self._made.result()

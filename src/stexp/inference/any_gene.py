@@ -18,11 +18,11 @@ from stexp.inference.trained import TrainedMethod
 from stexp.models.encoders.frozen import FrozenEncoder
 from stexp.models.encoders.image import ImageEncoder
 from stexp.models.method import Prediction
+from stexp.runs.comparison import colours, kept_random_components
 from stexp.runs.finished import FinishedRun
-from stexp.runs.results import colours, kept_random_components
 
 Inputs = tuple[Rows | None, np.ndarray, Sequence[Rows]]
-"""Features, colours, and random components that floors read; see :func:`~stexp.runs.results.floors_under`."""
+"""Features, colours, and random components that floors read; see :func:`~stexp.runs.comparison.floors_under`."""
 
 
 @dataclass(frozen=True)

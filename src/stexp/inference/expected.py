@@ -16,8 +16,8 @@ from stexp.evaluation.metrics import pearson_per_gene
 from stexp.inference.any_gene import AnyGene, Inputs
 from stexp.inference.intervals import PATIENTS
 from stexp.models.method import Prediction
+from stexp.runs.comparison import floors_under
 from stexp.runs.finished import FinishedRun
-from stexp.runs.results import floors_under
 
 log = logging.getLogger(__name__)
 

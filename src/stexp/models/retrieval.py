@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -93,15 +94,29 @@ class ReferenceIndex:
         InputError
             k out of range, unknown distance or weighting.
         """
-        if not 1 <= k <= len(self):
-            raise InputError(f"k={k}, but there are {len(self)} reference spots; choose 1 to {len(self)}")
+        how = {"chunk": chunk, "chunk_references": chunk_references}
+        return self.search_for(query, [k], distance, weighting, **how)[k]
+
+    def search_for(
+        self,
+        query: torch.Tensor,
+        ks: Sequence[int],
+        distance: Distance,
+        weighting: Weighting,
+        *,
+        chunk: int = 1024,
+        chunk_references: int = 65536,
+    ) -> dict[int, Neighbours]:
+        """`search` for several k, in one search for the most."""
+        most = max(ks)
+        if not 1 <= min(ks) <= most <= len(self):
+            raise InputError(f"k={most}, but there are {len(self)} reference spots; choose 1 to {len(self)}")
         # a search in bf16 loses a tenth of the neighbours
         with torch.autocast(self.embedding.device.type, enabled=False):
-            parts = [self._search(q, k, distance, chunk_references) for q in query.to(self.embedding).split(chunk)]
+            parts = [self._search(q, most, distance, chunk_references) for q in query.to(self.embedding).split(chunk)]
         index, similarity, d = (torch.cat(part) for part in zip(*parts, strict=True))
-        if weighting == "similarity":
-            return Neighbours(index, d, (similarity / TEMPERATURE).softmax(dim=1))
-        return Neighbours(index, d, _weights(d, weighting))
+        weight = {k: _weights(d[:, :k], similarity[:, :k], weighting) for k in ks}
+        return {k: Neighbours(index[:, :k], d[:, :k], weight[k]) for k in ks}
 
     def _search(self, query: torch.Tensor, k: int, distance: Distance, chunk: int) -> tuple[torch.Tensor, ...]:
         """Rows, cosine similarity and distance of the k most similar, (Q, k) each."""
@@ -246,7 +261,9 @@ def choose_references(spots: pd.DataFrame, which: Reference) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
-def _weights(distance: torch.Tensor, weighting: Weighting) -> torch.Tensor:
+def _weights(distance: torch.Tensor, similarity: torch.Tensor, weighting: Weighting) -> torch.Tensor:
+    if weighting == "similarity":
+        return (similarity / TEMPERATURE).softmax(dim=1)
     if weighting == "mean":
         return torch.full_like(distance, 1 / distance.shape[1])
     if weighting == "softmax":

@@ -227,11 +227,12 @@ class RetrievalMethod(Method):
         self.set_reference(data, *self.validation_roles())
         query = self._embed_role(data, "validation")
         index, target = self._searched
+        candidates = [k for k in K_CANDIDATES if k <= len(index)] or [len(index)]
+        observed, section = data.target[rows], data.spots["section"].to_numpy(str)[rows]
         score: dict[int, float] = {}
-        for k in [k for k in K_CANDIDATES if k <= len(index)] or [len(index)]:
-            made = retrieve(index, query, target, k, self.distance, self.weighting, spread=False)
-            predicted = made.predicted.cpu().numpy()
-            score[k] = mean_pearson(data.target[rows], predicted, data.spots["section"].to_numpy(str)[rows])
+        for k, neighbours in index.search_for(query, candidates, self.distance, self.weighting).items():
+            predicted, _ = index.average(neighbours, target, spread=False)
+            score[k] = mean_pearson(observed, predicted.cpu().numpy(), section)
         best = max(score, key=lambda k: (round(score[k], 4), k))  # ties: the larger, the steadier
         self.k = best
         return {"k": best, "k_validation_pearson": {str(k): round(value, 4) for k, value in score.items()}}

@@ -16,6 +16,7 @@ import torch
 
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.parallel import Background
 from stexp.data.quality import Thresholds
 from stexp.data.section import Section, check_name
 from stexp.data.splits import units
@@ -30,9 +31,10 @@ from stexp.evaluation.predictions import DIGEST, protocol_of, read_fact
 from stexp.files import alone_in, write_atomically
 from stexp.models.method import Prediction
 from stexp.protocol import Protocol
+from stexp.runs.comparison import Comparison, colours, random_components
 from stexp.runs.folder import PREDICTIONS, RunFolder
 from stexp.runs.provenance import Stages, provenance
-from stexp.runs.results import colours, describe_run, quality_of_test, random_components, write_scored_files
+from stexp.runs.results import describe_run, quality_of_test, write_scored_files
 from stexp.runs.scale import put_on_scale
 from stexp.runs.scoring import score_finished, score_run
 from stexp.training.duplicates import compare_tiles
@@ -180,8 +182,9 @@ def _write_results(
     """
     facts = replace(describe_run(run.config, data, {}), elsewhere=elsewhere)
     prediction = Prediction(torch.from_numpy(values), obs=quality_of_test(data, thresholds))
-    random = random_components(data)
-    digest = write_scored_files(run.path, data, prediction, data.features, colours(data), facts, random)
+    random, unpredicted = random_components(data), data.rows("test")[np.isnan(values).all(axis=1)]
+    comparison = Background(lambda: Comparison.of(data, data.features, colours(data), random, unpredicted))
+    digest = write_scored_files(run.path, data, prediction, comparison, facts)
     judged = {
         "patient_of": patient_of,
         "test": data.names("test"),

@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from stexp.data.genes import listed_genes
+from stexp.data.parallel import Background
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
@@ -23,10 +24,11 @@ from stexp.evaluation.predictions import DIGEST
 from stexp.evaluation.records import read_audit
 from stexp.files import write_atomically
 from stexp.models.correction import CORRECTION_EPOCHS
+from stexp.runs.comparison import Comparison, kept_random_components
 from stexp.runs.finished import FinishedRun
 from stexp.runs.folder import RunFolder
 from stexp.runs.provenance import command_line, now
-from stexp.runs.results import describe_run, kept_random_components, write_scored_files
+from stexp.runs.results import describe_run, write_scored_files
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +100,9 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     }
     folder.mkdir(parents=True, exist_ok=True)
     kept = embeddings.obsm
-    facts_of_run, random = describe_run(config, data, chosen), kept_random_components(embeddings)
-    record[DIGEST] = write_scored_files(
-        folder, data, prediction, kept["features"], kept["colour"], facts_of_run, random, named
-    )
+    random = kept_random_components(embeddings)
+    beside = Background(lambda: Comparison.of(data, kept["features"], kept["colour"], random))
+    record[DIGEST] = write_scored_files(folder, data, prediction, beside, describe_run(config, data, chosen), named)
     write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))
     write_atomically(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,21 @@ import yaml
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
-from stexp.data.features import encode_tiles
+from stexp.data.parallel import Background
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.rows import Rows, RowTable, column_means, some_rows
-from stexp.data.section import Section
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
 from stexp.evaluation.coverage import FOREIGN
-from stexp.evaluation.floors import SEED, SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
-from stexp.evaluation.programmes import co_expressed_modules, module_sets
-from stexp.evaluation.ridge import Projection
+from stexp.evaluation.floors import SEED
 from stexp.files import write_atomically
 from stexp.models.method import Method, Prediction, References
-from stexp.protocol import Protocol, other_protocols
+from stexp.runs.comparison import RANDOM, TRAINING, Comparison, tested
 from stexp.runs.folder import RunFolder
 from stexp.runs.prototypes import write_prototypes
 from stexp.runs.provenance import git_state, manifest
 from stexp.runs.tiles import tiles_of, with_image
-
-log = logging.getLogger(__name__)
-
-TRAINING = ("train", "validation")  # what floors, like retrieval, may learn from
-RANDOM = "random_features"
-"""Beginning of the names in ``embeddings.h5ad`` under which `random_components` are kept, one for each seed."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ def write_results(
     prediction: Prediction,
     chosen: dict,
     thresholds: Thresholds,
-    random: Sequence[Rows] = (),
+    comparison: Background[Comparison],
 ) -> str:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``.
 
@@ -87,8 +77,8 @@ def write_results(
         Of the test spots, in their order.
     thresholds
         What flags a spot.
-    random
-        `random_components` of the data.
+    comparison
+        Of the data.
 
     Returns
     -------
@@ -103,14 +93,13 @@ def write_results(
         prediction = replace(prediction, neighbours=rows)
     quality = quality_of_test(data, thresholds)
     prediction = replace(prediction, obs=pd.concat([prediction.obs, quality], axis=1))
-    colour = colours(data)
+    facts_of_run = describe_run(folder.config, data, chosen)
+    digest = write_scored_files(folder.path, data, prediction, comparison, facts_of_run, named)
     if references is not None:
         query = prediction.image_embedding
         assert query is not None  # a method with references embeds the tiles that search them
-        table = embedding_table(data, references, query.numpy(), data.tile_features, colour, random)
+        table = embedding_table(data, references, query.numpy(), data.tile_features, comparison.result())
         predictions.write(table, folder.path / "embeddings.h5ad")
-    facts_of_run = describe_run(folder.config, data, chosen)
-    digest = write_scored_files(folder.path, data, prediction, data.tile_features, colour, facts_of_run, random, named)
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
         "train": data.names("train"),
@@ -136,10 +125,8 @@ def write_scored_files(
     folder: Path,
     data: SpotDataModule,
     prediction: Prediction,
-    features: Rows | None,
-    colour: np.ndarray,
+    comparison: Background[Comparison],
     facts: RunFacts,
-    random: Sequence[Rows] = (),
     named: pd.DataFrame | None = None,
 ) -> str:
     """Write the two files that scoring reads, and ``pictures.h5``; returns the digest of the predictions.
@@ -148,10 +135,12 @@ def write_scored_files(
     ----------
     prediction
         Of the test spots, NaN throughout for those that are not predicted; its neighbours are rows of `named`.
+    comparison
+        Of the data, and where some spots are not predicted, of the others.
     named
         Prototypes, see :func:`~stexp.runs.prototypes.name_prototypes`; None: the data's spots.
     """
-    test, train = data.rows("test"), data.rows(*TRAINING)
+    test, slides = data.rows("test"), Background(lambda: slide_pictures(data))
     adata = predictions.make_predictions(
         data.spots.iloc[test],
         data.panel,
@@ -159,18 +148,17 @@ def write_scored_files(
         predicted=prediction.predicted.numpy(),
         counts=data.counts[test],
         xy_px=data.xy_px[test],
-        mean_train=column_means(some_rows(levels(data), train)),
+        mean_train=column_means(some_rows(levels(data), data.rows(*TRAINING))),
         levels=levels(data)[test],
         uncertainty=_array(prediction.uncertainty),
         obs=prediction.obs,
         embedding=_array(prediction.image_embedding),
     )
-    predictions.add_images(adata, _tested(data))
+    predictions.add_images(adata, tested(data))
     if prediction.neighbours is not None and prediction.neighbour_weights is not None:
         weights = prediction.neighbour_weights.numpy()
         table = data.spots if named is None else named
         predictions.add_neighbours(adata, table, prediction.neighbours.numpy(), weights)
-    write_pictures(folder / pictures.NAME, data, adata, named)
     adata.uns["stexp"] = {
         "protocol": json.dumps(asdict(data.protocol)),
         "model": facts.model,
@@ -184,17 +172,13 @@ def write_scored_files(
     if facts.elsewhere is not None:
         adata.uns["stexp"][FOREIGN] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
-    floors = ad.AnnData(obs=adata.obs, var=adata.var)
-    modules = co_expressed_modules(some_rows(data.target, train), data.spots["section"].to_numpy(str)[train])
-    floors.uns["gene_sets"] = json.dumps(module_sets(data.panel, modules))
-    floors.uns["ceiling"] = {}
-    unpredicted = test[np.isnan(adata.layers["predicted"]).all(axis=1)]
-    projection = None if features is None else Projection.fit(some_rows(features, train))
-    for protocol in (data.protocol, *other_protocols(data.protocol).values()):
-        layers, ceiling = floors_under(protocol, data, features, colour, unpredicted, random, projection)
-        floors.uns["ceiling"][protocol.name] = ceiling
+    sheet = reference_sheet(data, adata, named) if "neighbours" in adata.obsm else None
+    pictures.write(folder / pictures.NAME, slides.result(), sheet)
+    beside, floors = comparison.result(), ad.AnnData(obs=adata.obs, var=adata.var)
+    floors.uns["gene_sets"], floors.uns["ceiling"] = json.dumps(beside.gene_sets), beside.ceiling
+    for protocol, layers in beside.floors.items():
         for name, values in layers.items():
-            floors.layers[f"{protocol.name}:{name}"] = values
+            floors.layers[f"{protocol}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")
     return predictions.digest(adata)
 
@@ -204,115 +188,29 @@ def levels(data: SpotDataModule) -> RowTable:
     return data.expression if data.protocol.truth == "residuals" else data.target
 
 
-def _tested(data: SpotDataModule) -> list[Section]:
-    """Sections with test spots."""
-    names = set(data.names("test"))
-    return [section for section in data.sections if section.name in names]
-
-
 def _array(values: torch.Tensor | None) -> np.ndarray | None:
     return None if values is None else values.numpy()
 
 
-def write_pictures(path: Path, data: SpotDataModule, adata: ad.AnnData, named: pd.DataFrame | None = None) -> None:
-    """Write the slides of the test sections, and the tiles of those references that count most, as methods see them."""
-    test = [section for section in _tested(data) if section.slide is not None]
-    budget = pictures.SLIDE_BYTES // max(1, len(test))
-    slides = {}
-    for section in test:
-        xy = adata.obsm["spatial"][(adata.obs["section"] == section.name).to_numpy()]
-        slides[section.name] = pictures.picture(section.image, xy, data.tile.side_px(section), budget)
-    sheet = None
-    if "neighbours" in adata.obsm:
-        names = np.array(predictions.heaviest_references(adata))
-        rows = data.spots.index.get_indexer(names) if named is None else named.loc[names, "row"].to_numpy()
-        shown = np.flatnonzero(with_image(data)[rows] & (rows >= 0))[: pictures.REFERENCES]
-        if len(shown):
-            sheet = pictures.sheet(list(names[shown]), tiles_of(data, rows[shown]))
-    pictures.write(path, slides, sheet)
-
-
-def floors_under(
-    protocol: Protocol,
-    data: SpotDataModule,
-    features: Rows | None,
-    colour: np.ndarray | None,
-    unpredicted: np.ndarray | None = None,
-    random: Sequence[Rows] = (),
-    projection: Projection | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
-
-    Parameters
-    ----------
-    unpredicted
-        Rows of test spots that the ceiling is not of; None: it is of all spots.
-    random
-        `random_components` of the data; none: without the floor on them.
-    projection
-        Of the features of the training side, which is the same on every scale; None: made here.
-
-    Returns
-    -------
-    floors : dict of (Q, G)
-    ceiling : dict of section -> (G,)
-    """
-    expression, xy, ceiling = data.under(protocol), np.empty_like(data.xy_px), {}
-    for section in data.sections:
-        rows = data.rows_of(section)
-        xy[rows] = unit_square(data.xy_px[rows])
-    for section in _tested(data):
-        rows = data.rows_of(section)
-        judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
-        judged |= not judged.any()
-        ceiling[section.name] = ceiling_per_gene(
-            data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
+def slide_pictures(data: SpotDataModule) -> dict[str, pictures.SlidePicture]:
+    """The slides of the test sections, around their test spots."""
+    sections, names = tested(data), data.spots["section"].to_numpy(str)
+    sections, rows = [section for section in sections if section.slide is not None], data.rows("test")
+    budget = pictures.SLIDE_BYTES // max(1, len(sections))
+    return {
+        section.name: pictures.picture(
+            section.image, data.xy_px[rows[names[rows] == section.name]], data.tile.side_px(section), budget
         )
-
-    def table(rows: np.ndarray) -> SpotTable:
-        spots = data.spots.iloc[rows]
-        return SpotTable(
-            expression=some_rows(expression, rows),
-            log_depth=np.log1p(spots["total_counts"].to_numpy()),
-            section=spots["section"].to_numpy(str),
-            patient=spots["patient"].to_numpy(str),
-            xy=xy[rows],
-            colour=None if colour is None else colour[rows],
-            features=None if features is None else some_rows(features, rows),
-            random=[some_rows(components, rows) for components in random],
-        )
-
-    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test")), projection), ceiling
+        for section in sections
+    }
 
 
-def random_components(data: SpotDataModule) -> list[Rows]:
-    """What the floor on random features regresses on, (n_spots, at most 256) for each seed; NaN without an image.
-
-    The components are those of the training side, made row by row of the features in the cache. They are a fifth of
-    the features or less, so that a run can keep them.
-    """
-    rows, out = data.rows(*TRAINING), list[Rows]()
-    with_image = [section for section in data.sections if section.slide is not None]
-    for encoder in () if data.encoder is None else data.encoder.at_random_weights():
-        features = encode_tiles(encoder, data.tiled(), len(data.spots))
-        if all(np.isfinite(features[data.rows_of(section)]).all() for section in with_image):
-            out.append(Projection.fit(some_rows(features, rows)).of(features, np.float32))
-        else:
-            log.warning("at random weights the image encoder gives infinite features; a seed of that floor is left out")
-    return out
-
-
-def kept_random_components(embeddings: ad.AnnData) -> list[np.ndarray]:
-    """`random_components` in ``embeddings.h5ad``; none in those of earlier versions."""
-    return [np.asarray(embeddings.obsm[key]) for key in sorted(embeddings.obsm) if key.startswith(RANDOM)]
-
-
-def colours(data: SpotDataModule) -> np.ndarray:
-    """`colour_statistics` of every spot's tile as a method sees it, (n_spots, 9); NaN for spots without an image."""
-    out = np.full((len(data.spots), 9), np.nan)
-    for part in data.tiled():
-        out[part.rows] = part.measured("colours-v1", 9, colour_statistics)
-    return out
+def reference_sheet(data: SpotDataModule, adata: ad.AnnData, named: pd.DataFrame | None) -> pictures.Sheet | None:
+    """The tiles of those references that count most, as methods see them; None where none has a tile."""
+    names = np.array(predictions.heaviest_references(adata))
+    rows = data.spots.index.get_indexer(names) if named is None else named.loc[names, "row"].to_numpy()
+    shown = np.flatnonzero(with_image(data)[rows] & (rows >= 0))[: pictures.REFERENCES]
+    return pictures.sheet(list(names[shown]), tiles_of(data, rows[shown])) if len(shown) else None
 
 
 def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFrame:
@@ -320,7 +218,7 @@ def quality_of_test(data: SpotDataModule, thresholds: Thresholds) -> pd.DataFram
     data.setup()
     stores = iter(data.open_tiles().stores)
     tiles = {section.name: next(stores) for section in data.sections if section.slide is not None}
-    test = _tested(data)
+    test = tested(data)
     for section in test:
         inspect(section, tiles[section.name], data.tile, thresholds)
     columns = pd.concat(
@@ -334,8 +232,7 @@ def embedding_table(
     references: References,
     query: np.ndarray,
     features: Rows,
-    colour: np.ndarray,
-    random: Sequence[Rows] = (),
+    comparison: Comparison,
 ) -> ad.AnnData:
     """All that retrieval and floors need to be done again without the encoders; spots without genes.
 
@@ -353,7 +250,7 @@ def embedding_table(
     ):
         adata.obsm[name] = np.full((len(data.spots), values.shape[1]), np.nan, dtype=np.float32)
         adata.obsm[name][rows] = values
-    adata.obsm["features"], adata.obsm["colour"] = np.asarray(features), colour
-    for seed, components in enumerate(random):
+    adata.obsm["features"], adata.obsm["colour"] = np.asarray(features), comparison.colour
+    for seed, components in enumerate(comparison.random):
         adata.obsm[f"{RANDOM}{SEED}{seed}"] = np.asarray(components)
     return adata

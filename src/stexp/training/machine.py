@@ -115,6 +115,12 @@ class Machine:
         """Whether the number of CPU threads is left to what is free."""
         return not self.threads and "OMP_NUM_THREADS" not in os.environ
 
+    @property
+    def leaves_a_core(self) -> bool:
+        """Whether a core of this machine is left to other work while it trains."""
+        taken = torch.get_num_threads() * len(self.devices) if self.kind == "cpu" else len(self.devices)
+        return hardware.usable_cores() > taken
+
     def set_threads(self) -> str:
         """Take the CPU threads that this process may have; returns how many, and why they are few.
 
