@@ -9,7 +9,7 @@ sections, of one its blocks) are left out in turn, the method is fitted to the o
 and predicts them. Scores of the test sections stand beside these and decide nothing. Each is the difference to the
 whole method, or of a part alone to plain ridges, mean over sections of all folds with a 95 % interval; a section that
 trains in several folds counts once. --inputs tries other features of the same tiles; --seeds are of the control, the
-whole method at random weights. Of several data sets, run it once for each: a part stays that helps on more than one.
+whole method at random weights; with --control-only nothing else stands beside the whole method. Of several data sets, run it once for each: a part stays that helps on more than one.
 experiments/results.py writes the tables of what is kept in experiments/results.
 """
 
@@ -157,7 +157,12 @@ def serve(keys: list[str], folds: list[str], sections: list[Section]) -> Iterato
 
 
 def measure(
-    keys: list[str], folds: list[str], seeds: list[int], sections: list[Section], inputs: Sequence[str] = ()
+    keys: list[str],
+    folds: list[str],
+    seeds: list[int],
+    sections: list[Section],
+    inputs: Sequence[str] = (),
+    control_only: bool = False,
 ) -> dict[str, dict]:
     """Variant -> side -> fold and section -> scores, with the processor's seconds under ``seconds``.
 
@@ -165,6 +170,8 @@ def measure(
     ----------
     inputs
         Some of `INPUTS`.
+    control_only
+        Leave out no part: the whole method and its control.
     """
     whole = to_plain(compose("train", ["model=consensus", *keys]).model)
     arguments = {key: value for key, value in whole.items() if key not in ("_target_", "name")}
@@ -183,8 +190,12 @@ def measure(
         variants |= {f"scale {scale:g} alone": {"only": [scale]} for scale in scales}
     else:
         variants.pop("plain, with all scales")
+    if control_only:
+        variants = {WHOLE: {}}
     random = ["image_encoder.pretrained=false", "image_encoder.checkpoint=null"]
-    encoders: dict[int | str, list[str]] = {turns: [], 1: ["model.turns=1"]} if turns != 1 else {1: []}
+    encoders: dict[int | str, list[str]] = {turns: []}
+    if turns != 1 and not control_only:
+        encoders[1] = ["model.turns=1"]
     encoders |= {f"whole, {name}": INPUTS[name] for name in inputs}
     encoders |= {f"random weights, seed {seed}": [*random, f"seed={seed}"] for seed in seeds}
     measured: dict[str, dict] = {}
@@ -236,12 +247,14 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="of encoders with random weights")
     parser.add_argument("--inputs", nargs="*", choices=INPUTS, default=[], help="other features for the whole method")
+    parser.add_argument("--control-only", action="store_true", help="the whole method and the control alone")
     parser.add_argument("--output", type=Path, help="default: experiments/results/ablation-<data>-<protocol>.json")
     args, keys = parser.parse_known_args()
     cfg = compose("train", ["model=consensus", *keys])
-    output = args.output or Path(__file__).parent / "results" / f"ablation-{cfg.data.name}-{cfg.protocol.name}.json"
+    kind = "control" if args.control_only else "ablation"
+    output = args.output or Path(__file__).parent / "results" / f"{kind}-{cfg.data.name}-{cfg.protocol.name}.json"
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
-    measured = measure(keys, args.folds, args.seeds, sections, args.inputs)
+    measured = measure(keys, args.folds, args.seeds, sections, args.inputs, args.control_only)
     table = compared(measured)
     record = {
         # folders of the machine that ran it say nothing to others

@@ -1,4 +1,4 @@
-"""The tables of what experiments/ablation.py measured, in Markdown."""
+"""The tables of what experiments/ablation.py and experiments/rivals.py measured, in Markdown."""
 
 from __future__ import annotations
 
@@ -38,11 +38,35 @@ def cell(value: dict[str, float | None]) -> str:
     return text
 
 
+def best_first(table: dict[str, dict]) -> list[str]:
+    """Methods over folds and seeds, each with its difference to the one that it is compared with."""
+    rows = [f"| | {' | '.join(SCORES)} | runs | s |", f"|---|{'---|' * (len(SCORES) + 2)}"]
+    for name, part in sorted(table.items(), key=lambda item: -item[1]["pearson_acg"]["mean"]):
+        cells = [cell(part[score]) for score in SCORES]
+        rows.append(f"| {name} | {' | '.join(cells)} | {part['runs']} | {part['seconds']:.0f} |")
+    return rows
+
+
+def rivals(records: dict[str, dict]) -> str:
+    """Tables of experiments/rivals.py, by the name of their record."""
+    parts = []
+    for name, record in records.items():
+        link, seeds = f"[{name}](../experiments/results/{name}.json)", record["runs"]["consensus"]
+        what = (
+            f"Methods on one frozen encoder with one budget, {link}: mean over the sections of all folds and over "
+            f"{len({key.split()[1] for key in seeds})} seeds, with the paired difference to `consensus` and its 95 % "
+            "interval over sections; corrected: `model.correct=true`; s: seconds of a run."
+        )
+        parts.append("\n".join([what, "", *best_first(record["table"])]))
+    return "\n\n".join(parts)
+
+
 def tables(records: dict[str, dict]) -> str:
     """Those of every record, by its name."""
     parts = []
     for name, record in records.items():
         folds = re.search(r"--folds ((?:\S+ )+?)(?=--|\S+=)", record["command"])
         title = f"[{name}](../experiments/results/{name}.json), folds {folds[1].strip() if folds else '?'}"
-        parts.append("\n".join([f"What each part of `consensus` adds, {title}:", "", *lines(record["table"])]))
+        what = "`consensus` beside itself" if name.startswith("control-") else "What each part of `consensus` adds"
+        parts.append("\n".join([f"{what}, {title}:", "", *lines(record["table"])]))
     return "\n\n".join(parts)

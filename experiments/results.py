@@ -107,9 +107,13 @@ def tables() -> str:
         panel = re.search(r"data\.panel_file=(\S+)", run["provenance"]["command"])
         title = f"{run['data']}, `protocol={run['protocol']}`" + (f", genes of {panel[1]}" if panel else "")
         groups.setdefault(title, []).append(run)
-    ablations = {each["name"]: each for each in kept if each["name"].startswith("ablation-")}
+    ablations, rivals = (
+        {each["name"]: each for each in kept if each["name"].startswith(kinds)}
+        for kinds in (("ablation-", "control-"), ("rivals-",))
+    )
     parts = [*(_table(title, members) for title, members in groups.items()), by_section(runs), sure(runs)]
-    parts += [learning(runs), references_kept(kept), domains(kept), ablation_table.tables(ablations)]
+    parts += [ablation_table.rivals(rivals), learning(runs), references_kept(kept), domains(kept)]
+    parts.append(ablation_table.tables(ablations))
     return "\n\n".join(filter(None, parts))
 
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ablation
+from ablation_table import best_first
 from one_change import SCORES, compared, elsewhere
 
 from stexp import hardware
@@ -54,15 +54,6 @@ def measure(keys: list[str], fold: str, seed: int, sections: list[Section]) -> d
         for name, part in trained.metrics["sections"].items()
     }
     return {"sections": of, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def lines(table: dict[str, dict]) -> list[str]:
-    """The table in Markdown, best first."""
-    rows = [f"| | {' | '.join(SCORES)} | runs | s |", f"|---|{'---|' * (len(SCORES) + 2)}"]
-    for name, part in sorted(table.items(), key=lambda item: -item[1]["pearson_acg"]["mean"]):
-        cells = [ablation.cell(part[score]) for score in SCORES]
-        rows.append(f"| {name} | {' | '.join(cells)} | {part['runs']} | {part['seconds']:.0f} |")
-    return rows
 
 
 def main() -> None:
@@ -103,7 +94,7 @@ def main() -> None:
                     "runs": runs,
                 }
                 output.write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join([*lines(compared(runs, BASE)), f"wrote {output}"]))
+    print("\n".join([*best_first(compared(runs, BASE)), f"wrote {output}"]))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def test_other_inputs_and_random_weights_are_rows_of_the_whole_method(monkeypatc
     assert {"whole, levels, macenko", "random weights, seed 3"} < measured.keys()
     assert ["data=demo", "image_encoder.output=levels", "data.stain=macenko"] in served
     assert ["data=demo", "image_encoder.pretrained=false", "image_encoder.checkpoint=null", "seed=3"] in served
+    control = ablation.measure(["data=demo"], ["B"], [3, 4], [], control_only=True)
+    assert set(control) == {"whole", "random weights, seed 3", "random weights, seed 4"}
 
 
 def test_a_part_alone_is_beside_plain_ridges(data):

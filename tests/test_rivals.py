@@ -5,6 +5,7 @@ from __future__ import annotations
 import one_change
 import pytest
 import rivals
+from ablation_table import best_first
 from test_one_change import run
 
 from stexp.config.compose import compose
@@ -30,4 +31,4 @@ def test_differences_are_to_consensus_without_a_contrastive_loss():
             del each["contrast"]
     table = one_change.compared(runs, rivals.BASE)
     assert table["deepspot"]["pearson_acg"]["difference"] == pytest.approx(0.2)
-    assert [line.split("|")[1].strip() for line in rivals.lines(table)[2:]] == ["deepspot", "consensus"]
+    assert [line.split("|")[1].strip() for line in best_first(table)[2:]] == ["deepspot", "consensus"]
