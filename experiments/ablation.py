@@ -5,12 +5,13 @@ python experiments/ablation.py --folds B C --seeds 0 1 2 data=her2st image_encod
 
 Keys are those of stexp-train, `model.*` among them: they change the whole method. Features are computed once and kept
 in the cache; the rest is seconds. Parts are judged on the training side: its patients (of fewer than three its
-sections, of one its blocks) are left out in turn, the method is fitted to the others, all that it chooses included,
-and predicts them. Scores of the test sections stand beside these and decide nothing. Each is the difference to the
-whole method, or of a part alone to plain ridges, mean over sections of all folds with a 95 % interval; a section that
-trains in several folds counts once. --inputs tries other features of the same tiles; --seeds are of the control, the
-whole method at random weights; with --control-only nothing else stands beside the whole method. Of several data sets, run it once for each: a part stays that helps on more than one.
-experiments/results.py writes the tables of what is kept in experiments/results.
+sections, of one its blocks) are left out in turn, the method is fitted to the others, all that it chooses included, and
+predicts them. Scores of the test sections stand beside these and decide nothing. Each is the difference to the whole
+method, or of a part alone to plain ridges, mean over sections of all folds with a 95 % interval; a section that trains
+in several folds counts once. --inputs tries other features of the same tiles; --seeds are of the control, the whole
+method at random weights; with --control-only nothing else stands beside the whole method. Of several data sets, run it
+once for each: a part stays that helps on more than one. experiments/results.py writes the tables of what is kept in
+experiments/results.
 """
 
 from __future__ import annotations
