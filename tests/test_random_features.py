@@ -97,8 +97,8 @@ def test_an_encoder_at_random_weights_has_no_other_control(weights: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("leaves", [True, False])
-def test_floors_made_beside_the_training_are_those_made_after_it(leaves, folder, demo, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("core", "memory"), [(True, 1 << 40), (True, 1 << 10), (False, 1 << 40)])
+def test_floors_made_beside_the_training_are_those_made_after_it(core, memory, folder, tmp_path, monkeypatch):
     events = []
 
     class Noted(Background):
@@ -110,14 +110,15 @@ def test_floors_made_beside_the_training_are_those_made_after_it(leaves, folder,
         events.append("fit")
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(Machine, "leaves_a_core", leaves)
+    monkeypatch.setattr(Machine, "leaves_a_core", core)
+    monkeypatch.setattr("stexp.api.train.free_memory", lambda: memory)
     monkeypatch.setattr("stexp.api.train.Background", Noted)
     monkeypatch.setattr("stexp.api.train.fit", noted_fit)
     config = RunFolder(folder).config
     cfg = OmegaConf.create({**config, "output_dir": str(tmp_path / "again")})
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     assert train_run({**config, "output_dir": str(tmp_path / "again")}, sections) is not None
-    assert events == (["background", "fit"] if leaves else ["fit", "background"])
+    assert events == (["background", "fit"] if core and memory > 1 << 20 else ["fit", "background"])
     ours, theirs = (ad.read_h5ad(each / "floors.h5ad") for each in (tmp_path / "again", folder))
     assert set(ours.layers) == set(theirs.layers)
     for name, values in theirs.layers.items():

@@ -15,8 +15,10 @@ import pytorch_lightning as pl
 from stexp.api.features import frozen_encoder, machine_of
 from stexp.api.settings import config_of_run
 from stexp.construct import build
+from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
 from stexp.data.parallel import Background
+from stexp.data.readers.memory import free_memory
 from stexp.data.section import Section
 from stexp.errors import InputError
 from stexp.evaluation.predictions import DIGEST
@@ -159,10 +161,10 @@ def _train(
             log.info("%s", line)
     with stages("floors"):
         data.setup()  # the features: what the encoder's weights are worth before any training
-        random = random_features(data)
+        colour, random = colours(data), random_features(data)
 
     def compare() -> Comparison:
-        return Comparison.of(data, data.tile_features, colours(data), reduced(data, random))
+        return Comparison.of(data, data.tile_features, colour, reduced(data, random))
 
     with stages("model"):
         if method is None:
@@ -171,8 +173,8 @@ def _train(
         if carried is not None:
             carried.say()
             callbacks = [*callbacks, carried]
-    # floors and ceilings need nothing of the method: a core that training leaves free makes them meanwhile
-    beside = Background(compare) if machine.is_first and machine.leaves_a_core else None
+    # floors and ceilings need nothing of the method
+    beside = Background(compare) if machine.is_first and _leaves_room(machine, data) else None
     status = "failed"
     try:
         if machine.is_first:
@@ -216,6 +218,12 @@ def _train(
         if machine.is_first:
             loggers.end(logger, status)
     return TrainedRun(folder.path, metrics, method)
+
+
+def _leaves_room(machine: Machine, data: SpotDataModule) -> bool:
+    """Whether training leaves a core to other work, and the data leave memory to it: four times what they would take
+    as one table, of which the work reads blocks."""
+    return machine.leaves_a_core and 4 * data.target.nbytes < free_memory()
 
 
 def _announce(config: dict[str, Any], machine: Machine) -> None:
