@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +216,29 @@ def test_a_kept_file_of_zeros_is_written_again(sheet):
         path.write_bytes(bytes(size))
 
 
+def test_what_is_made_of_some_spots_is_kept_for_these_spots_alone(tmp_path, monkeypatch):
+    section = make_section(tmp_path, "A1", "A", 40, 60, seed=3)
+    kept, rng = keep(section, tmp_path), np.random.default_rng(0)
+    masks = [rng.random(40) < 0.6 for _ in range(2)]
+    expected = [variable_genes.__wrapped__(section.take(mask), 20) for mask in masks]
+    assert not expected[0].equals(expected[1])
+    for mask, genes in zip(masks, expected, strict=True):
+        part = kept.take(mask)
+        pd.testing.assert_series_equal(variable_genes.__wrapped__(part, 20), genes)
+        np.testing.assert_array_equal(part.total_counts, section.take(mask).total_counts)
+    again = [keep(section, tmp_path).take(mask) for mask in masks]
+    # of a part of a part, too, which is another one than the same numbers of the whole
+    inner = np.arange(masks[0].sum()) % 2 == 0
+    twice, first = np.zeros(40, bool), np.flatnonzero(masks[0])
+    twice[first[inner]] = True
+    pd.testing.assert_series_equal(
+        variable_genes.__wrapped__(again[0].take(inner), 20), variable_genes.__wrapped__(section.take(twice), 20)
+    )
+    monkeypatch.setattr("stexp.data.genes._most_variable", lambda *_: pytest.fail("calculated again"))
+    for part, genes in zip(again, expected, strict=True):
+        pd.testing.assert_series_equal(variable_genes.__wrapped__(part, 20), genes)
+
+
 def test_a_damaged_table_beside_the_counts_is_made_anew(tmp_path):
     section = make_section(tmp_path, image=False)
     kept = keep(section, tmp_path)
@@ -256,10 +280,11 @@ def _mapped_kb() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
 
-def test_other_spots_are_no_longer_those_of_the_file(tmp_path):
+def test_other_spots_are_not_taken_for_those_of_the_file(tmp_path):
     kept = keep(make_section(tmp_path, image=False), tmp_path)
     some = kept.take(np.arange(len(kept)) % 2 == 0)
-    assert some.kept is None and len(some) == 12
+    assert len(some) == 12 and some.kept is not None and some.kept.part
+    assert replace(some, spots=some.spots.copy()).kept is None, "the counts may be others"
     np.testing.assert_array_equal(some.total_counts, kept.total_counts[::2])
     assert kept.take(np.ones(len(kept), bool)).kept is kept.kept
 

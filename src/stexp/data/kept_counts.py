@@ -9,7 +9,7 @@ import mmap
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +23,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class KeptCounts:
-    """Counts of a whole transcriptome, of which memory holds what is looked at.
+    """Counts of a whole transcriptome in a file, of which memory holds what is looked at; or of some of its spots.
 
     Attributes
     ----------
     path
         An h5ad, named by its content.
     matrix : (n_spots, n_genes) CSR
-        Memory-mapped.
+        Memory-mapped; that of some spots is in memory.
     total : (n_spots,) float64
         Sum of every row.
+    part
+        Hash of which spots of the file these are; empty: all.
     """
 
     path: Path
     matrix: sp.csr_matrix
     total: np.ndarray
+    part: str = ""
+
+    def take(self, spots: np.ndarray, matrix: sp.csr_matrix) -> KeptCounts:
+        """Those of some spots, a mask (n_spots,) or numbers (n,), whose counts are `matrix`."""
+        rows = np.arange(len(self.total))[spots]
+        part = hashlib.blake2b(self.part.encode() + rows.tobytes(), digest_size=8).hexdigest()
+        return replace(self, matrix=matrix, total=self.total[rows], part=part)
 
     def made(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays that depend on the counts and on `what` alone: from beside them, else made and written there."""
-        path = self.path.with_name(f"{self.path.stem}-{what}.npz")
+        path = self.path.with_name("-".join(filter(None, (self.path.stem, self.part, what))) + ".npz")
         arrays = _load(path)
         if arrays is None:
             with locked(path):

@@ -188,7 +188,10 @@ class Section:
 
     def take(self, spots: np.ndarray) -> Section:
         """The section with the spots of a mask (n_spots,) only."""
-        return self if spots.all() else replace(self, spots=self.spots[spots].copy())
+        if spots.all():
+            return self
+        own = self.spots[spots].copy()
+        return replace(self, spots=own, kept=None if self.kept is None else self.kept.take(spots, own.X))
 
     def counts(self, genes: Iterable[str]) -> np.ndarray:
         """Raw counts of `genes`, (n_spots, G) float32; NaN in columns of genes not measured here."""

@@ -106,8 +106,8 @@ def _record(path: Path, roots: list[str], sections: list[Section], messages: lis
         Time before the reading, in seconds since 1970.
     """
     files = {file for section in sections for file in section.files}
-    kept = [section.kept for section in sections]
-    if not sections or None in kept or any(file.is_dir() for file in files):
+    whole = all(section.kept is not None and not section.kept.part for section in sections)
+    if not sections or not whole or any(file.is_dir() for file in files):
         return
     folders = sorted({str(file.parent) for file in files})
     stamp = _stamp(roots, folders, path.parent.parent)
