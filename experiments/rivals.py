@@ -29,6 +29,7 @@ from stexp.cli.fold import config_of
 from stexp.config import build, dataset_of
 from stexp.config.compose import compose
 from stexp.data.section import Section
+from stexp.files import write_atomically
 from stexp.runs.provenance import git_state, manifest, now, versions
 
 BASE = "consensus"
@@ -71,6 +72,7 @@ def main() -> None:
     same = before.get("keys") == elsewhere(keys) and before.get("commit") == state["commit"]
     runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
+    output.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for fold in args.folds:
             for name in [BASE, *(each for each in args.only if each != BASE)]:
@@ -93,7 +95,7 @@ def main() -> None:
                     "table": compared(runs, BASE),
                     "runs": runs,
                 }
-                output.write_text(json.dumps(record, indent=1) + "\n")
+                write_atomically(output, json.dumps(record, indent=1) + "\n")
     print("\n".join([*best_first(compared(runs, BASE)), f"wrote {output}"]))
 
 

@@ -70,10 +70,20 @@ def test_bad_input_is_one_clear_line(demo: Path, tmp_path: Path, overrides: list
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_quick_end_keeps_the_status_and_what_others_say_at_the_end() -> None:
-    code = "import atexit, sys; import stexp.cli; atexit.register(print, 'tidied', file=sys.stderr); sys.exit(3)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (3, "tidied\n")
+@pytest.mark.parametrize(("out", "status"), [("/dev/null", 3), ("/dev/full", 120)])
+def test_the_quick_end_keeps_the_status_and_what_others_say_at_the_end(out: str, status: int) -> None:
+    code = (
+        "import atexit, logging.handlers, sys; from stexp.config.ending import end_quickly; "
+        "logging.getLogger().addHandler(logging.handlers.MemoryHandler(9, target=logging.StreamHandler())); "
+        "end_quickly(); end_quickly(); atexit.register(print, 'tidied', file=sys.stderr); "
+        "logging.warning('logged'); print('printed'); sys.exit(3)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open(out, "w") as stdout:
+        streams = {"stdout": stdout, "stderr": subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code], text=True, env=environment, **streams)
+    assert done.returncode == status and {"tidied", "logged"} <= set(done.stderr.splitlines())
+    assert ("No space left" in done.stderr) == (status == 120)
 
 
 def test_command_line_ends_with_status_2_and_one_line(demo: Path, tmp_path: Path) -> None:

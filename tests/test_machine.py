@@ -33,21 +33,13 @@ def test_threads_fit_the_cores_that_are_free(most, cores, busy, threads):
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices", "threads", "cores", "leaves"),
-    [
-        ("cpu", [0], 2, 2, False),
-        ("cpu", [0], 1, 2, True),
-        ("cpu", [0, 1], 2, 4, False),
-        ("cuda", [0], 4, 4, True),
-        ("cuda", [0], 1, 1, False),
-        ("cuda", [0, 1, 2, 3], 1, 4, False),
-    ],
+    ("kind", "devices", "cores", "leaves"),
+    [("cpu", [0], 8, False), ("cuda", [0], 4, True), ("cuda", [0], 1, False), ("cuda", [0, 1, 2, 3], 4, False)],
 )
-def test_a_core_is_left_where_training_does_not_take_them_all(kind, devices, threads, cores, leaves, monkeypatch):
+def test_a_gpu_leaves_the_cores_that_do_not_drive_it(kind, devices, cores, leaves, monkeypatch):
     monkeypatch.setattr(hardware, "usable_cores", lambda: cores)
     machine = Machine(TRAINER)
     machine.__dict__.update(kind=kind, devices=devices)
-    torch.set_num_threads(threads)
     assert machine.leaves_a_core == leaves
 
 

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import io
 import struct
+import threading
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,22 @@ def test_an_image_of_the_paper_is_read_by_pillow_as_before(tmp_path):
     slide = Slide(pillow(tmp_path / "s.jpg", quality=80))
     with Image.open(slide.path) as image:
         np.testing.assert_array_equal(slide.read(), np.asarray(image.convert("RGB")))
+
+
+def test_images_opened_at_once_leave_the_limit_of_pillow_as_it_was(tmp_path, monkeypatch):
+    path, limit = pillow(tmp_path / "s.png"), 10
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # fewer than it has
+    both, opened = threading.Barrier(2), Image.open
+
+    def open_beside_another(*args, **kwargs):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # for another, which would come in between
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", open_beside_another)
+    with ThreadPoolExecutor(2) as pool:
+        sizes = [each.sizes for each in pool.map(PillowImage, [path, path])]
+    assert both.broken and sizes[0] == sizes[1] and limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_levels_are_chosen_at_least_as_fine_as_asked(tmp_path):

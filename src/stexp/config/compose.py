@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stexp import __version__
 from stexp.config import command, to_plain
+from stexp.config.ending import end_quickly
 from stexp.config.help import help_text, whole_help_text
 from stexp.config.keys import check_choices, check_keys, check_kinds
 from stexp.config.plugins import CONFIG_DIR, SOURCES, Sources, as_search_path, default_sources, used_plugins
@@ -62,6 +63,7 @@ def entry(
 
         @functools.wraps(task)
         def main() -> None:
+            end_quickly()
             with command():
                 sys.argv[1:] = as_search_path(sys.argv[1:])
             flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}

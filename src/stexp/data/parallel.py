@@ -45,7 +45,8 @@ class Background(Generic[Made]):
     Parameters
     ----------
     work
-        Calculates in libraries that let other threads go on, such as NumPy; else it only takes turns with them.
+        Calculates in libraries that let other threads go on, such as NumPy; else it only takes turns with them. Not in
+        torch, which a process cannot leave while another thread is in it.
     """
 
     def __init__(self, work: Callable[[], Made]) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
-from stexp.data.parallel import Background
 from stexp.data.quality import Thresholds
 from stexp.data.section import Section, check_name
 from stexp.data.splits import units
@@ -183,7 +182,7 @@ def _write_results(
     facts = replace(describe_run(run.config, data, {}), elsewhere=elsewhere)
     prediction = Prediction(torch.from_numpy(values), obs=quality_of_test(data, thresholds))
     random, unpredicted = random_components(data), data.rows("test")[np.isnan(values).all(axis=1)]
-    comparison = Background(lambda: Comparison.of(data, data.features, colours(data), random, unpredicted))
+    comparison = Comparison.of(data, data.features, colours(data), random, unpredicted)
     digest = write_scored_files(run.path, data, prediction, comparison, facts)
     judged = {
         "patient_of": patient_of,

@@ -15,7 +15,6 @@ import pandas as pd
 import yaml
 
 from stexp.data.genes import listed_genes
-from stexp.data.parallel import Background
 from stexp.data.section import Section
 from stexp.errors import InputError, did_you_mean
 from stexp.evaluation.audit import audit
@@ -101,7 +100,7 @@ def predict_again(run: Path, changes: Mapping[str, Any], genes: str | list[str],
     folder.mkdir(parents=True, exist_ok=True)
     kept = embeddings.obsm
     random = kept_random_components(embeddings)
-    beside = Background(lambda: Comparison.of(data, kept["features"], kept["colour"], random))
+    beside = Comparison.of(data, kept["features"], kept["colour"], random)
     record[DIGEST] = write_scored_files(folder, data, prediction, beside, describe_run(config, data, chosen), named)
     write_atomically(folder / "audit.json", json.dumps(audit(source.protocol, facts), indent=1))
     write_atomically(folder / "provenance.json", json.dumps(record, indent=1))

@@ -17,7 +17,6 @@ import yaml
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
-from stexp.data.parallel import Background
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.rows import Rows, RowTable, column_means, some_rows
 from stexp.data.slides import pictures
@@ -65,7 +64,7 @@ def write_results(
     prediction: Prediction,
     chosen: dict,
     thresholds: Thresholds,
-    comparison: Background[Comparison],
+    comparison: Comparison,
 ) -> str:
     """Write ``predictions.h5ad``, ``floors.h5ad``, ``audit.json`` and, of a retrieval method, ``embeddings.h5ad``.
 
@@ -98,7 +97,7 @@ def write_results(
     if references is not None:
         query = prediction.image_embedding
         assert query is not None  # a method with references embeds the tiles that search them
-        table = embedding_table(data, references, query.numpy(), data.tile_features, comparison.result())
+        table = embedding_table(data, references, query.numpy(), data.tile_features, comparison)
         predictions.write(table, folder.path / "embeddings.h5ad")
     facts = {
         "patient_of": {section.name: section.patient for section in data.sections},
@@ -125,7 +124,7 @@ def write_scored_files(
     folder: Path,
     data: SpotDataModule,
     prediction: Prediction,
-    comparison: Background[Comparison],
+    comparison: Comparison,
     facts: RunFacts,
     named: pd.DataFrame | None = None,
 ) -> str:
@@ -140,7 +139,7 @@ def write_scored_files(
     named
         Prototypes, see :func:`~stexp.runs.prototypes.name_prototypes`; None: the data's spots.
     """
-    test, slides = data.rows("test"), Background(lambda: slide_pictures(data))
+    test = data.rows("test")
     adata = predictions.make_predictions(
         data.spots.iloc[test],
         data.panel,
@@ -173,10 +172,10 @@ def write_scored_files(
         adata.uns["stexp"][FOREIGN] = json.dumps(facts.elsewhere)
     predictions.write(adata, folder / "predictions.h5ad")
     sheet = reference_sheet(data, adata, named) if "neighbours" in adata.obsm else None
-    pictures.write(folder / pictures.NAME, slides.result(), sheet)
-    beside, floors = comparison.result(), ad.AnnData(obs=adata.obs, var=adata.var)
-    floors.uns["gene_sets"], floors.uns["ceiling"] = json.dumps(beside.gene_sets), beside.ceiling
-    for protocol, layers in beside.floors.items():
+    pictures.write(folder / pictures.NAME, slide_pictures(data), sheet)
+    floors = ad.AnnData(obs=adata.obs, var=adata.var)
+    floors.uns["gene_sets"], floors.uns["ceiling"] = json.dumps(comparison.gene_sets), comparison.ceiling
+    for protocol, layers in comparison.floors.items():
         for name, values in layers.items():
             floors.layers[f"{protocol}:{name}"] = values
     predictions.write(floors, folder / "floors.h5ad")

@@ -117,9 +117,9 @@ class Machine:
 
     @property
     def leaves_a_core(self) -> bool:
-        """Whether a core of this machine is left to other work while it trains."""
-        taken = torch.get_num_threads() * len(self.devices) if self.kind == "cpu" else len(self.devices)
-        return hardware.usable_cores() > taken
+        """Whether a core is left to other work while this machine trains: on a CPU none, since threads of one process
+        that are more than the cores slow each other down."""
+        return self.kind != "cpu" and hardware.usable_cores() > len(self.devices)
 
     def set_threads(self) -> str:
         """Take the CPU threads that this process may have; returns how many, and why they are few.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def qupath_origin(path: str | Path) -> list[int]:
     return bounds[:2]
 
 
+_GLOBALS = threading.Lock()
+"""Held while Pillow's limit or the filters of warnings are others: both are those of the whole process."""
+
+
 class PillowImage:
     """Images that are decoded whole."""
 
@@ -148,7 +153,7 @@ class PillowImage:
         self._path = path
         self.notes: list[str] = []
         self.hints: list[str] = []
-        with warnings.catch_warnings(record=True) as heard:
+        with _GLOBALS, warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             # slides are larger than what Pillow takes for a decompression bomb; sizes are checked before decoding
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -189,7 +194,7 @@ class PillowImage:
 def _orientation(image: Image.Image) -> object:
     """EXIF's orientation as far as the header was read; 1 where there is none, or none that can be parsed."""
     try:
-        with warnings.catch_warnings():
+        with _GLOBALS, warnings.catch_warnings():
             warnings.simplefilter("error")  # of EXIF that ends too early
             # that of a PNG decodes the image first, before its size is checked
             return Image.Image.getexif(image).get(ORIENTATION, 1)
