@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 from ablation_table import SCORES, SIDES, lines
 from ablation_table import cell as cell
+from keyed_arguments import parse
 
 from stexp import hardware
 from stexp.config import build, dataset_of, to_plain
@@ -245,12 +246,12 @@ def _of_sections(scores: dict[str, dict]) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", required=True)
+    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="of encoders with random weights")
     parser.add_argument("--inputs", nargs="*", choices=INPUTS, default=[], help="other features for the whole method")
     parser.add_argument("--control-only", action="store_true", help="the whole method and the control alone")
     parser.add_argument("--output", type=Path, help="default: experiments/results/ablation-<data>-<protocol>.json")
-    args, keys = parser.parse_known_args()
+    args, keys = parse(parser)
     cfg = compose("train", ["model=consensus", *keys])
     kind = "control" if args.control_only else "ablation"
     output = args.output or Path(__file__).parent / "results" / f"{kind}-{cfg.data.name}-{cfg.protocol.name}.json"

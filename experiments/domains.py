@@ -19,6 +19,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+from keyed_arguments import parse
 from of_paper import elsewhere
 
 from stexp import hardware
@@ -51,7 +52,7 @@ def labelled(section, protocol) -> ad.AnnData:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="*", type=Path, default=[])
-    args, keys = parser.parse_known_args()
+    args, keys = parse(parser)
     cfg, start = compose("train", keys), time.perf_counter()
     protocol = build(cfg.protocol)
     machine_of(to_plain(cfg)).set_threads()

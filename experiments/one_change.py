@@ -26,6 +26,7 @@ from typing import Any
 import ablation
 import numpy as np
 import torch
+from keyed_arguments import parse, unfinished
 
 from stexp import hardware
 from stexp.api.features import frozen_encoder, machine_of
@@ -216,20 +217,18 @@ def lines(table: dict[str, dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES))
+    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    names = ", ".join(f'"{name}"' for name in CHANGES)
+    parser.add_argument("--only", nargs="+", choices=CHANGES, default=CHANGES, metavar="NAME", help=f"of {names}")
     parser.add_argument("--output", type=Path, help="default: experiments/results/one-change-<data>-<protocol>.json")
-    args, keys = parser.parse_known_args()
+    args, keys = parse(parser)
     keys = ["image_encoder.frozen=true", *keys]
     cfg = compose("train", [*SETTINGS, *keys])
     output = args.output or Path(__file__).parent / "results" / f"one-change-{cfg.data.name}-{cfg.protocol.name}.json"
     config, state = to_plain(cfg), git_state()
     machine_of(config).set_threads()
-    before = json.loads(output.read_text()) if output.exists() else {}
-    # what other code or other keys measured is no part of one table
-    same = before.get("keys") == elsewhere(keys) and before.get("commit") == state["commit"]
-    runs: dict[str, dict[str, dict]] = before["runs"] if same else {}
+    runs: dict[str, dict[str, dict]] = unfinished(output, elsewhere(keys), state["commit"])
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
     served: dict[str, SpotDataModule] = {}
     for seed in args.seeds:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from keyed_arguments import parse
 from one_change import compared, elsewhere, scored, trained
 
 from stexp import hardware
@@ -97,11 +98,11 @@ def bank_of_method(method: RetrievalMethod, data: SpotDataModule) -> AnyBank:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", required=True)
+    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256], help="at most the spots that train")
     parser.add_argument("--output", type=Path, help="default: experiments/results/prototypes-<data>-<protocol>.json")
-    args, keys = parser.parse_known_args()
+    args, keys = parse(parser)
     keys = [*MODEL, *keys]
     cfg, state = compose("train", keys), git_state()
     output = args.output or Path(__file__).parent / "results" / f"prototypes-{cfg.data.name}-{cfg.protocol.name}.json"
