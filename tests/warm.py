@@ -244,6 +244,7 @@ def write_number(status: int, number: int) -> None:
 def become(request: dict[str, Any], status: int, out: int, err: int) -> None:
     """Take on the streams, folder, variables and arguments of a command."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests were started with &
     write_number(status, os.getpid())
     os.dup2(out, 1)
     os.dup2(err, 2)
