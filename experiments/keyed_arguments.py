@@ -5,7 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def over_folds_and_seeds(description: str, names: Iterable[str], file: str) -> argparse.ArgumentParser:
+    """A parser for what is measured by its name, over folds and seeds, into a file of experiments/results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    names = list(names)
+    listed = ", ".join(f'"{name}"' for name in names)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {listed}")
+    parser.add_argument("--output", type=Path, help=f"default: experiments/results/{file}")
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:

@@ -12,7 +12,6 @@ output, and the same command goes on from there; --only NAME ... measures some o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -26,7 +25,7 @@ from typing import Any
 import ablation
 import numpy as np
 import torch
-from keyed_arguments import parse, unfinished
+from keyed_arguments import over_folds_and_seeds, parse, unfinished
 
 from stexp import hardware
 from stexp.api.features import frozen_encoder, machine_of
@@ -216,12 +215,7 @@ def lines(table: dict[str, dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    names = ", ".join(f'"{name}"' for name in CHANGES)
-    parser.add_argument("--only", nargs="+", choices=CHANGES, default=CHANGES, metavar="NAME", help=f"of {names}")
-    parser.add_argument("--output", type=Path, help="default: experiments/results/one-change-<data>-<protocol>.json")
+    parser = over_folds_and_seeds(__doc__, CHANGES, "one-change-<data>-<protocol>.json")
     args, keys = parse(parser)
     keys = ["image_encoder.frozen=true", *keys]
     cfg = compose("train", [*SETTINGS, *keys])

@@ -11,7 +11,6 @@ features are in the cache. What is finished stays in the output, and the same co
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_table import best_first
-from keyed_arguments import parse, unfinished
+from keyed_arguments import over_folds_and_seeds, parse, unfinished
 from one_change import SCORES, compared, elsewhere
 
 from stexp import hardware
@@ -59,12 +58,7 @@ def measure(keys: list[str], fold: str, seed: int, sections: list[Section]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folds", nargs="+", required=True, metavar="FOLD", help="held out in turn")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    names = ", ".join(f'"{name}"' for name in METHODS)
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"of {names}")
-    parser.add_argument("--output", type=Path, help="default: experiments/results/rivals-<data>-<protocol>.json")
+    parser = over_folds_and_seeds(__doc__, METHODS, "rivals-<data>-<protocol>.json")
     args, keys = parse(parser)
     keys = ["image_encoder.frozen=true", *keys]
     cfg, state = compose("train", [*METHODS[BASE], *keys]), git_state()
