@@ -82,7 +82,7 @@ def test_without_intercept_the_training_mean_is_missing_and_nothing_else(data):
 
 
 def test_as_methods_they_are_the_floors_of_the_same_spots(data):
-    floors, _ = floors_under(data.protocol, data, data.features, None)
+    floors = floors_under(data.protocol, data, data.features, None)
     ridge = fitted(HestRidge(len(data.panel), F, penalty="gcv"), data)
     np.testing.assert_allclose(predict(ridge, data), floors["ridge_features"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(predict(fitted(Mean(len(data.panel)), data), data), floors["mean"], rtol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from stexp.evaluation import chance
 from stexp.evaluation.chance import beyond_chance
 from stexp.evaluation.compare import bootstrap_interval
 from stexp.evaluation.evidence import _gene_sets
@@ -70,6 +71,23 @@ def test_smooth_maps_that_have_nothing_to_do_with_each_other_are_not_beyond_chan
     assert (none.q < 0.05).sum() <= 1
     assert (some.q < 0.05).mean() > 0.5
     assert np.median(some.z) > 1.5
+
+
+def test_moved_maps_correlate_as_the_score_says_constant_ones_too():
+    truth, guess = smooth_maps(8, 3), smooth_maps(8, 4).astype(np.float32)
+    guess[:, 1] = 0.5
+    guess[:, 2] = np.float32(1) + np.where(np.arange(len(XY)) % 2, np.float32(1e-7), 0)  # constant but for rounding
+    guess[:, 3], truth[:, 4] = 0, 0
+    guess[7, 3] = truth[9, 4] = 1  # constant where a motion leaves that spot out
+    outcome = beyond_chance([(truth, guess, XY)], n_draws=40, seed=3)
+    assert outcome is not None
+    sources = chance._motions(XY, 40, np.random.default_rng(3))
+    assert sources is not None and any((source < 0).any() for source in sources)
+    moved = [np.nan_to_num(pearson_per_gene(truth[at >= 0], guess[at[at >= 0]])) for at in sources]
+    np.testing.assert_allclose(outcome.mean, np.mean(moved, axis=0), atol=1e-12)
+    own = pearson_per_gene(truth, guess)
+    np.testing.assert_allclose(outcome.p, (1 + (np.array(moved) >= own - 1e-12).sum(axis=0)) / 41, atol=1e-12)
+    assert (outcome.mean[[1, 2]] == 0).all()
 
 
 def test_chance_over_sections_is_of_the_mean_and_leaves_out_what_is_not_measured():

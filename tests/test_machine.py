@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_several_processes_share_what_is_free(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured by /proc/stat")
-def test_a_busy_process_is_seen():
+def test_a_busy_process_is_seen(monkeypatch):
+    monkeypatch.setattr(hardware, "_watched_since", None)
     with subprocess.Popen(
         [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
     ) as other:
@@ -77,6 +79,26 @@ def test_a_busy_process_is_seen():
             assert 0.2 < hardware.busy_cores() <= (os.cpu_count() or 1)
         finally:
             other.kill()
+
+
+def test_this_process_is_none_of_those_that_keep_cores_busy(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(hardware, "core_ticks", lambda: (150, 400))  # 1.5 of four cores are free
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: 12.0)
+    monkeypatch.setattr(hardware.time, "process_time", lambda: 8.0)  # 1.2 of them ours
+    monkeypatch.setattr(hardware, "_watched_since", hardware.Moment(2.0, -4.0, (0, 0), os.getpid()))
+    assert hardware.busy_cores() == pytest.approx(4 - 1.5 - 1.2)
+
+
+@pytest.mark.parametrize("change", [{"wall": 60}, {"process": 1}])
+def test_what_was_watched_long_ago_or_by_another_process_says_nothing_of_now(change, monkeypatch):
+    monkeypatch.setattr(hardware, "core_ticks", lambda: (0, 0))
+    now, slept = hardware.Moment.now(), []
+    old = {key: getattr(now, key) - value for key, value in ({"wall": 1} | change).items()}
+    monkeypatch.setattr(hardware, "_watched_since", replace(now, **old))
+    monkeypatch.setattr(hardware.time, "sleep", slept.append)
+    hardware.busy_cores()
+    assert slept == [0.2]
 
 
 def test_without_proc_the_load_average_counts_without_this_process(monkeypatch):

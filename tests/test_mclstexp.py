@@ -164,6 +164,19 @@ def test_sinusoid_against_its_formula(n_genes):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_first_tokens_alone_are_those_of_all(depth):
+    encoder = SpotEncoder(12, 10, depth=depth, heads=2, head_dim=4)
+    expression, array_xy = torch.rand(5, 7, 12), torch.randint(0, 10, (5, 7, 2))
+    mask = torch.rand(5, 7) > 0.4
+    mask[:, 0] = True
+    for given in (None, mask):
+        whole = encoder(expression, array_xy, given)
+        for n in (1, 3):
+            torch.testing.assert_close(encoder(expression, array_xy, given, n_out=n), whole[:, :n])
+
+
+@torch.no_grad()
 def test_a_learned_table_adds_its_rows_and_refuses_larger_arrays():
     encoder = SpotEncoder(4, 10, depth=0)
     made = encoder(torch.zeros(1, 1, 4), torch.tensor([[[3, 9]]]))[0, 0]

@@ -114,10 +114,11 @@ def test_floors_made_beside_the_training_are_those_made_after_it(core, memory, f
     monkeypatch.setattr("stexp.api.train.free_memory", lambda: memory)
     monkeypatch.setattr("stexp.api.train.Background", Noted)
     monkeypatch.setattr("stexp.api.train.fit", noted_fit)
-    config = RunFolder(folder).config
-    cfg = OmegaConf.create({**config, "output_dir": str(tmp_path / "again")})
+    config = {**RunFolder(folder).config, "output_dir": str(tmp_path / "again")}
+    config["data"] = {**config["data"], "cache_dir": str(tmp_path / "cache")}  # where none are kept
+    cfg = OmegaConf.create(config)
     sections = dataset_of(cfg).read_sections(build(cfg.protocol))
-    assert train_run({**config, "output_dir": str(tmp_path / "again")}, sections) is not None
+    assert train_run(config, sections) is not None
     assert events == (["background", "fit"] if core and memory > 1 << 20 else ["fit"])
     ours, theirs = (ad.read_h5ad(each / "floors.h5ad") for each in (tmp_path / "again", folder))
     assert set(ours.layers) == set(theirs.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from threading import Thread
 
 import anndata as ad
 import h5py
@@ -179,6 +180,25 @@ def test_a_slide_of_another_shape_is_refused(tmp_path: Path, whole: SlidePicture
     with pytest.raises(InputError, match=r"pictures\.h5 cannot be read: .*without it the report is made") as caught:
         read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_is_kept_keeps_no_other_thread_from_reading(tmp_path: Path, whole: SlidePicture) -> None:
+    path = tmp_path / "pictures.h5"
+    write(path, {"A1": whole})
+    with h5py.File(path, "r+") as file:
+        file["slides/0"].attrs["width"] = -1
+    with pytest.raises(InputError) as caught:  # as a notebook keeps it
+        read(path)
+    other: list[list[str]] = []
+
+    def read_beside() -> None:
+        with h5py.File(path, "r") as file:
+            other.append(list(file))
+
+    thread = Thread(target=read_beside, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert other == [["slides"]] and caught.value.__cause__ is not None
 
 
 def test_slides_in_another_file_are_refused(tmp_path: Path, whole: SlidePicture) -> None:

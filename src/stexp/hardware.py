@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from stexp.errors import InputError
@@ -68,17 +69,59 @@ def accelerator_of(name: str, key: str = "trainer.accelerator") -> str:
     return kind
 
 
-def busy_cores(seconds: float = 0.2) -> float:
-    """How many cores of this machine others keep busy: measured for a moment, in which this process sleeps.
+@dataclass(frozen=True)
+class Moment:
+    """Clocks of the machine and of this process, at one time.
 
-    The load average is a mean over a minute, and would count what this command did before; it is taken where the
-    system does not say more, without this process. 0 where it says nothing.
+    Attributes
+    ----------
+    wall, own
+        Seconds by the clock, and those that this process computed, all threads together.
+    ticks
+        See :func:`core_ticks`.
+    process
+        Of whom the clocks are.
     """
-    before = core_ticks()
-    if before is not None:
-        time.sleep(seconds)
-        free = free_cores(before)
-        return 0.0 if free is None else (os.cpu_count() or 1) - free
+
+    wall: float
+    own: float
+    ticks: tuple[int, int] | None
+    process: int
+
+    @classmethod
+    def now(cls) -> Moment:
+        """The clocks as they stand."""
+        return cls(time.perf_counter(), time.process_time(), core_ticks(), os.getpid())
+
+    def own_cores(self) -> float:
+        """How many cores this process took since."""
+        return (time.process_time() - self.own) / max(time.perf_counter() - self.wall, 1e-9)
+
+
+def watch_cores() -> None:
+    """Begin to look how busy the cores are, so that `busy_cores` need not sleep for it: as commands do first."""
+    global _watched_since
+    _watched_since = Moment.now()
+
+
+_watched_since: Moment | None = None
+
+
+def busy_cores(seconds: float = 0.2) -> float:
+    """How many cores of this machine others keep busy; 0 where the system does not say.
+
+    Measured since :func:`watch_cores`, where that is `seconds` ago and no more than half a minute, else for `seconds`,
+    in which this process sleeps. The load average is a mean over a minute, and would count what this command did
+    before; it is taken where the system does not say more, without this process.
+    """
+    since = _watched_since
+    if since is None or since.process != os.getpid() or not seconds <= time.perf_counter() - since.wall <= 30:
+        since = Moment.now()
+        if since.ticks is not None:
+            time.sleep(seconds)
+    free = free_cores(since.ticks)
+    if free is not None:
+        return max(0.0, (os.cpu_count() or 1) - free - since.own_cores())
     try:
         return max(0.0, os.getloadavg()[0] - 1)
     except (OSError, AttributeError):  # the latter: Windows

@@ -11,7 +11,7 @@ from stexp.api.typed import typed
 from stexp.data.rows import column_means, some_rows
 from stexp.evaluation import predictions
 from stexp.evaluation.score import score_under
-from stexp.runs.comparison import TRAINING, colours, floors_under, random_components
+from stexp.runs.comparison import TRAINING, ceilings_under, colours, floors_under, random_components
 from stexp.runs.results import levels
 
 
@@ -36,7 +36,8 @@ def floors(data: SpotDataModule) -> pd.DataFrame:
     """
     protocol, test, train = data.protocol, data.rows("test"), data.rows(*TRAINING)
     random = random_components(data)
-    layers, ceiling = floors_under(protocol, data, data.tile_features, colours(data), random=random)
+    layers = floors_under(protocol, data, data.tile_features, colours(data), random)
+    ceiling = ceilings_under(protocol, data)
     observed = predictions.make_predictions(
         data.spots.iloc[test],
         data.panel,

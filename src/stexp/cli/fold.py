@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from stexp import hardware
 from stexp.api.settings import check_numbers
+from stexp.cli import large_imports
 from stexp.config import to_plain
 from stexp.data.section import Section
 from stexp.evaluation.score import summary
@@ -34,8 +35,8 @@ def train(cfg: DictConfig, sections: list[Section], fold: str, folder: Path) -> 
     config = config_of(cfg, fold, folder)
     if config["hardware"]["keep_memory"]:
         hardware.keep_freed_memory()  # before torch takes any
-    # imports torch and Lightning, which --help and refusals do without
-    from stexp.api.train import train_run
+    with large_imports():  # torch and Lightning, which --help and refusals do without
+        from stexp.api.train import train_run
 
     run = train_run(config, sections, overwrite=config["overwrite"])
     if run is None:

@@ -26,6 +26,7 @@ from stexp.config.keys import check_choices, check_keys, check_kinds
 from stexp.config.plugins import CONFIG_DIR, SOURCES, Sources, as_search_path, default_sources, used_plugins
 from stexp.errors import InputError
 from stexp.files import CONF
+from stexp.hardware import watch_cores
 from stexp.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def entry(
 
         @functools.wraps(task)
         def main() -> None:
+            watch_cores()
             end_quickly()
             with command():
                 sys.argv[1:] = as_search_path(sys.argv[1:])
@@ -234,7 +236,7 @@ def _checked(name: str, parsed: Sequence[Override], sources: Sources, with_hydra
             raise InputError(f"{override.input_line}: several values need -m; one value that is a list is {key}=[a,b]")
         if name == "train" and key in OF_SWEEPS:
             raise InputError(f"{key}= belongs to a sweep: stexp-train -m sweep=table1")
-    groups = _groups(name, sources) if parsed else {}
+    groups = _groups(name, sources, frozenset(each.key_or_group for each in parsed)) if parsed else {}
     check_choices(parsed, groups)
     choices: list[Override] = []
     changes: list[Override] = []
@@ -296,12 +298,14 @@ def _compose(name: str, overrides: Sequence[Override], sources: Sources) -> Dict
 
 
 @functools.cache
-def _groups(name: str, sources: Sources) -> dict[str, list[str]]:
+def _groups(name: str, sources: Sources, among: frozenset[str] | None = None) -> dict[str, list[str]]:
+    """Groups of a command, all or those of some names, and their choices; each takes Hydra a hundredth of a second."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         groups = hydra.compose(name, sources.overrides, return_hydra_config=True).hydra.runtime.choices
         loader = GlobalHydra.instance().config_loader()
         choices = {
             str(group): loader.get_group_options(str(group), config_name=name, overrides=sources.overrides)
             for group in groups
+            if among is None or group in among
         }
     return {group: names for group, names in choices.items() if names}

@@ -1,14 +1,17 @@
-"""Content hashes of files, by which a changed input is seen."""
+"""Content hashes of files and tables, by which a changed input is seen."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+import stexp
 from stexp.data.progress import track
+from stexp.data.rows import Rows, blocks
 
 WHOLE_BYTES = 256 << 20
 """Size up to which a file is hashed whole."""
@@ -71,3 +74,28 @@ def checksum(path: Path, digest: hashlib._Hash) -> str:
         for _ in track(range(0, size, block), -(-size // block), f"hashing {path.name}: blocks"):
             digest.update(file.read(block))
     return digest.hexdigest()
+
+
+def content_digest(*parts: str | Rows) -> str:
+    """Hash of texts, and of tables (N, ...) of numbers or texts of one type, block by block, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{len(part.encode())}:{part}".encode())
+            continue
+        for block in blocks(len(part)):
+            array = np.ascontiguousarray(part[block])
+            if array.dtype.hasobject:
+                raise TypeError("objects have no bytes to hash; numbers, or texts as str arrays, do")
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(array.tobytes())
+        digest.update(b"end")
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_digest() -> str:
+    """Hash of our own code: what is kept of a calculation is made anew after every change of it."""
+    sources = sorted(Path(str(stexp.__file__)).parent.rglob("*.py"))
+    code = b"".join([stexp.__version__.encode(), *(path.read_bytes() for path in sources)])
+    return hashlib.blake2b(code, digest_size=16).hexdigest()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import mmap
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from stexp.data.cache import locked, write_whole
-from stexp.errors import InputError
-
-log = logging.getLogger(__name__)
+from stexp.data.cache import kept_arrays
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +45,13 @@ class KeptCounts:
     def made(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays that depend on the counts and on `what` alone: from beside them, else made and written there."""
         path = self.path.with_name("-".join(filter(None, (self.path.stem, self.part, what))) + ".npz")
-        arrays = _load(path)
-        if arrays is None:
-            with locked(path):
-                arrays = _load(path)
-                if arrays is None:
-                    file, arrays = io.BytesIO(), make()
-                    self.let_go()
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # its checksums tell a damaged file
-                    try:
-                        write_whole(path, file.getbuffer())
-                    except InputError as error:  # it is made again the next time
-                        log.warning("%s", error)
-        return arrays
+
+        def made() -> dict[str, np.ndarray]:
+            arrays = make()
+            self.let_go()
+            return arrays
+
+        return kept_arrays(path, made)
 
     def let_go(self) -> None:
         """Give back the memory of counts that were looked at; they are read again where they are asked for."""
@@ -84,11 +72,3 @@ def smallest(numbers: np.ndarray) -> np.ndarray:
     highest = numbers.max(initial=0)
     fitting = (kind for kind in (np.uint8, np.uint16, np.uint32) if highest <= np.iinfo(kind).max)
     return numbers.astype(next(fitting, numbers.dtype))
-
-
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or damaged

@@ -158,7 +158,7 @@ def _predicted(
     run: FinishedRun, data: SpotDataModule, predict: Callable[[SpotDataModule], Prediction], inputs: Inputs
 ) -> dict[str, pd.DataFrame]:
     features, colour, random = inputs
-    floors, _ = floors_under(run.protocol, data, features, colour, random=random)
+    floors = floors_under(run.protocol, data, features, colour, random)
     section, predicted = run.predictions.obs["section"].to_numpy(str), predict(data).predicted.numpy()
     return _per_section(section, data.panel, data.target[data.rows("test")], predicted, floors)
 

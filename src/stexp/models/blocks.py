@@ -63,17 +63,22 @@ class TransformerBlock(nn.Module):
             nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout)
         )
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (N, L, dim) -> (N, L, dim); `mask` (N, L) is False where a token is padding."""
-        x = x + self.attend(x, mask)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, n_out: int | None = None) -> torch.Tensor:
+        """Tokens (N, L, dim) -> (N, L, dim), or the first `n_out`; `mask` (N, L) is False where one is padding."""
+        x = x[:, :n_out] + self.attend(x, mask, n_out)
         return x + self.ff(self.ff_norm(x))
 
-    def attend(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """What attention adds to tokens (N, L, dim)."""
-        n, length, _ = x.shape
-        q, k, v = self.to_qkv(self.attn_norm(x)).view(n, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    def attend(self, x: torch.Tensor, mask: torch.Tensor | None = None, n_out: int | None = None) -> torch.Tensor:
+        """What attention adds to tokens (N, L, dim), or to the first `n_out`, which attend to all."""
+        x, width = self.attn_norm(x), self.heads * self.head_dim
+        if n_out is None:
+            q, k, v = self.to_qkv(x).split(width, dim=-1)
+        else:
+            of_query, of_rest = self.to_qkv.weight.split([width, 2 * width])
+            q, (k, v) = F.linear(x[:, :n_out], of_query), F.linear(x, of_rest).split(width, dim=-1)
+        q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for each in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.dropout(self.to_out(attended.transpose(1, 2).reshape(n, length, -1)))
+        return self.dropout(self.to_out(attended.transpose(1, 2).flatten(2)))
 
 
 class ArrayEmbedding(nn.Module):

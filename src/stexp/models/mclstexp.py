@@ -165,7 +165,8 @@ class MclSTExp(ContrastiveMethod):
     def _embed_context(
         self, expression: torch.Tensor, array_xy: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        return self._finish(self.spot_projection(self.spot_encoder(expression, array_xy, mask)[:, 0]))
+        token = self.spot_encoder(expression, array_xy, mask, n_out=1)[:, 0]
+        return self._finish(self.spot_projection(token))
 
     # training
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
 
+from stexp.data.cache import kept_arrays
 from stexp.data.datamodule import SpotDataModule
+from stexp.data.digests import code_digest, content_digest
 from stexp.data.features import encode_tiles
 from stexp.data.rows import Rows, some_rows
 from stexp.data.section import Section
@@ -58,22 +62,65 @@ class Comparison:
         random: Sequence[Rows] = (),
         unpredicted: np.ndarray | None = None,
     ) -> Comparison:
-        """Calculate them under every protocol that scores count under; see `floors_under`."""
-        train = data.rows(*TRAINING)
-        projection = None if features is None else Projection.fit(some_rows(features, train))
+        """Calculate them under every protocol that scores count under.
+
+        Methods and seeds on the same fold have floors in common: they are kept in the cache by all that they depend
+        on, as ceilings are.
+
+        Parameters
+        ----------
+        unpredicted
+            Rows of test spots that ceilings are not of; None: they are of all spots.
+        """
         protocols = (data.protocol, *other_protocols(data.protocol).values())
-        made = {
-            protocol.name: floors_under(protocol, data, features, colour, unpredicted, random, projection)
-            for protocol in protocols
-        }
-        modules = co_expressed_modules(some_rows(data.target, train), data.spots["section"].to_numpy(str)[train])
-        return cls(
-            colour,
-            random,
-            {name: layers for name, (layers, _) in made.items()},
-            {name: ceiling for name, (_, ceiling) in made.items()},
-            module_sets(data.panel, modules),
-        )
+        settings = json.dumps([[asdict(protocol) for protocol in protocols], data.panel])
+        columns = [data.spots["section"].to_numpy(str), data.spots["patient"].to_numpy(str)]
+        of_data = (code_digest(), data.digest, settings, data.spots["total_counts"].to_numpy(), *columns)
+        read = ["none" if table is None else table for table in (features, colour, *random)]
+
+        def make_floors() -> dict[str, np.ndarray]:
+            projection = None if features is None else _projection(data, features)
+            made = {each.name: floors_under(each, data, features, colour, random, projection) for each in protocols}
+            return _flat(made) | {"gene_sets": np.array(json.dumps(_gene_sets(data)))}
+
+        def make_ceilings() -> dict[str, np.ndarray]:
+            return _flat({protocol.name: ceilings_under(protocol, data, unpredicted) for protocol in protocols})
+
+        floors = kept_arrays(_file_of(data, "floors", *of_data, *read), make_floors)
+        gene_sets = json.loads(str(floors.pop("gene_sets")))
+        seen = "none" if unpredicted is None else unpredicted
+        ceilings = kept_arrays(_file_of(data, "ceilings", *of_data, str(data.seed), seen), make_ceilings)
+        return cls(colour, random, _nested(floors), _nested(ceilings), gene_sets)
+
+
+def _file_of(data: SpotDataModule, what: str, *of: str | Rows) -> Path:
+    return Path(data.cache_dir) / "comparisons" / f"{what}-{content_digest(*of)}.npz"
+
+
+def _flat(parts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of several protocols, whose names have no colon, by ``protocol:name``."""
+    return {f"{protocol}:{name}": values for protocol, own in parts.items() for name, values in own.items()}
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        protocol, _, name = key.partition(":")
+        parts.setdefault(protocol, {})[name] = values
+    return parts
+
+
+def _gene_sets(data: SpotDataModule) -> dict[str, list[str]]:
+    train = data.rows(*TRAINING)
+    modules = co_expressed_modules(some_rows(data.target, train), data.spots["section"].to_numpy(str)[train])
+    return module_sets(data.panel, modules)
+
+
+def _projection(data: SpotDataModule, features: Rows) -> Projection:
+    """`Projection` of the features of the training side, kept in the cache by these."""
+    own = some_rows(features, data.rows(*TRAINING))
+    path = _file_of(data, "components", code_digest(), own)
+    return Projection(**kept_arrays(path, lambda: asdict(Projection.fit(own))))
 
 
 def floors_under(
@@ -81,37 +128,22 @@ def floors_under(
     data: SpotDataModule,
     features: Rows | None,
     colour: np.ndarray | None,
-    unpredicted: np.ndarray | None = None,
     random: Sequence[Rows] = (),
     projection: Projection | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Floors of the test spots and the ceiling of each test section, on the truth scale of `protocol`.
+) -> dict[str, np.ndarray]:
+    """Floors of the test spots, each (Q, G), on the truth scale of `protocol`.
 
     Parameters
     ----------
-    unpredicted
-        Rows of test spots that the ceiling is not of; None: it is of all spots.
     random
         `random_components` of the data; none: without the floor on them.
     projection
         Of the features of the training side, which is the same on every scale; None: made here.
-
-    Returns
-    -------
-    floors : dict of (Q, G)
-    ceiling : dict of section -> (G,)
     """
-    expression, xy, ceiling = data.under(protocol), np.empty_like(data.xy_px), {}
+    expression, xy = data.under(protocol), np.empty_like(data.xy_px)
     for section in data.sections:
         rows = data.rows_of(section)
         xy[rows] = unit_square(data.xy_px[rows])
-    for section in tested(data):
-        rows = data.rows_of(section)
-        judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
-        judged |= not judged.any()
-        ceiling[section.name] = ceiling_per_gene(
-            data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
-        )
 
     def table(rows: np.ndarray) -> SpotTable:
         spots = data.spots.iloc[rows]
@@ -126,7 +158,28 @@ def floors_under(
             random=[some_rows(components, rows) for components in random],
         )
 
-    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test")), projection), ceiling
+    return predict_floors(table(data.rows(*TRAINING)), table(data.rows("test")), projection)
+
+
+def ceilings_under(
+    protocol: Protocol, data: SpotDataModule, unpredicted: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The ceiling of each test section, (G,), on the truth scale of `protocol`.
+
+    Parameters
+    ----------
+    unpredicted
+        Rows of test spots that the ceiling is not of; None: it is of all spots.
+    """
+    ceiling = {}
+    for section in tested(data):
+        rows = data.rows_of(section)
+        judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
+        judged |= not judged.any()
+        ceiling[section.name] = ceiling_per_gene(
+            data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
+        )
+    return ceiling
 
 
 def random_components(data: SpotDataModule) -> list[Rows]:
@@ -153,8 +206,7 @@ def reduced(data: SpotDataModule, features: Sequence[Rows]) -> list[Rows]:
     The components are those of the training side, made row by row of the features in the cache. They are a fifth of
     the features or less, so that a run can keep them.
     """
-    rows = data.rows(*TRAINING)
-    return [Projection.fit(some_rows(each, rows)).of(each, np.float32) for each in features]
+    return [_projection(data, each).of(each, np.float32) for each in features]
 
 
 def kept_random_components(embeddings: ad.AnnData) -> list[np.ndarray]:

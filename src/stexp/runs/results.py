@@ -14,11 +14,14 @@ import pandas as pd
 import torch
 import yaml
 
+from stexp.data.cache import kept_arrays
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
+from stexp.data.digests import code_digest, content_digest, file_digest
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.rows import Rows, RowTable, column_means, some_rows
+from stexp.data.section import Section
 from stexp.data.slides import pictures
 from stexp.evaluation import predictions
 from stexp.evaluation.audit import audit
@@ -192,16 +195,20 @@ def _array(values: torch.Tensor | None) -> np.ndarray | None:
 
 
 def slide_pictures(data: SpotDataModule) -> dict[str, pictures.SlidePicture]:
-    """The slides of the test sections, around their test spots."""
+    """The slides of the test sections, around their test spots; runs on the same fold have them from the cache."""
     sections, names = tested(data), data.spots["section"].to_numpy(str)
     sections, rows = [section for section in sections if section.slide is not None], data.rows("test")
     budget = pictures.SLIDE_BYTES // max(1, len(sections))
-    return {
-        section.name: pictures.picture(
-            section.image, data.xy_px[rows[names[rows] == section.name]], data.tile.side_px(section), budget
+
+    def kept(section: Section) -> pictures.SlidePicture:
+        around = data.xy_px[rows[names[rows] == section.name]], data.tile.side_px(section), budget
+        key = content_digest(code_digest(), file_digest(section.image.path), str(around[1:]), around[0])
+        path = Path(data.cache_dir) / "pictures" / f"{key}.npz"
+        return pictures.from_arrays(
+            kept_arrays(path, lambda: pictures.as_arrays(pictures.picture(section.image, *around)))
         )
-        for section in sections
-    }
+
+    return {section.name: kept(section) for section in sections}
 
 
 def reference_sheet(data: SpotDataModule, adata: ad.AnnData, named: pd.DataFrame | None) -> pictures.Sheet | None:

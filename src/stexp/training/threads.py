@@ -35,11 +35,10 @@ class LowerThreads(pl.Callback):
         self._look()
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
-        threads, elapsed = torch.get_num_threads(), time.perf_counter() - self._time
-        if threads == 1 or elapsed < self.seconds:
+        threads = torch.get_num_threads()
+        if threads == 1 or time.perf_counter() - self._since.wall < self.seconds:
             return
-        cores = (time.process_time() - self._own) / elapsed
-        free = hardware.free_cores(self._ticks)
+        cores, free = self._since.own_cores(), hardware.free_cores(self._since.ticks)
         self._look()
         if free is None or free > 0.5 or cores >= self.least_share * threads:
             return
@@ -51,4 +50,4 @@ class LowerThreads(pl.Callback):
         )
 
     def _look(self) -> None:
-        self._time, self._own, self._ticks = time.perf_counter(), time.process_time(), hardware.core_ticks()
+        self._since = hardware.Moment.now()

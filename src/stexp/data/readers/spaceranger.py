@@ -151,7 +151,7 @@ def _matrix_group(path: Path, file: h5py.File) -> tuple[h5py.Group, bool]:
     """The group of the matrix, and whether it is that of a genome, as in version 2."""
     if "matrix" in file:
         return file["matrix"], False
-    genomes = [name for name, item in file.items() if isinstance(item, h5py.Group) and "gene_names" in item]
+    genomes = [name for name, item in list(file.items()) if isinstance(item, h5py.Group) and "gene_names" in item]
     if len(genomes) == 1:
         return file[genomes[0]], True
     if genomes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -29,6 +30,7 @@ BANK_TILES = 6000
 """Tiles of references that go with an exported model, at most."""
 SLIDE_BYTES = 3_000_000
 """For all slides together."""
+SIZES = ("width", "height", "side_px")
 
 
 @dataclass(frozen=True)
@@ -165,18 +167,23 @@ def write(path: Path, slides: dict[str, SlidePicture], references: Sheet | None 
     with new_hdf5(path) as file:
         for number, (name, slide) in enumerate(slides.items()):
             group = file.create_group(f"slides/{number}")
-            group.attrs.update(name=name, width=slide.width, height=slide.height, side_px=slide.side_px)
-            rows, data = [], []
-            for level in slide.levels:
-                for (column, row), jpeg in level.cells.items():
-                    rows.append((level.downsample, column, row, len(jpeg)))
-                    data.append(jpeg)
-            group["cells"] = np.array(rows, dtype=np.int64)  # downsample, column, row, bytes
-            group["jpeg"] = np.frombuffer(b"".join(data), dtype=np.uint8)
+            group.attrs["name"] = name
+            for key, values in as_arrays(slide).items():
+                (group if values.ndim else group.attrs)[key] = values
         if references is not None:
             group = file.create_group("references")
             group["names"] = np.array(references.names, dtype=h5py.string_dtype())
             group["jpeg"] = np.frombuffer(references.jpeg, dtype=np.uint8)
+
+
+def as_arrays(slide: SlidePicture) -> dict[str, np.ndarray]:
+    """`SIZES`; ``cells``, of each its downsample, column, row and bytes; ``jpeg``, these."""
+    cells = [(level.downsample, *at, jpeg) for level in slide.levels for at, jpeg in level.cells.items()]
+    return {
+        **{key: np.array(getattr(slide, key)) for key in SIZES},
+        "cells": np.array([(*where, len(jpeg)) for *where, jpeg in cells], dtype=np.int64),
+        "jpeg": np.frombuffer(b"".join(jpeg for *_, jpeg in cells), dtype=np.uint8),
+    }
 
 
 def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
@@ -191,7 +198,14 @@ def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
         return {}, None
     try:
         with open_hdf5(path, "") as file:
-            slides = {str(group.attrs["name"]): _read_slide(group) for group in file.get("slides", {}).values()}
+            # h5py holds its lock while groups are gone through, and an error in between would keep it
+            groups = list(file.get("slides", {}).values())
+            slides = {
+                str(group.attrs["name"]): from_arrays(
+                    {key: group.attrs[key] for key in SIZES} | {key: group[key][:] for key in ("cells", "jpeg")}
+                )
+                for group in groups
+            }
             references = None
             if "references" in file:
                 group = file["references"]
@@ -204,13 +218,14 @@ def read(path: Path) -> tuple[dict[str, SlidePicture], Sheet | None]:
     return slides, references
 
 
-def _read_slide(group: h5py.Group) -> SlidePicture:
-    jpeg, cells = group["jpeg"][:], group["cells"][:]
+def from_arrays(arrays: Mapping[str, Any]) -> SlidePicture:
+    """What `as_arrays` made arrays of; ValueError or KeyError where it made no such."""
+    jpeg, cells = arrays["jpeg"], arrays["cells"]
     if jpeg.dtype != np.uint8 or cells.dtype != np.int64 or cells.ndim != 2 or cells.shape[1] != 4:
         raise ValueError("cells are no table of whole numbers, or JPEG no bytes")
     if (cells < 0).any() or (cells[:, [0, 3]] == 0).any() or cells[:, 3].sum() != jpeg.size:
         raise ValueError("cells and JPEG do not fit each other")
-    width, height, side_px = (float(group.attrs[key]) for key in ("width", "height", "side_px"))
+    width, height, side_px = (float(arrays[key]) for key in SIZES)
     if not all(0 < value < 2**31 for value in (width, height, side_px)):
         raise ValueError(f"the slide has {width:g} x {height:g} px, and tiles of {side_px:g}")
     levels: dict[int, dict[tuple[int, int], bytes]] = {}

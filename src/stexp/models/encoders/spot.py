@@ -60,13 +60,18 @@ class SpotEncoder(nn.Module):
         )
 
     def forward(
-        self, expression: torch.Tensor, array_xy: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        expression: torch.Tensor,
+        array_xy: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        n_out: int | None = None,
     ) -> torch.Tensor:
-        """Sequences of tokens (N, L, G), (N, L, 2) to features (N, L, G); tokens of one sequence see each other."""
+        """Sequences of tokens (N, L, G), (N, L, 2) to features (N, L, G), or of the first `n_out` tokens; those of one
+        sequence see each other."""
         x = expression + self._position(array_xy, expression.shape[-1])
-        for block in self.blocks:
-            x = block(x, mask)
-        return x
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, mask, n_out if number == len(self.blocks) else None)
+        return x[:, :n_out]
 
     def _position(self, array_xy: torch.Tensor, n_genes: int) -> torch.Tensor | float:
         if self.position == "none":
