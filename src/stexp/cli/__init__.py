@@ -1,6 +1,7 @@
 """Commands: each file reads its config and calls the layers below."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +12,13 @@ gc.set_threshold(50_000, 20, 50)
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """Import torch and what stands on it without looking for garbage meanwhile."""
-    gc.disable()
+    """Import torch and what stands on it without looking for garbage among its objects, then or later."""
+    at_start = "torch" not in sys.modules  # later there may be garbage among what would never be looked at again
+    if at_start:
+        gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if at_start:
+            gc.freeze()
+            gc.enable()
