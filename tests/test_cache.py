@@ -91,7 +91,7 @@ def test_who_comes_second_waits_and_says_so(tmp_path, caplog, monkeypatch):
     acquire(other)
 
     def released_when_waited_for(self, timeout=None):
-        if timeout is None:
+        if timeout == -1:
             other.release()
         return acquire(self, timeout=timeout)
 

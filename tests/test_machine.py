@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from stexp import hardware
 from stexp.training import machine as module
@@ -58,6 +59,14 @@ def test_what_is_asked_for_is_taken_and_what_others_take_is_said(asked, environm
     said = Machine(TRAINER, threads=asked).set_threads()
     assert torch.get_num_threads() == threads and said.startswith(f"{threads} CPU thread")
     assert ("6.0 cores busy" in said) == (threads == 2)
+
+
+def test_linear_algebra_takes_no_more_threads_than_torch():
+    for n in (2, 1):
+        Machine(TRAINER, threads=n).set_threads()
+        taken = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+        assert taken and max(taken) <= n and torch.get_num_threads() == n
+    assert max(taken) == 1
 
 
 def test_several_processes_share_what_is_free(monkeypatch):

@@ -23,7 +23,7 @@ from stexp.cli.train import main
 from stexp.config import build, command, dataset_of, to_plain
 from stexp.config.compose import compose
 from stexp.errors import InputError
-from stexp.runs.folder import RESULTS
+from stexp.runs.folder import RESULTS, config_of_run
 from stexp.sweeps import launching, plan, schedule
 from stexp.sweeps.choice import choose
 from stexp.sweeps.failure import Failure, cause_of, write_failure
@@ -228,6 +228,29 @@ def test_lists_of_values_without_a_sweep_go_where_the_config_says(tmp_path):
     assert [compose("train", job.overrides).model.k for job in named] == [5, 6]
     with pytest.raises(InputError, match=r"two jobs would write into runs/.*output_dir='runs/\$\{model.k\}-\$\{fold\}"):
         jobs(None, ["data=her2st", "model.k=5,6", "fold=C"])
+
+
+@pytest.mark.parametrize("fold", ["fold=C1", "fold=all", "seed=0,1"])
+def test_a_finished_run_with_other_settings_is_none_of_these(tmp_path, fold, capsys):
+    line = [
+        "data=her2st",
+        "protocol=paper",
+        "fold=B1",
+        "model=bleep",
+        fold,
+        f"output_dir={tmp_path}/r-${{fold}}-s${{seed}}",
+    ]
+    for job in jobs(None, line):
+        job.output_dir.mkdir(parents=True)
+        config = config_of_run(to_plain(compose("train", job.overrides)))  # as a training writes it
+        (job.output_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        for name in (*RESULTS, "metrics.json"):
+            (job.output_dir / name).touch()
+    assert sweep([*line, "dry_run=true"]) == 0 and ", 0 to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"a run with another config \(trainer.max_epochs\).*overwrite=true"):
+        sweep([*line, "trainer.max_epochs=2", "dry_run=true"])
+    assert sweep([*line, "trainer.max_epochs=2", "overwrite=true", "dry_run=true"]) == 0
+    assert ", 0 done" in capsys.readouterr().out
 
 
 def test_what_is_retrieved_again_is_where_stexp_score_puts_it():

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from stexp.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,17 @@ def busy_cores(seconds: float = 0.2) -> float:
         return max(0.0, os.getloadavg()[0] - 1)
     except (OSError, AttributeError):  # the latter: Windows
         return 0.0
+
+
+def set_threads(n: int) -> None:
+    """Let torch, and the linear algebra of NumPy and SciPy, take `n` CPU threads each.
+
+    The latter wait for each other without pause: on a core that others need, they take ten times as long.
+    """
+    import torch
+
+    torch.set_num_threads(n)
+    threadpool_limits(n)
 
 
 def free_cores(before: tuple[int, int] | None) -> float | None:

@@ -13,8 +13,6 @@ from stexp.arguments import Count, Seed, SeveralSeeds, check
 from stexp.config import to_plain
 from stexp.errors import InputError, did_you_mean
 
-NO_SETTING = ("overwrite", "verbose", "hydra", "sweep")
-"""Keys that change nothing of a run: a run folder's config goes without them."""
 OPEN = ("trainer",)
 """Parts of a config that take keys which are not there: what is built of them checks them itself."""
 
@@ -62,11 +60,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return value.replace("${", r"\${") if isinstance(value, str) else value
-
-
-def config_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that says what a run is, as its folder keeps it."""
-    return {key: value for key, value in config.items() if key not in NO_SETTING}
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:

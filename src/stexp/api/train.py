@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 
 from stexp.api.features import frozen_encoder, machine_of
-from stexp.api.settings import config_of_run
 from stexp.construct import build
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
@@ -28,7 +27,7 @@ from stexp.inference.carried import CarriedWeights
 from stexp.models.method import Method
 from stexp.reporting.report import write_report
 from stexp.runs.comparison import Comparison, colours, random_features, reduced
-from stexp.runs.folder import RunFolder
+from stexp.runs.folder import RunFolder, config_of_run
 from stexp.runs.provenance import Stages, provenance
 from stexp.runs.results import write_results
 from stexp.runs.scoring import score_finished, score_run

@@ -20,6 +20,7 @@ def main(cfg: DictConfig) -> None:
                 raise InputError(f"{key} is not given; as in: stexp-export run=runs/x output=model.stexp ({example})")
         # torch is heavy, and help does without it
         from stexp.inference.export import export, finished_export
+        from stexp.training.machine import take_free_threads
 
         plain = to_plain(cfg)
         run, output = (Path(str(plain[key])).expanduser() for key in ("run", "output"))
@@ -32,6 +33,7 @@ def main(cfg: DictConfig) -> None:
             return
         if output.exists() and not (plain["overwrite"] and (output / "model.json").exists()):
             raise InputError(f"{output} exists; choose another output, or overwrite=true where it is an exported model")
+        take_free_threads()
         print("\n".join(lines(export(run, output, **options))))
         print(f"wrote {output}")
         _share(output, plain)

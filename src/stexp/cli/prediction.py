@@ -157,7 +157,9 @@ def _load(cfg: dict) -> Model:
     # these bring torch
     from stexp.inference.gene_choice import check_genes
     from stexp.inference.predictor import exported_folder, load_model
+    from stexp.training.machine import take_free_threads
 
+    take_free_threads()
     folder = exported_folder(cfg["run"])
     check_genes(folder, cfg["genes"])
     model = load_model(folder)

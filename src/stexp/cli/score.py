@@ -34,8 +34,11 @@ def main(cfg: DictConfig) -> None:
         sets = read_gene_sets(cfg.gene_sets) if cfg.gene_sets else None
         folder, again = run, bool(changes) or cfg.genes != "panel"
         if again:
-            from stexp.runs.rescore import predict_again, rescored_folder  # imports torch, which scoring does without
+            # these import torch, which scoring does without
+            from stexp.runs.rescore import predict_again, rescored_folder
+            from stexp.training.machine import take_free_threads
 
+            take_free_threads()
             new = (run, changes, to_plain(cfg).get("genes"), cfg.output_dir)
             folder = rescored_folder(*new)
         with alone_in(folder, wait=True):  # a second command like this one waits, and finds it done

@@ -36,11 +36,11 @@ def main(cfg: DictConfig) -> None:
 def _train(cfg: DictConfig) -> None:
     """Train a fold, or all; what is wrong whatever the data are is refused before sections are read."""
     # pandas and anndata, which --help does without
-    from stexp.api.settings import check_numbers, config_of_run
+    from stexp.api.settings import check_numbers
     from stexp.cli.fold import config_of, train
     from stexp.data.splits import check_fold, folds
     from stexp.evaluation.score import folds_table
-    from stexp.runs.folder import RunFolder
+    from stexp.runs.folder import RunFolder, config_of_run
 
     check_numbers(to_plain(cfg))
     protocol, dataset = build(cfg.protocol), dataset_of(cfg)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,18 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, patience: float = -1) -> Iterator[None]:
     """Hold the lock of a file of the cache; who comes second waits, and says so.
+
+    Parameters
+    ----------
+    patience
+        Seconds to wait; -1: without end.
 
     Raises
     ------
+    TimeoutError
+        Another process holds it for longer.
     InputError
         The folder cannot be written to.
     """
@@ -33,7 +39,9 @@ def locked(path: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("waiting for another process that is making %s", path.name)
-            lock.acquire()
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         raise InputError(
             f"{path.parent} cannot be written to ({getattr(error, 'strerror', None) or error}), and {path.name} is not "
@@ -81,32 +89,6 @@ def mapped_array(path: Path, shape: tuple[int, ...], compute: Callable[[], np.nd
     return array
 
 
-def kept_arrays(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Named arrays kept at `path`, an npz; made and written first where there are none, or its checksums do not hold.
-
-    They are a matter of seconds: where the cache cannot be written to they are made again every time.
-    """
-    arrays = _load_named(path)
-    if arrays is not None:
-        return arrays
-    with ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(path))
-        except (InputError, OSError) as error:
-            log.debug("%s is not kept: %s", path, error)
-            return make()
-        arrays = _load_named(path)
-        if arrays is None:
-            file, arrays = io.BytesIO(), make()
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            try:
-                write_whole(path, file.getbuffer())
-            except InputError as error:
-                log.warning("%s", error)
-    return arrays
-
-
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all; its parts follow each other.
 
@@ -140,11 +122,3 @@ def _load(path: Path, shape: tuple[int, ...], kind: str) -> np.ndarray | None:
     except (ValueError, EOFError, OSError, OverflowError):
         return None
     return mapped if mapped.shape == shape and mapped.dtype.kind == kind else None
-
-
-def _load_named(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or damaged

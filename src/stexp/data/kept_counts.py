@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from stexp.data.cache import kept_arrays
+from stexp.data.kept_arrays import kept_arrays
 
 
 @dataclass(frozen=True, eq=False)

@@ -249,9 +249,9 @@ def _correlation(a: np.ndarray, b: np.ndarray, varies: np.ndarray, flat: np.ndar
     out = np.full(a.shape[1], np.nan)
     out[varies & flat] = 0.0
     genes = varies & ~flat
-    a, b = (values - values.mean(axis=0) for values in (a[:, genes], b[:, genes]))
-    ab, aa, bb = (np.einsum("ij,ij->j", *pair) for pair in ((a, b), (a, a), (b, b)))
-    out[genes] = np.clip(ab / (np.sqrt(aa) * np.sqrt(bb)), -1.0, 1.0)
+    a, b = a[:, genes] - a[:, genes].mean(axis=0), b[:, genes] - b[:, genes].mean(axis=0)
+    a, b = a / np.linalg.norm(a, axis=0), b / np.linalg.norm(b, axis=0)
+    out[genes] = np.clip((a * b).sum(axis=0), -1.0, 1.0)
     return out
 
 

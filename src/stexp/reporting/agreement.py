@@ -25,11 +25,14 @@ class Gap(NamedTuple):
         Fold, or sections of one.
     fill
         What to do, with the command.
+    n_runs
+        Runs of it that are there, none of which goes before another.
     """
 
     method: str
     missing: str
     fill: str
+    n_runs: int = 0
 
 
 def check_agreement(runs: list[ScoredRun]) -> None:
@@ -63,7 +66,7 @@ def find_copies(runs: list[ScoredRun], labels: list[str]) -> dict[Gap, list[Scor
         if len(alike) > 1:
             folders = " and ".join(str(run.folder) for run in alike)
             fill = f"{folders} are the same method, seed {seed} and fold {fold}; name one of them in runs=[...]"
-            copies[Gap(f"{label}, seed {seed},", f"fold {fold}", fill)] = alike
+            copies[Gap(f"{label}, seed {seed},", f"fold {fold}", fill, len(alike))] = alike
     return copies
 
 
@@ -103,7 +106,8 @@ def describe_gaps(gaps: list[Gap]) -> list[str]:
     """A sentence a method."""
     missing: dict[str, list[str]] = {}
     for gap in gaps:
-        missing.setdefault(gap.method, []).append(gap.missing)
+        several = f" (it has {gap.n_runs} runs of it; runs=[...] names one)" if gap.n_runs else ""
+        missing.setdefault(gap.method, []).append(gap.missing + several)
     return [f"Gap: {method} lacks {', '.join(parts)}." for method, parts in missing.items()]
 
 

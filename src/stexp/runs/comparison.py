@@ -11,10 +11,10 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-from stexp.data.cache import kept_arrays
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.digests import code_digest, content_digest
 from stexp.data.features import encode_tiles
+from stexp.data.kept_arrays import kept_arrays
 from stexp.data.rows import Rows, some_rows
 from stexp.data.section import Section
 from stexp.evaluation.floors import SpotTable, ceiling_per_gene, colour_statistics, predict_floors, unit_square
@@ -86,10 +86,11 @@ class Comparison:
         def make_ceilings() -> dict[str, np.ndarray]:
             return _flat({protocol.name: ceilings_under(protocol, data, unpredicted) for protocol in protocols})
 
+        seen = "none" if unpredicted is None else unpredicted
+        # first, for what they take of memory beside all floors
+        ceilings = kept_arrays(_file_of(data, "ceilings", *of_data, seen), make_ceilings)
         floors = kept_arrays(_file_of(data, "floors", *of_data, *read), make_floors)
         gene_sets = json.loads(str(floors.pop("gene_sets")))
-        seen = "none" if unpredicted is None else unpredicted
-        ceilings = kept_arrays(_file_of(data, "ceilings", *of_data, str(data.seed), seen), make_ceilings)
         return cls(colour, random, _nested(floors), _nested(ceilings), gene_sets)
 
 
@@ -176,9 +177,7 @@ def ceilings_under(
         rows = data.rows_of(section)
         judged = ~np.isin(rows, [] if unpredicted is None else unpredicted)
         judged |= not judged.any()
-        ceiling[section.name] = ceiling_per_gene(
-            data.counts[rows[judged]], section.total_counts[judged], protocol, seed=data.seed
-        )
+        ceiling[section.name] = ceiling_per_gene(data.counts[rows[judged]], section.total_counts[judged], protocol)
     return ceiling
 
 

@@ -34,6 +34,8 @@ PREDICTIONS = "predictions"
 """Key of the config of a run that only scores what another tool predicted: it has no model."""
 KEYS_OF_PLACES = ("logger", "output_dir", "callbacks.last.dirpath", "predictions.files", "from.model")
 """How config keys begin that change no training, prediction or score: the folder is the one that was named."""
+NO_SETTING = ("overwrite", "verbose", "hydra", "sweep")
+"""Keys that change nothing of a run: a run folder's config goes without them."""
 KEYS_OF_FLOORS = ("random_features",)
 """Config keys that change no training and no prediction, but which floors are scored beside them."""
 
@@ -278,3 +280,8 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
         elif left != right and (left or right or (key in a and key in b)):
             keys.append(f"{prefix}{key}")
     return keys
+
+
+def config_of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that says what a run is, as its folder keeps it."""
+    return {key: value for key, value in config.items() if key not in NO_SETTING}

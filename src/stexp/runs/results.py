@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 import yaml
 
-from stexp.data.cache import kept_arrays
 from stexp.data.cohorts import batch_effects
 from stexp.data.datamodule import SpotDataModule
 from stexp.data.dataset import DataSet
 from stexp.data.digests import code_digest, content_digest, file_digest
+from stexp.data.kept_arrays import kept_arrays
 from stexp.data.quality import Thresholds, inspect
 from stexp.data.rows import Rows, RowTable, column_means, some_rows
 from stexp.data.section import Section
@@ -176,7 +176,7 @@ def write_scored_files(
     predictions.write(adata, folder / "predictions.h5ad")
     sheet = reference_sheet(data, adata, named) if "neighbours" in adata.obsm else None
     pictures.write(folder / pictures.NAME, slide_pictures(data), sheet)
-    floors = ad.AnnData(obs=adata.obs, var=adata.var)
+    floors = ad.AnnData(obs=adata.obs[["section", "patient", "spot", "total_counts"]], var=adata.var)
     floors.uns["gene_sets"], floors.uns["ceiling"] = json.dumps(comparison.gene_sets), comparison.ceiling
     for protocol, layers in comparison.floors.items():
         for name, values in layers.items():

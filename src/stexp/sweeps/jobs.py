@@ -12,7 +12,7 @@ from typing import Any
 
 from stexp.config.compose import listed_names, quoted, unquoted
 from stexp.errors import InputError
-from stexp.runs.folder import RESULTS
+from stexp.runs.folder import RESULTS, RunFolder, config_of_run
 from stexp.sweeps.folds import folds_of
 from stexp.sweeps.names import fold_name, method_name, rescored_name
 from stexp.sweeps.plan import Plan, make_plan
@@ -60,6 +60,11 @@ class Job:
     def done(self) -> bool:
         """Whether the folder holds all of the results."""
         return all((self.output_dir / name).exists() for name in (*RESULTS, "metrics.json"))
+
+    def check(self) -> None:
+        """InputError where the folder holds a run with other settings, whose name does not say them."""
+        of_run = {"fold": self.fold, "seed": self.seed, "output_dir": str(self.output_dir)}
+        RunFolder(self.output_dir).check(config_of_run({**self.settings, **of_run}))
 
     @property
     def method(self) -> str:

@@ -55,6 +55,9 @@ def sweep(arguments: Sequence[str]) -> int:
     everything = with_needs(cells)
     launcher = to_plain(compose("train", [*of_hydra, *sources], with_hydra=True).hydra.launcher)
     anew = bool(everything[0].settings["overwrite"])
+    if name is None and not anew:
+        for job in everything:
+            job.check()  # the folders of a sweep's runs are named by their settings
     if dry:
         print(preview(everything, anew))
         return 0

@@ -130,7 +130,7 @@ class Machine:
         most = all_threads()
         busy = hardware.busy_cores() if self.chooses_threads and most > 1 else 0.0
         threads = self.threads or max(1, free_threads(most, os.cpu_count() or most, busy) // processes)
-        torch.set_num_threads(threads)
+        hardware.set_threads(threads)
         counted = f"{threads} CPU thread{'s' * (threads != 1)}"
         if self.threads or threads == max(1, most // processes):
             return counted
@@ -146,3 +146,8 @@ def all_threads() -> int:
 def free_threads(most: int, cores: int, busy: float) -> int:
     """Threads, of `most`, for which there are cores when others keep some busy; a half of one is taken, too."""
     return min(most, max(1, math.floor(cores - busy + 0.5)))
+
+
+def take_free_threads() -> None:
+    """Take the CPU threads for which there are cores, in a command that trains nothing."""
+    Machine({"accelerator": "cpu", "devices": 1}).set_threads()

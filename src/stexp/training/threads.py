@@ -43,7 +43,7 @@ class LowerThreads(pl.Callback):
         if free is None or free > 0.5 or cores >= self.least_share * threads:
             return
         fewer = max(1, min(threads - 1, round(cores)))
-        torch.set_num_threads(fewer)
+        hardware.set_threads(fewer)
         log.info(
             "CPU threads: %d from here on; no core is free, and %d got the time of %.1f (hardware.threads=%d: all)",
             *(fewer, threads, cores, threads),
