@@ -106,9 +106,10 @@ def huge_header() -> bytes:
         lambda: io.BytesIO(np.lib.format.magic(1, 0)).getvalue(),
     ],
 )
-def test_what_is_something_else_is_made_anew(path, content):
+def test_what_is_something_else_is_made_anew_and_that_is_said(path, content, caplog):
     path.write_bytes(content())
     assert_wanted(kept_arrays(path, make))
+    assert caplog.text.count("kept.npz is damaged") == 1
     assert_wanted(kept_arrays(path, unasked))
 
 

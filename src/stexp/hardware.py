@@ -82,7 +82,7 @@ class Moment:
     ticks
         See :func:`core_ticks`.
     process
-        Of whom the clocks are.
+        Its number; a forked one has clocks of its own.
     """
 
     wall: float

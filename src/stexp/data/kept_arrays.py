@@ -46,6 +46,8 @@ def kept_arrays(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[s
             return make()
         arrays = _load(path)
         if arrays is None:
+            if path.exists():
+                log.warning("%s is damaged; making it again", path)
             arrays = make()
             try:
                 _write(path, arrays)

@@ -44,7 +44,7 @@ class KeptCounts:
 
     def made(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays that depend on the counts and on `what` alone: from beside them, else made and written there."""
-        path = self.path.with_name("-".join(filter(None, (self.path.stem, self.part, what))) + ".npz")
+        path = self.path.with_name("-".join(filter(None, (self.path.stem, self.part, what))) + ".arrays.npz")
 
         def made() -> dict[str, np.ndarray]:
             arrays = make()

@@ -76,7 +76,7 @@ class Comparison:
         settings = json.dumps([[asdict(protocol) for protocol in protocols], data.panel])
         columns = [data.spots["section"].to_numpy(str), data.spots["patient"].to_numpy(str)]
         of_data = (code_digest(), data.digest, settings, data.spots["total_counts"].to_numpy(), *columns)
-        read = ["none" if table is None else table for table in (features, colour, *random)]
+        tables = ["none" if table is None else table for table in (features, colour, *random)]
 
         def make_floors() -> dict[str, np.ndarray]:
             projection = None if features is None else _projection(data, features)
@@ -86,10 +86,10 @@ class Comparison:
         def make_ceilings() -> dict[str, np.ndarray]:
             return _flat({protocol.name: ceilings_under(protocol, data, unpredicted) for protocol in protocols})
 
-        seen = "none" if unpredicted is None else unpredicted
+        left_out = "none" if unpredicted is None else unpredicted
         # first, for what they take of memory beside all floors
-        ceilings = kept_arrays(_file_of(data, "ceilings", *of_data, seen), make_ceilings)
-        floors = kept_arrays(_file_of(data, "floors", *of_data, *read), make_floors)
+        ceilings = kept_arrays(_file_of(data, "ceilings", *of_data, left_out), make_ceilings)
+        floors = kept_arrays(_file_of(data, "floors", *of_data, *tables), make_floors)
         gene_sets = json.loads(str(floors.pop("gene_sets")))
         return cls(colour, random, _nested(floors), _nested(ceilings), gene_sets)
 
